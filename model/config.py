@@ -1,0 +1,128 @@
+"""The shape of a network: the `model` section of params.yaml, typed.
+
+A mechanism is present or absent by its key here (null means absent) and nowhere else: the four records are four
+values of this class. Mechanisms and their letters: see the file named beside each key.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A strict, frozen section of params.yaml: unknown keys and wrong types are errors that name the key."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Rope(Section):
+    """Rotary position embedding on the first `dims` channels of each head (attention.py)."""
+
+    dims: int = Field(gt=0, multiple_of=2)
+    base: float = Field(gt=0)
+    # Rows longer than this stretch the base (NTK style); null never stretches.
+    reference_len: int | None
+    # PR #1855 rounds the frequencies to bfloat16 once and for all.
+    bf16_frequencies: bool
+
+
+class Bigram(Section):
+    """Hashed (previous, current) token table added to the embedding (embedding.py)."""
+
+    buckets: int = Field(gt=1)
+    width: int = Field(gt=0)
+    # Factor on the orthogonal start of the projection: 1, or 1/sqrt(2 layers) in PR #1488.
+    proj_init: float = Field(gt=0)
+
+
+class ValueEmbedding(Section):
+    """Token table added to the values of some layers (embedding.py)."""
+
+    width: int = Field(gt=0)
+    layers: list[int] = Field(min_length=1)
+    proj_init: float = Field(gt=0)
+
+
+class Smear(Section):
+    """Blend of each token with its predecessor: static per channel after the norm, or gated per token before it."""
+
+    kind: Literal["static", "gated"]
+    # Channels read by the gate; only "gated" has one.
+    window: int = Field(ge=0)
+
+
+class AttnGate(Section):
+    """Per-head output gate read from the first `window` channels of the block's normed input (attention.py)."""
+
+    window: int = Field(gt=0)
+    scale: float = Field(gt=0)
+
+
+class Loop(Section):
+    """Depth recurrence: layers first..last (inclusive) are applied `repeats` more times (residual.py)."""
+
+    first: int = Field(ge=0)
+    last: int = Field(ge=0)
+    repeats: int = Field(gt=0)
+
+
+class ModelConfig(Section):
+    """Everything that decides a network's parameters and forward pass. Raises ValidationError on contradictions."""
+
+    vocab_size: int = Field(gt=3, le=65536)
+    layers: int = Field(gt=1)
+    width: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    mlp_hidden: int = Field(gt=0)
+    seq_len: int = Field(gt=1)
+    softcap: float = Field(gt=0)
+    embed_init_std: float = Field(gt=0)
+    # Storage of the token, bigram and value tables (and of the skip gates where listed): the records train them in bfloat16.
+    table_dtype: Literal["float32", "bfloat16"]
+    skip_gate_dtype: Literal["float32", "bfloat16"]
+    qk_gain: float
+    rope: Rope
+    xsa_last_layers: int = Field(ge=0)
+    skip: Literal["plain", "gated"]
+    smear: Smear | None
+    bigram: Bigram | None
+    value_embedding: ValueEmbedding | None
+    value_residual: bool
+    attn_gate: AttnGate | None
+    # First layer with two residual lanes; null keeps one stream.
+    lanes_from: int | None
+    loop: Loop | None
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+    @model_validator(mode="after")
+    def _agree(self) -> "ModelConfig":
+        def need(ok: bool, message: str) -> None:
+            if not ok:
+                raise ValueError(message)
+
+        need(self.width % self.heads == 0, f"heads ({self.heads}) must divide width ({self.width})")
+        need(self.heads % self.kv_heads == 0, f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
+        need(self.rope.dims <= self.head_dim, f"rope.dims ({self.rope.dims}) exceeds the head width ({self.head_dim})")
+        need(self.xsa_last_layers <= self.layers, f"xsa_last_layers ({self.xsa_last_layers}) exceeds layers ({self.layers})")
+        if self.value_embedding:
+            bad = [i for i in self.value_embedding.layers if not 0 <= i < self.layers]
+            need(not bad, f"value_embedding.layers {bad} not in 0..{self.layers - 1}")
+        if self.loop:
+            need(
+                self.loop.first <= self.loop.last < self.layers,
+                f"loop {self.loop.first}..{self.loop.last} must lie in 0..{self.layers - 1}",
+            )
+        if self.lanes_from is not None:
+            need(0 < self.lanes_from < self.layers, f"lanes_from ({self.lanes_from}) not in 1..{self.layers - 1}")
+        if self.smear:
+            gated = self.smear.kind == "gated"
+            need((self.smear.window > 0) == gated, "smear.window is the gate's channels: > 0 exactly when kind is gated")
+            need(self.smear.window <= self.width, f"smear.window ({self.smear.window}) exceeds width ({self.width})")
+        if self.attn_gate:
+            need(self.attn_gate.window <= self.width, f"attn_gate.window ({self.attn_gate.window}) exceeds width ({self.width})")
+        return self

@@ -1,0 +1,24 @@
+"""Faults that the user can mend, told in one line."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Bad input or settings. The message is one line naming the file and key and what was expected."""
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a stage's main; a UserError becomes one line on stderr and exit status 1, any other error its traceback."""
+    try:
+        main()
+    except UserError as error:
+        _exit(str(error))
+    except KeyboardInterrupt:
+        _exit("interrupted")
+
+
+def _exit(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
