@@ -16,7 +16,7 @@ class Section(BaseModel):
 
 
 class Rope(Section):
-    """Rotary position embedding on the first `dims` channels of each head (attention.py)."""
+    """Rotary position embedding on the first `dims` channels of each head (rope.py)."""
 
     dims: int = Field(gt=0, multiple_of=2)
     base: float = Field(gt=0)
@@ -78,7 +78,7 @@ class ModelConfig(Section):
     seq_len: int = Field(gt=1)
     softcap: float = Field(gt=0)
     embed_init_std: float = Field(gt=0)
-    # Storage of the token, bigram and value tables (and of the skip gates where listed): the records train them in bfloat16.
+    # Storage of the token, bigram and value tables, which the records train in bfloat16, and of the skip gates.
     table_dtype: Literal["float32", "bfloat16"]
     skip_gate_dtype: Literal["float32", "bfloat16"]
     qk_gain: float
@@ -99,30 +99,58 @@ class ModelConfig(Section):
         """Channels of one attention head."""
         return self.width // self.heads
 
-    @model_validator(mode="after")
-    def _agree(self) -> "ModelConfig":
-        def need(ok: bool, message: str) -> None:
-            if not ok:
-                raise ValueError(message)
+    def layer_order(self, looped: bool) -> tuple[list[int], list[int]]:
+        """Layers in order of application: the encoder (its outputs are saved), then the decoder (it takes them back).
 
-        need(self.width % self.heads == 0, f"heads ({self.heads}) must divide width ({self.width})")
-        need(self.heads % self.kv_heads == 0, f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
-        need(self.rope.dims <= self.head_dim, f"rope.dims ({self.rope.dims}) exceeds the head width ({self.head_dim})")
-        need(self.xsa_last_layers <= self.layers, f"xsa_last_layers ({self.xsa_last_layers}) exceeds layers ({self.layers})")
-        if self.value_embedding:
-            bad = [i for i in self.value_embedding.layers if not 0 <= i < self.layers]
-            need(not bad, f"value_embedding.layers {bad} not in 0..{self.layers - 1}")
-        if self.loop:
-            need(
-                self.loop.first <= self.loop.last < self.layers,
-                f"loop {self.loop.first}..{self.loop.last} must lie in 0..{self.layers - 1}",
-            )
-        if self.lanes_from is not None:
-            need(0 < self.lanes_from < self.layers, f"lanes_from ({self.lanes_from}) not in 1..{self.layers - 1}")
+        `looped` repeats the layers of `loop`, where there is one. The halves split the applications, not the layers.
+        """
+        order = list(range(self.layers))
+        if looped and self.loop:
+            first, end = self.loop.first, self.loop.last + 1
+            order = order[:first] + order[first:end] * (self.loop.repeats + 1) + order[end:]
+        half = len(order) // 2
+        return order[:half], order[half:]
+
+    @property
+    def skips(self) -> int:
+        """Encoder outputs that the decoder takes back, with looping on if there is any."""
+        return len(self.layer_order(looped=True)[0])
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> "ModelConfig":
+        _need(self.width % self.heads == 0, f"heads ({self.heads}) must divide width ({self.width})")
+        _need(self.heads % self.kv_heads == 0, f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
+        _need(self.rope.dims <= self.head_dim, f"rope.dims ({self.rope.dims}) exceeds the head width ({self.head_dim})")
+        stretched = self.rope.reference_len is not None
+        _need(self.rope.dims > 2 or not stretched, "rope.dims must exceed 2 where rope.reference_len is set")
         if self.smear:
-            gated = self.smear.kind == "gated"
-            need((self.smear.window > 0) == gated, "smear.window is the gate's channels: > 0 exactly when kind is gated")
-            need(self.smear.window <= self.width, f"smear.window ({self.smear.window}) exceeds width ({self.width})")
+            gated, window = self.smear.kind == "gated", self.smear.window
+            _need((window > 0) == gated, "smear.window counts the gate's channels: above 0 exactly when kind is gated")
+            _need(window <= self.width, f"smear.window ({window}) exceeds width ({self.width})")
         if self.attn_gate:
-            need(self.attn_gate.window <= self.width, f"attn_gate.window ({self.attn_gate.window}) exceeds width ({self.width})")
+            window = self.attn_gate.window
+            _need(window <= self.width, f"attn_gate.window ({window}) exceeds width ({self.width})")
         return self
+
+    @model_validator(mode="after")
+    def _layers_exist(self) -> "ModelConfig":
+        last = self.layers - 1
+        _need(self.xsa_last_layers <= self.layers, f"xsa_last_layers ({self.xsa_last_layers}) exceeds layers")
+        if self.value_embedding:
+            listed = self.value_embedding.layers
+            bad = [i for i in listed if not 0 <= i <= last]
+            _need(not bad, f"value_embedding.layers {bad} not in 0..{last}")
+            _need(len(set(listed)) == len(listed), f"value_embedding.layers {listed} repeats a layer")
+        if self.loop:
+            first, end = self.loop.first, self.loop.last
+            _need(first <= end <= last, f"loop {first}..{end} must lie in 0..{last}")
+        if self.lanes_from is not None:
+            earliest = max(self.layers // 2, self.loop.last + 1 if self.loop else 0)
+            behind = f"{earliest}..{last}, behind the encoder and the loop"
+            _need(earliest <= self.lanes_from <= last, f"lanes_from ({self.lanes_from}) not in {behind}")
+        return self
+
+
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)

@@ -1,0 +1,116 @@
+"""Causal attention with grouped key/value heads, and the mechanisms the records hang on it.
+
+Legend: B rows, T tokens, D model width, H query heads, K key/value heads, G = H/K, E width of a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.precision import linear, rms_norm
+from model.rope import rotate
+
+
+def attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, segments: Tensor | None) -> Tensor:
+    """Softmax attention to the same and earlier positions of a row, scale 1/√E; head h reads key/value head ⌊h/G⌋.
+
+    `segments` (S,) int32, or None, holds the starts of the segments of the B·T tokens taken in order, then B·T (as
+    often as padding needs): no position sees another segment, and none another row. q, k and v share a dtype; the
+    result o_BTHE has it too. Grouped heads: arXiv:2305.13245.
+    """
+    mask = None if segments is None else _segment_mask(segments, *q_BTHE.shape[:2])
+    o_BHTE = F.scaled_dot_product_attention(
+        q_BTHE.transpose(1, 2),
+        k_BTKE.transpose(1, 2),
+        v_BTKE.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=True,
+    )
+    return o_BHTE.transpose(1, 2)
+
+
+def _segment_mask(segments: Tensor, rows: int, length: int) -> Tensor:
+    """(B, 1, T, T) bool: may this query (dim 2) see this key (dim 3)?"""
+    tokens = torch.arange(rows * length, device=segments.device, dtype=segments.dtype)
+    segment_BT = torch.searchsorted(segments, tokens, right=True).view(rows, length)
+    same = segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
+    return same & torch.ones_like(same[0, 0]).tril()
+
+
+def exclude_self(o_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
+    """Exclusive self-attention (XSA, arXiv:2603.09078): remove from each head's output what points along the own value.
+
+    In float32 and returned so, as in the records. Nothing is detached: the gradient also flows through the direction.
+    """
+    direction_BTK1E = F.normalize(v_BTKE.float(), dim=-1)[:, :, :, None]
+    o_BTKGE = o_BTHE.float().unflatten(2, (v_BTKE.size(2), -1))
+    along = (o_BTKGE * direction_BTK1E).sum(-1, keepdim=True)
+    return (o_BTKGE - along * direction_BTK1E).flatten(2, 3)
+
+
+@dataclass
+class Shared:
+    """What the layers of one forward pass have in common."""
+
+    x0_BTD: Tensor
+    rope: tuple[Tensor, Tensor]
+    segments: Tensor | None
+    # Added to the values of the layers that have an entry, (B, T, K·E) each.
+    value_embeddings: dict[int, Tensor]
+    # The first layer's values (B, T, K·E), left by it for the later ones.
+    first_values: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """One layer's attention: normed input in, output projection out, both (B, T, D).
+
+    Queries and keys are normed per head and rotated; queries then carry a learned gain per head, so that an attention
+    logit is gain·√E·cos∠(q, k). By config: values mixed with the first layer's (arXiv:2410.17897; PR #1313), XSA in
+    the last layers (PR #549), and a gate on each head's output that reads a few input channels (PR #1855).
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        width, kv_width = config.width, config.kv_heads * config.head_dim
+        self.index, self.head_dim = index, config.head_dim
+        self.q = nn.Parameter(torch.empty(width, width))
+        self.k = nn.Parameter(torch.empty(kv_width, width))
+        self.v = nn.Parameter(torch.empty(kv_width, width))
+        self.o = nn.Parameter(torch.empty(width, width))
+        self.q_gain = nn.Parameter(torch.empty(config.heads))
+        self.exclusive = index >= config.layers - config.xsa_last_layers
+        self.vrl_gate = nn.Parameter(torch.empty(())) if config.value_residual and index > 0 else None
+        self.gate = config.attn_gate
+        self.gate_w = nn.Parameter(torch.empty(config.heads, self.gate.window)) if self.gate else None
+
+    def forward(self, n_BTD: Tensor, shared: Shared) -> Tensor:
+        """Attend within the rows (or segments) of the normed and scaled input."""
+        by_head = (-1, self.head_dim)
+        q_BTHE = rotate(rms_norm(linear(n_BTD, self.q).unflatten(2, by_head)), shared.rope)
+        k_BTKE = rotate(rms_norm(linear(n_BTD, self.k).unflatten(2, by_head)), shared.rope)
+        v_BTKE = self._values(n_BTD, shared).unflatten(2, by_head)
+        q_BTHE = q_BTHE * self.q_gain.to(q_BTHE.dtype)[:, None]
+        o_BTHE = attend(q_BTHE, k_BTKE, v_BTKE, shared.segments)
+        if self.exclusive:
+            o_BTHE = exclude_self(o_BTHE, v_BTKE)
+        if self.gate and self.gate_w is not None:
+            gate_BTH = torch.sigmoid(self.gate.scale * linear(n_BTD[..., : self.gate.window], self.gate_w))
+            o_BTHE = gate_BTH[..., None] * o_BTHE
+        return linear(o_BTHE.flatten(2).to(n_BTD.dtype), self.o)
+
+    def _values(self, n_BTD: Tensor, shared: Shared) -> Tensor:
+        """(B, T, K·E): the layer's own values plus the value embedding, then mixed with the first layer's raw ones."""
+        values = linear(n_BTD, self.v)
+        if self.index == 0:
+            shared.first_values = values
+        if self.index in shared.value_embeddings:
+            values = values + shared.value_embeddings[self.index]
+        if self.vrl_gate is None:
+            return values
+        assert shared.first_values is not None, "layer 0 runs before any layer with a value residual"
+        mix = torch.sigmoid(self.vrl_gate.to(values.dtype))
+        return (1 - mix) * values + mix * shared.first_values

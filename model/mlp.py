@@ -1,0 +1,25 @@
+"""The MLP of a layer: LeakyReLU(0.5)², no gate, no bias (PR #549, after the ReLU² of arXiv:2109.08668).
+
+Legend: B rows, T tokens, D model width, F MLP width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.precision import linear
+
+
+class Mlp(nn.Module):
+    """W_down·φ(W_up·n) with φ(p) = p² for p > 0 and p²/4 below."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(config.mlp_hidden, config.width))
+        self.down = nn.Parameter(torch.empty(config.width, config.mlp_hidden))
+
+    def forward(self, n_BTD: Tensor) -> Tensor:
+        """From the normed and scaled input, (B, T, D) to (B, T, D)."""
+        hidden_BTF = F.leaky_relu(linear(n_BTD, self.up), negative_slope=0.5).square()
+        return linear(hidden_BTF, self.down)

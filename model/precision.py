@@ -1,0 +1,21 @@
+"""Arithmetic in the activation's dtype: masters stay float32, every weight is cast where it is used.
+
+The records relied on autocast, whose rules differ between PyTorch versions: 2.13 turns RMSNorm into float32, which
+drags the residual stream along. Explicit casts say the same thing once and for all.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x·Wᵀ in the dtype of `x` (..., in), for a weight (out, in) of any dtype. No network here has biases."""
+    return F.linear(x, weight.to(x.dtype))
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / √(mean(x²) + ε) over the last dimension, no learned weight, in the dtype of `x` (sums are float32).
+
+    ε is the float32 epsilon whatever the dtype, as in the records; left out, it would depend on the PyTorch version.
+    """
+    return F.rms_norm(x, (x.size(-1),), eps=2.0**-23)

@@ -1,0 +1,123 @@
+"""Shared by all tests: one thread a process, and experiment folders of their own to run stages in."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# pytest-xdist fills the cores with processes; threads inside them would only fight.
+torch.set_num_threads(1)
+
+
+def tiny_params(corpus: Path) -> dict[str, Any]:
+    """The laptop default at a size that runs in seconds, reading its documents from `corpus`."""
+    params: dict[str, Any] = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    params["fetch"] = {"source": "file", "path": str(corpus)}
+    params["tokenize"] |= {"vocab_size": 320, "val_documents": 4}
+    params["model"] |= {"vocab_size": 320, "layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "mlp_hidden": 64}
+    params["model"] |= {"seq_len": 64, "xsa_last_layers": 1}
+    params["model"]["rope"] |= {"dims": 8}
+    params["model"]["bigram"] |= {"buckets": 64, "width": 16}
+    params["model"]["value_embedding"] |= {"width": 16, "layers": [1]}
+    params["train"] |= {"max_steps": 12, "batch_tokens": 512, "micro_batch_tokens": 256}
+    params["train"] |= {"log_every": 2, "val_every": 6, "checkpoint_every": 3}
+    params["train"]["swa"] |= {"below_lr": 0.9, "every": 2}
+    params["quantize"]["passthrough_elements"] = 256
+    params["ttt"] |= {"chunk_tokens": 1024, "stride": 16}
+    params["slot"] |= {"stride": 16}
+    params["sliding"] |= {"stride": 16}
+    return params
+
+
+def write_corpus(path: Path, documents: int = 24, words: int = 220) -> Path:
+    """JSONL of small documents of made-up words, frequent ones first: enough to learn from, the same every time."""
+    rng = random.Random(7)
+    vocabulary = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(300)]
+    weights = [1 / (rank + 1) for rank in range(len(vocabulary))]
+    lines = []
+    for _ in range(documents):
+        text = " ".join(rng.choices(vocabulary, weights, k=words))
+        lines.append(json.dumps({"text": text.capitalize() + ".\n\nÉnd — 1999\n"}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+class Experiment:
+    """A folder with the project's code and a params.yaml of its own, in which stages run as a user would run them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("model", "stages"):
+            shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+            shutil.copy(REPOSITORY / name, folder / name)
+        self.set_params(tiny_params(write_corpus(folder / "corpus.jsonl")))
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        """Write params.yaml."""
+        self.params = params
+        (self.folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def run(self, *command: str, ok: bool = True, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        """Run a command in the folder (`python` is this interpreter) and check whether it ended well."""
+        head = [sys.executable] if command[0] == "python" else [str(Path(sys.executable).parent / command[0])]
+        done = subprocess.run([*head, *command[1:]], cwd=self.folder, capture_output=True, text=True, timeout=timeout)
+        assert (done.returncode == 0) == ok, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def stage(self, name: str, *arguments: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run one stage."""
+        return self.run("python", "-m", f"stages.{name}", *arguments, ok=ok)
+
+    def fails(self, name: str, *arguments: str) -> str:
+        """Run a stage that must refuse its input; return its one line on stderr."""
+        done = self.stage(name, *arguments, ok=False)
+        lines = done.stderr.strip().splitlines()
+        assert "Traceback" not in done.stderr, done.stderr
+        assert len(lines) == 1, done.stderr
+        assert lines[0].startswith("error: "), done.stderr
+        return lines[0]
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    """A fresh experiment folder."""
+    return Experiment(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tokenized(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """An experiment whose fetch and tokenize stages have run (shared: do not change it, copy from it)."""
+    made = Experiment(tmp_path_factory.mktemp("tokenized"))
+    made.stage("fetch")
+    made.stage("tokenize")
+    return made
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tokenized: Experiment) -> Experiment:
+    """An experiment with every stage up to compress run once (shared: do not change it, copy from it)."""
+    made = Experiment(tmp_path_factory.mktemp("finished"))
+    for name in ("data", "artifacts"):
+        shutil.copytree(tokenized.folder / name, made.folder / name)
+    for stage in ("train", "average", "adapt", "quantize", "compress"):
+        made.stage(stage, "1337")
+    return made
+
+
+@pytest.fixture
+def finished_copy(tmp_path: Path, finished: Experiment) -> Experiment:
+    """A private copy of `finished`, to damage."""
+    made = Experiment(tmp_path)
+    for name in ("data", "artifacts"):
+        shutil.copytree(finished.folder / name, made.folder / name)
+    return made
