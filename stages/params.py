@@ -36,10 +36,26 @@ class FetchSdists(Section):
 
 
 class FetchFile(Section):
-    """Documents from a local JSONL or JSONL.zst file, one object with `text` per line."""
+    """Documents from a local JSONL, JSONL.zst or Parquet file: one object with `text` per line, or a column `text`."""
 
     source: Literal["file"]
     path: str
+
+
+class FetchHub(Section):
+    """Published token shards from a Hugging Face dataset repository; there are no documents then."""
+
+    source: Literal["hub"]
+    repository: str
+    # A commit, so that the same params always mean the same shards (a branch or tag works too).
+    revision: str
+    # Folder of the export inside the repository: all published ones use `datasets`.
+    root: str
+    # Name of the dataset in the export's manifest.
+    variant: str
+    # The first so many training shards; validation is always whole.
+    train_shards: int = Field(gt=0)
+    endpoint: str
 
 
 class Tokenize(Section):
@@ -47,6 +63,10 @@ class Tokenize(Section):
 
     # A given SentencePiece model, or null to train one on the training split.
     model: str | None
+    # How one is trained: lossless, or published with the challenge's folding of text (tokenize/trainer.py).
+    trainer: Literal["lossless", "published"]
+    # none, or caseops: capitals as operators (tokenize/caseops.py).
+    transform: Literal["none", "caseops"]
     vocab_size: int = Field(gt=259, le=65536)
     val_documents: int = Field(gt=0)
     shard_tokens: int = Field(gt=0, lt=2**31)
@@ -63,6 +83,18 @@ class Muon(Section):
     orthogonalizer: Literal["classic", "polar_express"]
     ns_steps: int = Field(gt=0)
     row_normalize: bool
+    # Storage of the momentum and of the gradients that the processes exchange.
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    # How the quadratic term of Newton-Schulz is formed: c(AA), or (cA)A as PR #1488; equal but for rounding.
+    ns_association: Literal["square_first", "scale_first"] = "square_first"
+    # Whether bigram.proj and ve.proj are stepped by Muon (PR #1488) or, as scalars are, by AdamW.
+    side_matrices: bool = False
+
+    @model_validator(mode="after")
+    def _steps(self) -> "Muon":
+        if self.orthogonalizer == "polar_express" and self.ns_steps > 5:
+            raise ValueError(f"ns_steps ({self.ns_steps}) exceeds the 5 iterations of polar_express")
+        return self
 
 
 class AdamW(Section):
@@ -84,12 +116,63 @@ class Schedule(Section):
     warmdown_unit: Literal["steps", "fraction"]
     warmdown: float = Field(gt=0)
     floor: float = Field(ge=0, lt=1)
+    # Share of the run after which model.loop is applied; null applies it from the start.
+    loop_from: float | None = Field(default=None, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _fraction(self) -> "Schedule":
         if self.warmdown_unit == "fraction" and self.warmdown > 1:
             raise ValueError(f"warmdown ({self.warmdown}) is a share of the run: expected 0 to 1")
         return self
+
+
+class SequentialLoader(Section):
+    """Shards as one stream, cut into micro-batches (PR #1150, #1488)."""
+
+    kind: Literal["sequential"]
+
+
+class CoprimeLoader(Section):
+    """Windows from many shards at once (PR #1172)."""
+
+    kind: Literal["coprime"]
+    # The names that seed the order, %d standing for a shard's number: the record hashed the paths of its shards.
+    names: str = Field(pattern=r"^[^%]*%\d*d[^%]*$")
+
+
+class PackedLoader(Section):
+    """Rows of a whole micro-batch whose documents do not see each other (PR #1958)."""
+
+    kind: Literal["packed"]
+    # Segment bounds are padded to a multiple of so many: fewer lengths, fewer graphs to compile.
+    bucket: int = Field(gt=0)
+
+
+class ShuffledLoader(Section):
+    """Windows of shuffled shards (PR #1958's calibration); needs a shard for each micro-batch of a step."""
+
+    kind: Literal["shuffled"]
+
+
+Loader = Annotated[
+    SequentialLoader | CoprimeLoader | PackedLoader | ShuffledLoader,
+    Field(discriminator="kind"),
+]
+
+
+class Qat(Section):
+    """Quantization-aware training: matrices are rounded in the forward pass, late in the run (train/qat.py)."""
+
+    # "ste": rounded, gradient straight through (PR #1150, #1488). "soft": a sigmoid that hardens (PR #1172).
+    kind: Literal["ste", "soft"]
+    bits: int = Field(ge=4, le=8)
+    # Rows are never scaled as if their largest weight were below this; records: 1.0.
+    min_clip: float = Field(ge=0)
+    # From the first step whose learning-rate multiplier is below this, but not before min_step.
+    below_lr: float = Field(gt=0)
+    min_step: int = Field(ge=0)
+    # Steps over which "soft" hardens.
+    ramp_steps: int = Field(gt=0)
 
 
 class Swa(Section):
@@ -108,12 +191,14 @@ class Train(Section):
     reserve_s: float = Field(ge=0)
     batch_tokens: int = Field(gt=0)
     micro_batch_tokens: int = Field(gt=0)
+    loader: Loader = SequentialLoader(kind="sequential")
     muon: Muon
     adamw: AdamW
     schedule: Schedule
     grad_clip: float = Field(gt=0)
     clip: Literal["micro_batch", "step"]
     ema_decays: list[float] = Field(min_length=1)
+    qat: Qat | None = None
     swa: Swa
     log_every: int = Field(gt=0)
     val_every: int = Field(gt=0)
@@ -148,9 +233,19 @@ class Adapt(Section):
     split: Literal["train", "validation"]
     lr: float = Field(gt=0)
     lr_floor: float = Field(ge=0, le=1)
+    # Of one lane.
     batch_rows: int = Field(gt=0)
     grad_clip: float = Field(gt=0)
     freeze_blocks: int = Field(ge=0)
+    # What stays fixed in those blocks: everything, or only vectors and scalars (PR #1958, whose matrices lie elsewhere).
+    freeze: Literal["blocks", "vectors"] = "blocks"
+    freeze_tokens: bool = False
+    # Shares of the rows that are trained on side by side: the GPUs of a record. Processes do not change the result.
+    lanes: int = Field(default=1, gt=0)
+    # What lanes average: gradients at every step (PR #1488), or weights after every epoch (PR #1958).
+    coupling: Literal["step", "epoch"] = "step"
+    # Matrices that are rounded to 6 bits in the forward pass (PR #1488: all).
+    fake_quantize: Literal["none", "side", "all"] = "none"
 
 
 class Bits(Section):
@@ -162,27 +257,73 @@ class Bits(Section):
     other: int = Field(ge=4, le=8)
 
 
+class Sigmas(Section):
+    """Clip of each class of tensor, in standard deviations of the row."""
+
+    attn: float = Field(gt=0)
+    mlp: float = Field(gt=0)
+    embed: float = Field(gt=0)
+    other: float = Field(gt=0)
+
+
+class Gptq(Section):
+    """Rounding that compensates (quantize/gptq.py), and the text its Hessians come from (quantize/calibrate.py)."""
+
+    classes: list[Literal["attn", "mlp", "embed"]] = Field(min_length=1)
+    damping: float = Field(gt=0)
+    block_size: int = Field(gt=0)
+    # "validation" is the very text that is scored: not a code length, and recorded as such.
+    calibration: Literal["train", "validation", "text", "generated"]
+    # Plain text, for "text" alone.
+    path: str | None
+    batches: int = Field(gt=0)
+    batch_rows: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _text(self) -> "Gptq":
+        if (self.path is not None) != (self.calibration == "text"):
+            raise ValueError("path is the text file of calibration: text, and null for every other calibration")
+        return self
+
+
+class Lqer(Section):
+    """Low-rank correction of the matrices with the largest error (quantize/lqer.py)."""
+
+    rank: int = Field(gt=0)
+    tensors: int = Field(gt=0)
+    group: int = Field(gt=0)
+
+
 class Quantize(Section):
     """Weights to integer codes and row scales."""
 
-    method: Literal["percentile"]
+    # "percentile" rounds every matrix to nearest; "gptq" those classes that the section gptq names by GPTQ.
+    method: Literal["percentile", "gptq"]
     bits: Bits
     clip_percentiles: list[float] = Field(min_length=1)
     embed_percentile: float = Field(gt=0, le=1)
     min_clip: float = Field(ge=0)
     passthrough_elements: int = Field(ge=0)
+    # Instead of percentiles and min_clip.
+    clip_sigmas: Sigmas | None = None
+    gptq: Gptq | None = None
+    lqer: Lqer | None = None
+    # Widen all steps until model.bin has this size.
+    target_bytes: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
-    def _percentiles(self) -> "Quantize":
+    def _agree(self) -> "Quantize":
         if any(not 0 < p <= 1 for p in self.clip_percentiles):
             raise ValueError(f"clip_percentiles {self.clip_percentiles}: each is a quantile in (0, 1]")
+        if (self.method == "gptq") != (self.gptq is not None):
+            raise ValueError("gptq is the section of method: gptq, and null for every other method")
         return self
 
 
 class Compress(Section):
     """Codes to bytes, and the program that ships beside them."""
 
-    codec: Literal["brotli"]
+    codec: Literal["ans", "brotli", "brotli_shuffled", "zstd", "lzma", "lrzip"]
     # The evaluator that the shipped train_gpt.py runs.
     evaluator: EvaluatorName
 
@@ -198,6 +339,22 @@ class Sliding(Section):
 
     stride: int = Field(gt=0)
     batch_windows: int = Field(gt=0)
+    # Score the last tokens repeatedly, as PR #1150, #1172 and #1488 did (evaluate/windows.py).
+    published_window_list: bool = False
+
+
+class SlotFit(Section):
+    """How a hidden-state offset is fitted (evaluate/slot.py)."""
+
+    steps: int = Field(ge=0)
+    lr: float = Field(gt=0)
+    # Where the learning rate's cosine ends; null keeps it constant.
+    lr_end: float | None = Field(default=None, ge=0)
+    # One offset per batch on all places (PR #1150, #1172), per window on its scored places (PR #1488), or per window on
+    # the places before them: the last alone is causal.
+    fitted_on: Literal["batch", "scored", "context"] = "batch"
+    # An offset to the logits too (PR #1488).
+    bias: bool = False
 
 
 class Ttt(Section):
@@ -212,15 +369,29 @@ class Ttt(Section):
     grad_clip: float = Field(gt=0)
     batch_rows: int = Field(gt=0)
     freeze_blocks: int = Field(ge=0)
+    # As in adapt.
+    freeze: Literal["blocks", "vectors"] = "blocks"
+    # Matrices that are rounded to 6 bits while training (PR #1150: side, the projections of bigram and value tables).
+    fake_quantize: Literal["none", "side", "all"] = "none"
+    published_window_list: bool = False
+    # Chunks are scored with SLOT as well (PR #1150).
+    slot: SlotFit | None = None
 
 
-class Slot(Section):
+class Slot(SlotFit):
     """A hidden-state offset fitted on each batch of windows before it is scored (not a code length: see README)."""
 
     stride: int = Field(gt=0)
     batch_windows: int = Field(gt=0)
-    steps: int = Field(ge=0)
-    lr: float = Field(gt=0)
+    published_window_list: bool = False
+    # Instead of starting anew, carry one offset along the stream and fit it on what has been scored: causal.
+    carried: bool = False
+
+    @model_validator(mode="after")
+    def _forms(self) -> "Slot":
+        if self.carried and self.fitted_on != "batch":
+            raise ValueError(f"fitted_on ({self.fitted_on}) has no meaning where the offset is carried")
+        return self
 
 
 class Params(Section):
@@ -229,7 +400,7 @@ class Params(Section):
     seeds: list[int] = Field(min_length=1)
     evaluators: list[EvaluatorName] = Field(min_length=1)
     processes: int = Field(gt=0)
-    fetch: Annotated[FetchSdists | FetchFile, Field(discriminator="source")]
+    fetch: Annotated[FetchSdists | FetchFile | FetchHub, Field(discriminator="source")]
     tokenize: Tokenize
     model: ModelConfig
     train: Train
@@ -311,7 +482,7 @@ def load_params(path: str | Path) -> Params:
 def _first_fault(error: ValidationError) -> str:
     """The first fault as `key.path: what is wrong (found value)`; the number of further ones behind it."""
     fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"] if part not in ("sdists", "file") or fault["loc"][0] != "fetch")
+    key = ".".join(str(part) for part in fault["loc"] if part not in ("sdists", "file", "hub") or fault["loc"][0] != "fetch")
     message = {
         "extra_forbidden": "unknown key",
         "missing": "missing key",

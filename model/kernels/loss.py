@@ -1,0 +1,63 @@
+# mypy: disallow-untyped-defs=False
+"""Output head, softcap and mean cross-entropy as one operator that never stores float32 logits.
+
+Legend: N tokens, D width, V vocabulary, c the softcap.
+
+    forward     z = h·Wᵀ (bfloat16);  ℓ = c·tanh(z/c);  loss = mean_N(log Σ_V exp ℓ − ℓ[target])
+                dz = (softmax(ℓ) − 1[target])·(1 − tanh²(z/c)) / N, written over z in the same pass
+    backward    dh = dz·W·dloss;  dW = dzᵀ·h·dloss
+
+The gradient of the scores costs nothing extra where they are read anyway. After the fused cross-entropy of PR #1855,
+which recomputes it from z in a second pass.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _loss(z, targets, losses, n_tokens, cap, V: tl.constexpr, V2: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, V2)
+    has = column < V
+    # tanh x = 2σ(2x) − 1
+    tanh = 2 * tl.sigmoid(2 / cap * tl.load(z + n * V + column, mask=has, other=0.0).to(tl.float32)) - 1
+    logits = tl.where(has, cap * tanh, -float("inf"))
+    largest = tl.max(logits, axis=0)
+    weights = tl.exp(logits - largest)
+    total = tl.sum(weights, axis=0)
+    hit = column == tl.load(targets + n)
+    tl.store(losses + n, tl.log(total) + largest - tl.sum(tl.where(hit, logits, 0.0), axis=0))
+    gradient = (weights / total - tl.where(hit, 1.0, 0.0)) * (1 - tanh * tanh) / n_tokens
+    tl.store(z + n * V + column, gradient.to(z.dtype.element_ty), mask=has)
+
+
+@torch.library.custom_op("fairway::softcapped_loss", mutates_args=())
+def softcapped_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Mean loss in nats (float32 scalar) of hidden (N, D) against targets (N,), and dz (N, V); weight (V, D)."""
+    z = hidden @ weight.T
+    n_tokens, vocabulary = z.shape
+    losses = z.new_empty(n_tokens, dtype=torch.float32)
+    width = triton.next_power_of_2(vocabulary)
+    _loss[(n_tokens,)](z, targets, losses, n_tokens, cap, vocabulary, width, num_warps=min(16, max(4, width // 512)))
+    return losses.mean(), z
+
+
+@softcapped_loss.register_fake
+def _(hidden, weight, targets, cap):
+    return hidden.new_empty((), dtype=torch.float32), hidden.new_empty(hidden.size(0), weight.size(0))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output[1])
+
+
+def _gradients(ctx, dloss, _):
+    hidden, weight, dz = ctx.saved_tensors
+    dloss = dloss.to(hidden.dtype)
+    return dloss * (dz @ weight), dloss * (dz.T @ hidden), None, None
+
+
+softcapped_loss.register_autograd(_gradients, setup_context=_save)

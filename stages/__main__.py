@@ -1,0 +1,126 @@
+"""The whole record in one process, without DVC: what ships as train_gpt.py.
+
+Reads:  FOLDER/val_*.bin, and tokenizer.model or val_bytes_*.bin; FOLDER/model.bin or, to make one, FOLDER/train_*.bin
+Writes: FOLDER/model.bin if there is none; val_loss (nats per token) and val_bpb of model.bin to standard output
+Usage:  python -m stages FOLDER in the repository, where it reads params.yaml; python train_gpt.py [FOLDER] elsewhere,
+        with the settings that compress has put into the file. Under torchrun all processes train and the first goes on.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.gpt import GPT
+from stages.adapt.adapt import adapt
+from stages.adapt.network import load_network
+from stages.adapt.rows import load_rows
+from stages.compress.artifact import load_artifact
+from stages.compress.container import check_round_trip, pack
+from stages.compress.settings import read_settings
+from stages.determinism import make_deterministic
+from stages.distributed import World, start_world
+from stages.errors import run_stage
+from stages.evaluate.bpb import bpb
+from stages.evaluate.registry import make_evaluator
+from stages.files import write_atomic
+from stages.params import Params, load_params
+from stages.progress import Progress
+from stages.quantize.calibrate import calibrate
+from stages.quantize.rate import quantize_to_size
+from stages.tokenize.validation import load_validation
+from stages.train.inputs import check_world, train_stream
+from stages.train.loader import Prefetcher
+from stages.train.loop import train
+
+
+def main() -> None:
+    """Run the record of params.yaml."""
+    params = load_params("params.yaml")
+    run_record(params, params.seeds[0], _folder())
+
+
+def run_shipped(settings: dict[str, Any]) -> None:
+    """Run the record of the settings inside train_gpt.py (compress/settings.py)."""
+    run_stage(lambda: run_record(*read_settings(settings), _folder()))
+
+
+def run_record(params: Params, seed: int, folder: Path) -> None:
+    """Make folder/model.bin unless it is there, then print its score."""
+    path = folder / "model.bin"
+    with start_world() as world:
+        weights = None if path.is_file() else trained_weights(params, seed, folder, world)
+    if world.rank:
+        return
+    if weights is not None:
+        weights = adapted_weights(params, weights, folder, world.device)
+        write_atomic(path, compressed(params, weights, seed, folder, world.device))
+    print_score(params, path, world.device)
+
+
+def trained_weights(params: Params, seed: int, folder: Path, world: World) -> dict[str, Tensor]:
+    """Stages train and average."""
+    check_world(params.train, world)
+    validation = load_validation(folder, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
+    model = GPT(params.model)
+    model.init_weights(seed)
+    model.to_device(world.device)
+    with (
+        Prefetcher(train_stream(params, folder, world), world.device) as loader,
+        Progress("train", params.train.max_steps, unit="steps") as progress,
+    ):
+
+        def tick(step: int, figures: dict[str, float]) -> None:
+            progress.update(step - progress.done, loss=figures["train_loss"])
+
+        trained = train(model, loader, validation, params.train, world, log=lambda step, figures: None, tick=tick)
+    average = params.average
+    return trained.weights[f"ema_{average.ema_decay}" if average.method == "ema" else average.method]
+
+
+def adapted_weights(params: Params, weights: dict[str, Tensor], folder: Path, device: torch.device) -> dict[str, Tensor]:
+    """Stage adapt."""
+    settings, config = params.adapt, params.model
+    if not settings.epochs:
+        return weights
+    model = load_network(config, weights, folder, device)
+    rows = load_rows(folder, settings.split, seq_len=config.seq_len, vocab_size=config.vocab_size)
+    with Progress("adapt", settings.epochs * len(rows), unit="rows") as progress:
+        adapt(model, rows.to(device), settings, progress.update)
+    return model.state_dict()
+
+
+def compressed(params: Params, weights: dict[str, Tensor], seed: int, folder: Path, device: torch.device) -> bytes:
+    """Stages quantize and compress."""
+    weights = {name: weight.cpu() for name, weight in weights.items()}
+    codec = params.compress.codec
+    hessians = calibrate(params, weights, folder, folder, seed=seed, device=device)
+    state, _ = quantize_to_size(
+        weights, params.quantize, hessians, lambda state: len(pack(params.model, state, codec=codec))
+    )
+    model = pack(params.model, state, codec=codec)
+    check_round_trip(model, params.model, state)
+    return model
+
+
+def print_score(params: Params, path: Path, device: torch.device) -> None:
+    """Stage evaluate, with the evaluator that ships."""
+    make_deterministic()
+    model = load_artifact(path, device)
+    config = model.config
+    validation = load_validation(path.parent, seq_len=config.seq_len, vocab_size=config.vocab_size)
+    evaluator = make_evaluator(params.compress.evaluator, params)
+    with Progress("evaluate", len(validation.bytes), unit="tokens") as progress:
+        nats_N = evaluator.score(model, validation.tokens.to(device), progress.update)
+    print(f"val_loss: {float(nats_N.mean()):.8f}")
+    print(f"val_bpb: {bpb(nats_N, validation.bytes):.8f}")
+
+
+def _folder() -> Path:
+    return Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,64 @@
+"""Train the averaged weights of one seed a little further, on whole rows, before they are quantized.
+
+Reads:  artifacts/average/<seed>/weights.safetensors, artifacts/tokens (the split that params.yaml names)
+Writes: artifacts/adapt/<seed>/weights.safetensors and adapt.json (split, epochs, seconds, loss of each epoch)
+Method: AdamW with one learning rate an epoch (adapt/adapt.py); 0 epochs passes the weights through
+Source: PR #1488, #1958. Ours: the split is a parameter, and so is the number of lanes, whatever the processes.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from stages.adapt.adapt import adapt
+from stages.adapt.network import load_network
+from stages.adapt.rows import load_rows
+from stages.determinism import make_deterministic
+from stages.distributed import World, start_world
+from stages.errors import run_stage
+from stages.files import output_folder, write_atomic
+from stages.params import Params, load_params
+from stages.progress import Progress
+from stages.weights import load_tensors, save_tensors
+
+
+def main() -> None:
+    """Adapt artifacts/average/<seed>."""
+    seed = int(sys.argv[1])
+    params = load_params("params.yaml")
+    make_deterministic()
+    with start_world() as world:
+        started_at = time.monotonic()
+        weights, losses = _adapted(params, seed, world)
+        report = {
+            "split": params.adapt.split,
+            "epochs": params.adapt.epochs,
+            "adapt_s": round(time.monotonic() - started_at, 3),
+            "loss_nats": losses,
+        }
+        if world.rank == 0:
+            with output_folder(Path(f"artifacts/adapt/{seed}")) as out:
+                save_tensors(out / "weights.safetensors", weights)
+                write_atomic(out / "adapt.json", json.dumps(report, indent=1) + "\n")
+
+
+def _adapted(params: Params, seed: int, world: World) -> tuple[dict[str, Tensor], list[float]]:
+    """The weights to pass on, and the loss of each epoch."""
+    path, settings = Path(f"artifacts/average/{seed}/weights.safetensors"), params.adapt
+    weights = load_tensors(path, f"python -m stages.average {seed}")
+    if settings.epochs == 0:
+        return weights, []
+    model = load_network(params.model, weights, path, world.device)
+    seq_len, vocab_size = params.model.seq_len, params.model.vocab_size
+    rows = load_rows(Path("artifacts/tokens"), settings.split, seq_len=seq_len, vocab_size=vocab_size)
+    mine = settings.epochs * len(rows) // world.size
+    with Progress(f"adapt {seed}", mine, unit="rows") as progress:
+        losses = adapt(model, rows.to(world.device), settings, progress.update, world=world)
+    return model.state_dict(), losses
+
+
+if __name__ == "__main__":
+    run_stage(main)

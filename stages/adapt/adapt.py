@@ -1,0 +1,142 @@
+"""AdamW on whole rows of a token stream, before quantization.
+
+The rows are dealt to lanes, which stand for the GPUs of a record, so that the result does not depend on how many
+processes there are. Lanes are coupled in one of two ways:
+
+    step    each lane takes a run of rows; every step averages the lanes' gradients, then clips (PR #1488)
+    epoch   lanes take turns at batches of rows and train alone, with moments of their own; after every epoch their
+            weights are averaged (PR #1958, recipe of #1911)
+
+Each epoch has one learning rate, on a cosine from `lr` to lr·lr_floor. Rows come in the order of the stream, documents
+unseparated. On the validation split the weights then hold what they will be scored on, and the score is no code
+length; the train split is ours.
+
+Legend: R rows, T tokens of a row.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
+
+from model.gpt import GPT
+from stages import params
+from stages.adapt.exchange import alone, sum_gradients, sum_over_ranks
+from stages.adapt.fake_quantize import Loss, loss_with
+from stages.adapt.trainable import trainable
+from stages.distributed import World
+from stages.errors import UserError
+
+
+def adapt(
+    model: GPT,
+    rows_RT1: Tensor,
+    settings: params.Adapt,
+    stepped: Callable[[int], None],
+    *,
+    world: World | None = None,
+) -> list[float]:
+    """Train `model` in place on rows (R, T+1) int64 on its device; the mean loss of each epoch, in nats per token.
+
+    A row's last token is the first of the next one. Every process is given the same rows and ends with the same
+    weights; no world means one process. `stepped` is told how many rows were trained on. Raises UserError if processes
+    outnumber the lanes, or if the loss is not finite.
+    """
+    world = world or alone(rows_RT1.device)
+    if world.size > settings.lanes:
+        raise UserError(f"params.yaml: adapt.lanes ({settings.lanes}) is less than the {world.size} processes")
+    trainer = Trainer(model, settings, world, stepped)
+    train_epoch = {"step": trainer.epoch_of_steps, "epoch": trainer.epoch_of_lanes}[settings.coupling]
+    losses = []
+    for epoch in range(settings.epochs):
+        train_epoch(rows_RT1, epoch_lr(settings, epoch))
+        losses.append(trainer.mean_loss(len(rows_RT1)))
+        if not math.isfinite(losses[-1]):
+            raise UserError(f"params.yaml: adapt.lr ({settings.lr}): the loss of epoch {epoch} is {losses[-1]}")
+    return losses
+
+
+def epoch_lr(settings: params.Adapt, epoch: int) -> float:
+    """The learning rate of an epoch, from 0: a cosine that would reach the floor after the last."""
+    floor = settings.lr * settings.lr_floor
+    return floor + (settings.lr - floor) * 0.5 * (1 + math.cos(math.pi * epoch / settings.epochs))
+
+
+class Trainer:
+    """The network, this process's lanes, and one AdamW per lane (of steps that lanes take together, one for all)."""
+
+    def __init__(self, model: GPT, settings: params.Adapt, world: World, stepped: Callable[[int], None]) -> None:
+        free = trainable(
+            model,
+            freeze_blocks=settings.freeze_blocks,
+            freeze=settings.freeze,
+            freeze_tokens=settings.freeze_tokens,
+        )
+        self.parameters = [parameter for _, parameter in free]
+        self.settings, self.world, self.stepped = settings, world, stepped
+        self.mine = range(world.rank, settings.lanes, world.size)
+        self.optimizers = {lane: adamw(self.parameters) for lane in self.mine}
+        loss = loss_with(model, settings.fake_quantize)
+        self.loss: Loss = torch.compile(loss, dynamic=False) if world.device.type == "cuda" else loss
+        self.total = torch.zeros((), dtype=torch.float64, device=world.device)
+
+    def epoch_of_steps(self, rows_RT1: Tensor, lr: float) -> None:
+        """Every lane takes a run of rows; a step averages the gradients of those that have rows left."""
+        lanes, rows = self.settings.lanes, len(rows_RT1)
+        runs = [rows_RT1[rows * lane // lanes : rows * (lane + 1) // lanes] for lane in range(lanes)]
+        batches = [run.split(self.settings.batch_rows) if len(run) else () for run in runs]
+        for step in range(max(map(len, batches))):
+            active = [lane for lane in range(lanes) if step < len(batches[lane])]
+            for lane in self.mine:
+                if lane in active:
+                    self._backward(batches[lane][step], 1 / len(active))
+            sum_gradients(self.parameters, self.world)
+            self._step(self.optimizers[self.mine[0]], lr)
+
+    def epoch_of_lanes(self, rows_RT1: Tensor, lr: float) -> None:
+        """Every lane trains alone on every lanes-th batch of rows, from the same weights; then weights are averaged."""
+        batches = rows_RT1.split(self.settings.batch_rows)
+        start = [parameter.detach().clone() for parameter in self.parameters]
+        sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.parameters]
+        for lane in self.mine:
+            self._set(start)
+            for batch_RT1 in batches[lane :: self.settings.lanes]:
+                self._backward(batch_RT1, 1.0)
+                self._step(self.optimizers[lane], lr)
+            for total, parameter in zip(sums, self.parameters, strict=True):
+                total += parameter.detach()
+        sum_over_ranks(sums, self.world)
+        self._set([total / self.settings.lanes for total in sums])
+
+    def mean_loss(self, rows: int) -> float:
+        """The mean loss of the rows trained on since the last call, over all processes."""
+        mean = float(self.world.sum(self.total).wait()) / rows
+        self.total.zero_()
+        return mean
+
+    def _backward(self, batch_RT1: Tensor, weight: float) -> None:
+        """Add the gradient of weight · mean loss."""
+        loss = self.loss(batch_RT1[:, :-1], batch_RT1[:, 1:])
+        (weight * loss).backward()
+        self.total += loss.detach() * len(batch_RT1)
+        self.stepped(len(batch_RT1))
+
+    def _step(self, optimizer: torch.optim.AdamW, lr: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        clip_grad_norm_(self.parameters, self.settings.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _set(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def adamw(parameters: list[Parameter]) -> torch.optim.AdamW:
+    """The optimizer of the records; the learning rate is set at every step."""
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)

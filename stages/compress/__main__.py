@@ -1,0 +1,36 @@
+"""Make the two files that ship: the compressed network and the program that trains and evaluates it.
+
+Reads:  artifacts/quantize/<seed>/codes.safetensors; the code of model/ and stages/
+Writes: artifacts/compress/<seed>/model.bin (compress/container.py), train_gpt.py (compress/bundle.py)
+Method: a stream of codes per class of tensor, Brotli; code minified, compressed, base85
+Source: PR #1172 (Brotli, packed code), #1855 (streams by kind). Ours: checksum, bounded reading, checked round trip.
+"""
+
+import sys
+from pathlib import Path
+
+from stages.compress.bundle import bundle
+from stages.compress.container import check_round_trip, pack
+from stages.compress.settings import shipped_settings
+from stages.errors import run_stage
+from stages.files import output_folder, write_atomic
+from stages.params import load_params
+from stages.quantize.codes import load_codes
+
+
+def main() -> None:
+    """Pack artifacts/quantize/<seed>."""
+    seed = int(sys.argv[1])
+    params = load_params("params.yaml")
+    state = load_codes(Path(f"artifacts/quantize/{seed}"))
+    model = pack(params.model, state, codec=params.compress.codec)
+    check_round_trip(model, params.model, state)
+    program = bundle(Path(), "stages.__main__", shipped_settings(params, seed))
+    with output_folder(Path(f"artifacts/compress/{seed}")) as out:
+        write_atomic(out / "model.bin", model)
+        write_atomic(out / "train_gpt.py", program)
+    print(f"model.bin {len(model):,} bytes, train_gpt.py {len(program):,} bytes")
+
+
+if __name__ == "__main__":
+    run_stage(main)

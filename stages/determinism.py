@@ -1,0 +1,14 @@
+"""The same numbers twice on the same machine."""
+
+import os
+
+import torch
+
+
+def make_deterministic() -> None:
+    """Have torch choose kernels whose sums have a fixed order, in this process. Call before any work on CUDA."""
+    # cuBLAS reads this once, when its first handle is made; without it torch refuses deterministic matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Filling fresh memory with NaN finds reads of uninitialised values, at a cost for every tensor made.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

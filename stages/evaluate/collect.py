@@ -1,0 +1,132 @@
+"""Running a pass: adding up what it predicts, with points to resume from, or reading single distributions off it.
+
+Legend: N targets, M targets predicted together, P chosen positions, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.distributed import World
+from stages.evaluate.passes import Pass
+
+# At most so many resume points are written in the course of an evaluation.
+POINTS = 20
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Nats (N,) float64 of every target and how often it was scored (N,) int64, on the CPU.
+
+    Each target is scored once, but for the published list of windows; then nats are its mean.
+    """
+
+    nats_N: Tensor
+    times_N: Tensor
+    # Seconds spent before the point that the evaluation was resumed from.
+    earlier_s: float
+
+
+class Points(Protocol):
+    """Where resume points are kept: train's ResumePoints."""
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Keep the point behind so many chunks."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The latest point of the same evaluation, or None."""
+
+
+class Tally:
+    """What this process has scored: sums (N,) float64 of nats, and counts (N,) int64, on the device."""
+
+    def __init__(self, targets: int, device: torch.device) -> None:
+        self.sums_N = torch.zeros(targets, dtype=torch.float64, device=device)
+        self.times_N = torch.zeros(targets, dtype=torch.int64, device=device)
+
+    def add(self, positions_M: Tensor, nats_M: Tensor) -> None:
+        """Take the nats (M,) float64 of some positions, in which a position may come more than once."""
+        self.sums_N.index_add_(0, positions_M, nats_M)
+        self.times_N.index_add_(0, positions_M, torch.ones_like(positions_M))
+
+    def over_ranks(self, world: World) -> tuple[Tensor, Tensor]:
+        """The sums and counts of all processes."""
+        return world.sum(self.sums_N.clone()).wait(), world.sum(self.times_N.clone()).wait()
+
+
+def collect(
+    evaluation: Pass,
+    tokens_N1: Tensor,
+    world: World,
+    *,
+    scored: Callable[[Tensor, Tensor], None],
+    points: Points | None = None,
+) -> Scores:
+    """Run a pass to its end, on from its last resume point if `points` holds one; the scores, on every process.
+
+    `scored` is given the positions (M,) and nats (M,) float64 that this process adds, batch by batch, on the device.
+    """
+    tally = Tally(len(tokens_N1) - 1, tokens_N1.device)
+    started_at = time.monotonic()
+    first, earlier_s = _resume(evaluation, tally, world, scored, points) if points else (0, 0.0)
+    for chunk in range(first, evaluation.chunks):
+        for positions_M, logits_MV in evaluation.predict(chunk):
+            nats_M = F.cross_entropy(logits_MV, tokens_N1[positions_M + 1], reduction="none").double()
+            tally.add(positions_M, nats_M)
+            scored(positions_M, nats_M)
+        evaluation.learn(chunk)
+        if points and _is_due(chunk + 1, evaluation.chunks):
+            progress = {"chunks": chunk + 1, "elapsed_s": earlier_s + time.monotonic() - started_at}
+            _save(evaluation, tally, world, points, progress)
+    sums_N, times_N = tally.over_ranks(world)
+    return Scores((sums_N / times_N).cpu(), times_N.cpu(), earlier_s)
+
+
+def _is_due(done: int, chunks: int) -> bool:
+    return done < chunks and done * POINTS // chunks > (done - 1) * POINTS // chunks
+
+
+def _save(evaluation: Pass, tally: Tally, world: World, points: Points, progress: dict[str, Any]) -> None:
+    sums_N, times_N = tally.over_ranks(world)
+    state = evaluation.state()
+    if world.rank == 0:
+        tensors = {"nats": sums_N, "times": times_N} | {f"state/{name}": value for name, value in state.items()}
+        points.save(progress["chunks"], tensors, progress)
+
+
+def _resume(
+    evaluation: Pass, tally: Tally, world: World, scored: Callable[[Tensor, Tensor], None], points: Points
+) -> tuple[int, float]:
+    """Put pass and tally where the latest point left them; the chunk to go on with and the seconds spent before."""
+    point = points.load()
+    if point is None:
+        return 0, 0.0
+    tensors, progress = point
+    device = tally.sums_N.device
+    evaluation.restore({n.removeprefix("state/"): t.to(device) for n, t in tensors.items() if n.startswith("state/")})
+    if world.rank == 0:
+        tally.sums_N, tally.times_N = tensors["nats"].to(device), tensors["times"].to(device)
+        positions_M = tally.times_N.nonzero()[:, 0]
+        scored(positions_M, tally.sums_N[positions_M])
+    return progress["chunks"], progress["elapsed_s"]
+
+
+def distributions(evaluation: Pass, tokens_N1: Tensor, positions: Sequence[int]) -> Tensor:
+    """The log-distributions (P, V) float64 on the CPU that a pass commits to at chosen positions, in their order."""
+    wanted = torch.zeros(len(tokens_N1) - 1, dtype=torch.bool)
+    wanted[list(positions)] = True
+    found: dict[int, Tensor] = {}
+    for chunk in range(evaluation.chunks):
+        for positions_M, logits_MV in evaluation.predict(chunk, wanted):
+            kept_M = wanted[positions_M.cpu()].to(logits_MV.device)
+            rows = logits_MV[kept_M].double().log_softmax(-1).cpu()
+            found |= dict(zip(positions_M[kept_M].tolist(), rows, strict=True))
+        if len(found) == int(wanted.sum()):
+            break
+        evaluation.learn(chunk)
+    return torch.stack([found[position] for position in positions])

@@ -1,0 +1,131 @@
+"""SLOT: an offset to the final hidden state, fitted on some tokens before others are scored with it.
+
+What an offset is fitted on decides what the score means (settings.fitted_on):
+
+    batch     one offset for a batch of windows, on all their places but the last (PR #1150, #1172)
+    scored    one per window, on exactly the places then scored (PR #1488, after #1313)
+    context   one per window, on the places before those (meant by PR #1306, #1333, which shared it within a batch)
+
+The first two fit on the targets that they then score: their figure is not a code length. They are here because the
+records used them. The third is causal, and so is `carried` (evaluate/carried.py).
+Source: arXiv:2505.12392 and the pull requests above. The originals with one offset a batch rounded h + δ and the
+softcap to bfloat16, which moves digits by about 1e-4 nats.
+
+Legend: B windows, T tokens of a window, G groups, P fitted places of a group, M scored places, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.gpt import GPT
+from model.head import softcap
+from stages import params
+from stages.distributed import World
+from stages.evaluate.carried import CarriedPass
+from stages.evaluate.evaluator import Evaluator
+from stages.evaluate.offsets import Offsets, gradient, products, step_lr
+from stages.evaluate.passes import Pass
+from stages.evaluate.scoring import Batch, WindowPass, compiled, in_chunks, stream_windows
+
+
+@dataclass(frozen=True)
+class SlotEvaluator(Evaluator):
+    """Windows as in sliding evaluation, with offsets."""
+
+    settings: params.Slot
+
+    def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
+        """A carried offset learns between chunks; any other lives within a batch."""
+        s = self.settings
+        windows = stream_windows(
+            "slot", model, len(tokens_N1) - 1, stride=s.stride, as_published=s.published_window_list
+        )
+        if s.carried:
+            return CarriedPass(model, tokens_N1, windows, world, s)
+        chunks = in_chunks(windows, s.batch_windows)
+        head = OffsetHead(s, tokens_N1.device)
+        return WindowPass(model, tokens_N1, chunks, world, batch_windows=s.batch_windows, head=head)
+
+
+@dataclass(frozen=True)
+class Places:
+    """What offsets are fitted on: per group, places as rows of (B·T), with weights that sum to 1 over everything."""
+
+    rows_GP: Tensor
+    weight_GP: Tensor
+
+
+def batch_places(batch: Batch) -> Places:
+    """One group: all places but each window's last.
+
+    Places beyond the stream count too, with target 0, as in the records; windows that fill up a batch do not.
+    """
+    rows_BT = torch.arange(batch.targets_BT.numel()).view(batch.targets_BT.shape)[:, :-1]
+    real_BT = (batch.windows.length > 0)[:, None].expand_as(rows_BT)
+    return _weighted(rows_BT.reshape(1, -1), real_BT.reshape(1, -1), batch)
+
+
+def scored_places(batch: Batch) -> Places:
+    """One group per window: the places that it scores."""
+    return _runs(batch, batch.windows.first, batch.windows.length)
+
+
+def context_places(batch: Batch) -> Places:
+    """One group per window: the places before those that it scores."""
+    return _runs(batch, torch.zeros_like(batch.windows.first), batch.windows.first)
+
+
+def _runs(batch: Batch, begin_B: Tensor, end_B: Tensor) -> Places:
+    """One group per window: its offsets from begin to end, rows padded with weight 0."""
+    run_P = torch.arange(max(int((end_B - begin_B).max()), 1))
+    offset_BP = begin_B[:, None] + run_P
+    inside_BP = offset_BP < end_B[:, None]
+    first_row_B = torch.arange(len(begin_B)) * batch.targets_BT.size(1)
+    return _weighted((first_row_B[:, None] + offset_BP) * inside_BP, inside_BP, batch)
+
+
+def _weighted(rows_GP: Tensor, counted_GP: Tensor, batch: Batch) -> Places:
+    """Equal weights wherever a place counts: the loss is a mean over the batch, whatever its groups.
+
+    Windows with offsets of their own are then still coupled by the optimizer's eps, which is not scale-free.
+    """
+    device = batch.targets_BT.device
+    weight_GP = counted_GP / counted_GP.sum().clamp(min=1)
+    return Places(rows_GP.to(device), weight_GP.to(device))
+
+
+FITTED_ON: dict[str, Callable[[Batch], Places]] = {
+    "batch": batch_places,
+    "scored": scored_places,
+    "context": context_places,
+}
+
+
+class OffsetHead:
+    """The head that fits offsets for a batch from zero, and scores with them."""
+
+    def __init__(self, settings: params.SlotFit, device: torch.device) -> None:
+        self.settings, self.places = settings, FITTED_ON[settings.fitted_on]
+        self._gradient = compiled(gradient, device)
+
+    def __call__(self, model: GPT, batch: Batch, hid_BTD: Tensor) -> Tensor:
+        """Logits (M, V) float32 of the scored places."""
+        offsets, seq_len = self.fit(model, batch, hid_BTD), hid_BTD.size(1)
+        a_GV = offsets.logit_shift(model)
+        group_M = batch.rows_M // seq_len if len(a_GV) > 1 else torch.zeros_like(batch.rows_M)
+        return softcap(products(hid_BTD.flatten(0, 1)[batch.rows_M], model) + a_GV[group_M], model.config.softcap)
+
+    def fit(self, model: GPT, batch: Batch, hid_BTD: Tensor) -> Offsets:
+        """The offsets of the batch's groups."""
+        places = self.places(batch)
+        U_GPV = products(hid_BTD.flatten(0, 1)[places.rows_GP], model)
+        targets_GP = batch.targets_BT.flatten()[places.rows_GP]
+        offsets = Offsets(model, len(targets_GP), self.settings)
+        for step in range(self.settings.steps):
+            a_GV = offsets.logit_shift(model)
+            gamma_GV = self._gradient(U_GPV, a_GV, targets_GP, places.weight_GP, model.config.softcap)
+            offsets.step(model, gamma_GV, step_lr(self.settings, step))
+        return offsets

@@ -1,0 +1,108 @@
+"""Score-first test-time training: each chunk of the stream is scored, then trained on with SGD.
+
+The targets that a chunk scores are exactly those it then trains on, so every target is scored by weights that have not
+seen it. The last chunk is not trained on. One optimizer serves the whole stream: its momentum carries over from chunk
+to chunk, while the learning rate falls by a cosine over the chunks. With a section `slot`, chunks are scored with SLOT;
+training never sees its offsets.
+Source: PR #549 and #1150 (lr 0.002), #1493 (0.005), after #461. Ours: the list of windows that scores each target once.
+
+Legend: N targets, R rows of a training step, T tokens of a row.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from model.gpt import GPT
+from stages import params
+from stages.adapt.exchange import sum_gradients
+from stages.adapt.fake_quantize import loss_with
+from stages.adapt.trainable import Named, trainable
+from stages.distributed import World
+from stages.errors import UserError
+from stages.evaluate.evaluator import Evaluator
+from stages.evaluate.passes import Pass, State
+from stages.evaluate.scoring import WindowPass, compiled, plain_head, stream_windows
+from stages.evaluate.slot import OffsetHead
+from stages.evaluate.windows import Windows, by_chunk
+
+
+@dataclass(frozen=True)
+class TttEvaluator(Evaluator):
+    """Windows as in sliding evaluation, chunk by chunk, of a copy of the network that keeps learning."""
+
+    settings: params.Ttt
+
+    def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
+        """Chunks of chunk_tokens, on a copy of the model."""
+        s, targets, seq_len = self.settings, len(tokens_N1) - 1, model.config.seq_len
+        if s.chunk_tokens % seq_len:
+            raise UserError(
+                f"params.yaml: ttt.chunk_tokens ({s.chunk_tokens}) must be a multiple of model.seq_len ({seq_len})"
+            )
+        windows = stream_windows("ttt", model, targets, stride=s.stride, as_published=s.published_window_list)
+        chunks = by_chunk(windows, targets=targets, chunk_tokens=s.chunk_tokens)
+        model = copy.deepcopy(model)
+        free = trainable(model, freeze_blocks=s.freeze_blocks, freeze=s.freeze)
+        return TttPass(model, free, tokens_N1, chunks, world, s)
+
+
+class TttPass(WindowPass):
+    """A pass that trains `free`, the named parameters of `model`, in place, on each chunk but the last."""
+
+    def __init__(
+        self, model: GPT, free: Named, tokens_N1: Tensor, chunks: list[Windows], world: World, settings: params.Ttt
+    ) -> None:
+        head = OffsetHead(settings.slot, tokens_N1.device) if settings.slot else plain_head
+        super().__init__(model, tokens_N1, chunks, world, batch_windows=settings.batch_windows, head=head)
+        self.settings, self.free = settings, dict(free)
+        self._optimizer = torch.optim.SGD(self.free.values(), lr=settings.lr, momentum=settings.momentum)
+        self._loss = compiled(loss_with(model, settings.fake_quantize), tokens_N1.device)
+
+    def learn(self, chunk: int) -> None:
+        """Train on the chunk's rows, settings.epochs times over, in steps of at most batch_rows rows."""
+        if chunk == self.chunks - 1:
+            return
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.lr * cosine(chunk, self.chunks)
+        begin, end = chunk * self.settings.chunk_tokens, (chunk + 1) * self.settings.chunk_tokens
+        shape, size = (-1, self.model.config.seq_len), self.settings.batch_rows
+        inputs_RT, targets_RT = (self.tokens_N1[begin + k : end + k].view(shape) for k in (0, 1))
+        for _ in range(self.settings.epochs):
+            for inputs, targets in zip(inputs_RT.split(size), targets_RT.split(size), strict=True):
+                self._step(inputs, targets)
+
+    def _step(self, inputs_RT: Tensor, targets_RT: Tensor) -> None:
+        """One step on the mean loss of all rows, of which each process takes its share."""
+        mine = slice(self.world.rank, None, self.world.size)
+        if len(inputs_RT[mine]):
+            share = len(inputs_RT[mine]) / len(inputs_RT)
+            (share * self._loss(inputs_RT[mine], targets_RT[mine])).backward()
+        parameters = list(self.free.values())
+        sum_gradients(parameters, self.world)
+        clip_grad_norm_(parameters, self.settings.grad_clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def state(self) -> State:
+        """The trained parameters and their momentum."""
+        weights = {f"weight/{name}": parameter.detach() for name, parameter in self.free.items()}
+        moving = {name: self._optimizer.state.get(parameter, {}) for name, parameter in self.free.items()}
+        return weights | {f"momentum/{name}": of["momentum_buffer"] for name, of in moving.items() if of}
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """Put both back."""
+        for name, parameter in self.free.items():
+            parameter.copy_(state[f"weight/{name}"])
+            if f"momentum/{name}" in state:
+                self._optimizer.state[parameter]["momentum_buffer"] = state[f"momentum/{name}"]
+
+
+def cosine(chunk: int, chunks: int) -> float:
+    """The learning rate of a chunk as a share of the first one's: half a cosine over the chunks, 0 at the last."""
+    return 0.5 * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))

@@ -1,0 +1,73 @@
+"""Overlapping windows over a stream of N targets, as data: where each starts, and which of its places it scores.
+
+Legend: N targets, T tokens of a window, W windows. Position p, 0 <= p < N, predicts token p + 1 of the stream. A window
+that starts at w reads tokens w, w+1, ... and scores the positions w + first ... w + length - 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Three columns (W,) int64: first token, first scored offset, and number of tokens inside the stream."""
+
+    start: Tensor
+    first: Tensor
+    length: Tensor
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __getitem__(self, which: slice | Tensor) -> "Windows":
+        return Windows(self.start[which], self.first[which], self.length[which])
+
+    def positions(self) -> Tensor:
+        """Every scored position in order of scoring, (Σ(length - first),) int64."""
+        counts = self.length - self.first
+        begins = counts.cumsum(0) - counts
+        within = torch.arange(int(counts.sum())) - begins.repeat_interleave(counts)
+        return (self.start + self.first).repeat_interleave(counts) + within
+
+
+def scored_once(targets: int, *, seq_len: int, stride: int) -> Windows:
+    """The list that scores each of N targets once: of PR #1493 and #1958, there called with stride 64.
+
+    The first window scores all it reads, each later one its last `stride` places (fewer at the end of the stream), so
+    that a target sees at least seq_len - stride + 1 tokens. Needs 0 < stride <= seq_len.
+    """
+    start = torch.arange(0, max(targets - (seq_len - stride), 1), stride)
+    length = (start + seq_len).clamp(max=targets) - start
+    first = torch.where(start == 0, 0, seq_len - stride)
+    return Windows(start, first, length)
+
+
+def published(targets: int, *, seq_len: int, stride: int) -> Windows:
+    """The list of PR #549, #1150, #1172 and #1488: as scored_once, but windows go on to the very end of the stream.
+
+    Windows that the end cuts short score their last `stride` places too, so the last targets are scored up to
+    seq_len / stride times, with ever less context. Kept because published digits contain it.
+    """
+    start = torch.arange(0, targets, stride)
+    length = (start + seq_len).clamp(max=targets) - start
+    first = torch.where(start == 0, 0, (length - stride).clamp(min=0))
+    return Windows(start, first, length)
+
+
+def by_chunk(windows: Windows, *, targets: int, chunk_tokens: int) -> list[Windows]:
+    """The windows of each chunk of the stream: a window belongs where its first scored position lies.
+
+    The chunks are [0, chunk_tokens), [chunk_tokens, 2·chunk_tokens), ...; the last may be shorter.
+    """
+    chunks = -(-targets // chunk_tokens)
+    # Both lists are in order of the first scored position, so that chunks are runs of windows.
+    chunk = ((windows.start + windows.first) // chunk_tokens).clamp(max=chunks - 1)
+    ends = torch.bincount(chunk, minlength=chunks).cumsum(0).tolist()
+    return [windows[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def in_groups(windows: Windows, size: int) -> list[Windows]:
+    """The windows in order, `size` at a time, the last group ragged."""
+    return [windows[begin : begin + size] for begin in range(0, len(windows), size)]

@@ -1,0 +1,143 @@
+"""All weights of a network to codes, each tensor by the rule of its class.
+
+Legend: P candidate scales, N matrices of one shape, R rows, C columns.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.errors import UserError
+from stages.params import Lqer, Quantize
+from stages.quantize.classes import stays_float, tensor_class
+from stages.quantize.clip import percentile_scales, plain_rows, searched_rows, sigma_scales
+from stages.quantize.codes import Quantized, QuantizedState, code_histogram, entropy_bits
+from stages.quantize.gptq import gptq
+from stages.quantize.lqer import low_rank
+
+LARGEST_FLOAT16 = torch.finfo(torch.float16).max
+
+
+def quantize_state(
+    weights: dict[str, Tensor],
+    settings: Quantize,
+    *,
+    hessians: dict[str, Tensor] | None = None,
+    coarseness: float = 1.0,
+) -> tuple[QuantizedState, dict[str, Any]]:
+    """Quantize weights (any float type, by neutral name); those with a Hessian by GPTQ, the others to nearest.
+
+    `coarseness` multiplies every step. Returns the codes and a report per tensor: class, bits, shape; of matrices also
+    the mean squared error, the clip chosen and the order-0 entropy of the codes (bits per weight). Raises UserError on
+    a weight that is not finite.
+    """
+    for name, weight in weights.items():
+        _check_finite(name, weight)
+    matrices = {
+        name: weight for name, weight in weights.items() if not stays_float(weight, settings.passthrough_elements)
+    }
+    scales = {name: coarseness * _candidate_scales(name, weight, settings) for name, weight in matrices.items()}
+    rounded = _round_with_hessians(matrices, scales, hessians or {}, settings)
+    for name in matrices.keys() - rounded.keys():
+        rounded[name] = _round_to_nearest(name, matrices[name], scales[name], settings)
+    found = {name: matrix for name, (matrix, _) in rounded.items()}
+    if settings.lqer:
+        found |= _corrected(matrices, found, settings.lqer)
+    report = {name: _facts(name, weight) for name, weight in weights.items()}
+    for name, (_, best) in rounded.items():
+        report[name] |= _clip_facts(name, best, settings) | _measure(weights[name], found[name])
+    return {name: found[name] if name in found else weight.half() for name, weight in weights.items()}, report
+
+
+def _bits(name: str, settings: Quantize) -> int:
+    bits: int = getattr(settings.bits, tensor_class(name))
+    return bits
+
+
+def _percentiles(name: str, settings: Quantize) -> list[float]:
+    """The records search on matrices and take one percentile for tables."""
+    return settings.clip_percentiles if tensor_class(name) in ("attn", "mlp") else [settings.embed_percentile]
+
+
+def _candidate_scales(name: str, weight: Tensor, settings: Quantize) -> Tensor:
+    """Float32 (P, R)."""
+    bits = _bits(name, settings)
+    if settings.clip_sigmas:
+        return sigma_scales(weight, getattr(settings.clip_sigmas, tensor_class(name)), bits=bits)[None]
+    return percentile_scales(weight, _percentiles(name, settings), bits=bits, min_clip=settings.min_clip)
+
+
+def _round_to_nearest(name: str, weight: Tensor, scales_PR: Tensor, settings: Quantize) -> tuple[Quantized, int]:
+    bits = _bits(name, settings)
+    if not settings.clip_sigmas and len(scales_PR) == 1:
+        return plain_rows(weight, scales_PR[0], bits=bits), 0
+    return searched_rows(weight, scales_PR, bits=bits)
+
+
+def _round_with_hessians(
+    matrices: dict[str, Tensor], scales: dict[str, Tensor], hessians: dict[str, Tensor], settings: Quantize
+) -> dict[str, tuple[Quantized, int]]:
+    """GPTQ on the matrices that have a Hessian, those of one shape and width together."""
+    groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for name in sorted(matrices.keys() & hessians.keys()):
+        groups[matrices[name].shape, scales[name].shape, _bits(name, settings)].append(name)
+    rounded: dict[str, tuple[Quantized, int]] = {}
+    for names in groups.values():
+        assert settings.gptq is not None, "whoever collects Hessians has the section"
+        found = gptq(
+            torch.stack([matrices[name].float() for name in names]),
+            torch.stack([hessians[name] for name in names]),
+            torch.stack([scales[name] for name in names]),
+            bits=_bits(names[0], settings),
+            damping=settings.gptq.damping,
+            block_size=settings.gptq.block_size,
+        )
+        rounded |= dict(zip(names, found, strict=True))
+    return rounded
+
+
+def _corrected(matrices: dict[str, Tensor], found: dict[str, Quantized], settings: Lqer) -> dict[str, Quantized]:
+    """The few matrices with the largest error (Frobenius norm, as PR #1855 ranks them), with a low-rank correction."""
+    errors = {name: matrices[name].float() - matrix.dequantize() for name, matrix in found.items()}
+    worst = sorted(errors, key=lambda name: float(errors[name].norm()), reverse=True)[: settings.tensors]
+    for name in worst:
+        if settings.rank * errors[name].size(1) % settings.group:
+            raise UserError(
+                f"quantize.lqer.group ({settings.group}) must divide rank * {errors[name].size(1)} of {name}"
+            )
+    return {
+        name: replace(found[name], correction=low_rank(errors[name], rank=settings.rank, group=settings.group))
+        for name in worst
+    }
+
+
+def _facts(name: str, weight: Tensor) -> dict[str, Any]:
+    return {"class": tensor_class(name), "shape": list(weight.shape), "bits": 16}
+
+
+def _clip_facts(name: str, best: int, settings: Quantize) -> dict[str, float]:
+    if settings.clip_sigmas:
+        return {"sigmas": getattr(settings.clip_sigmas, tensor_class(name))}
+    return {"percentile": _percentiles(name, settings)[best]}
+
+
+def _measure(weight: Tensor, matrix: Quantized) -> dict[str, Any]:
+    return {
+        "bits": matrix.bits,
+        "mse": float((weight.float() - matrix.dequantize()).square().mean()),
+        "entropy_bits": entropy_bits(code_histogram(matrix.codes)),
+        "corrected": matrix.correction is not None,
+    }
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    """Raises UserError on NaN, infinity, and on values that float16 would turn into infinity."""
+    bad = int((~(weight.float().abs() <= LARGEST_FLOAT16)).sum())
+    if bad:
+        raise UserError(
+            f"tensor {name}: {bad} of {weight.numel()} weights are not finite float16 numbers: training has diverged; "
+            "expected |weight| <= 65504 (lower train.muon.lr or train.adamw's rates)"
+        )

@@ -1,0 +1,1 @@
+"""Stage size_check."""

@@ -1,0 +1,86 @@
+"""What a training run is given: its command line, and params and tokens that fit each other and the processes."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from stages.distributed import World
+from stages.errors import UserError
+from stages.params import CoprimeLoader, PackedLoader, Params, SequentialLoader, ShuffledLoader, Train
+from stages.tokenize.shards import shard_paths
+from stages.tokenize.validation import load_validation, verify_tokens
+from stages.train.checkpoint import only_run
+from stages.train.loader import Order, Segmenter, Sequential, Stream, Tokens
+from stages.train.packing import PackedRows, document_bounds
+from stages.train.windows import CoprimeWindows, ShuffledWindows, name_seed
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def command_line(arguments: list[str]) -> tuple[int, bool]:
+    """Seed, and whether only to check. Raises UserError on anything else than `[--check] <seed>`."""
+    rest = [argument for argument in arguments if argument != "--check"]
+    if len(rest) != 1 or not rest[0].isdecimal():
+        raise UserError(f"usage: python -m stages.train [--check] <seed>; found: {' '.join(arguments) or 'nothing'}")
+    return int(rest[0]), "--check" in arguments
+
+
+def check_inputs(params: Params, seed: int, tokens: Path, resume: Path) -> None:
+    """Look at everything a run needs: params, tokens, GPUs, and that no other run holds the resume folder.
+
+    Raises UserError at the first fault. Hashes every shard: seconds on the records' 16 GB.
+    """
+    if seed not in params.seeds:
+        raise UserError(f"params.yaml: seeds: {seed} is not one of {params.seeds}")
+    gpus = torch.cuda.device_count()
+    if gpus and params.processes > gpus:
+        raise UserError(f"params.yaml: processes: {params.processes} on a machine with {gpus} GPUs")
+    verify_tokens(tokens, vocab_size=params.model.vocab_size)
+    load_validation(tokens, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
+    train_stream(params, tokens, ALONE)
+    with only_run(resume):
+        pass
+
+
+def check_world(settings: Train, world: World) -> None:
+    """Raise UserError unless the processes that were started divide the micro-batches of a step."""
+    micro_batches = settings.batch_tokens // settings.micro_batch_tokens
+    if micro_batches % world.size:
+        raise UserError(
+            f"params.yaml: train: {world.size} processes were started, which must divide the {micro_batches} "
+            "micro-batches of a step (batch_tokens / micro_batch_tokens)"
+        )
+
+
+def train_stream(params: Params, tokens: Path, world: World) -> Stream:
+    """This process's micro-batches of the train split, in the order that train.loader names."""
+    shards = Tokens(shard_paths(tokens, "train"), vocab_size=params.model.vocab_size)
+    row, segment = params.model.seq_len, segmenter(params)
+    order = _order(params.train, shards, row)
+    row = row if segment is None else params.train.micro_batch_tokens
+    return Stream(shards, order, row=row, rank=world.rank, size=world.size, segment=segment)
+
+
+def segmenter(params: Params) -> Segmenter | None:
+    """What finds the documents of a packed row; None where rows are windows."""
+    loader = params.train.loader
+    if loader.kind != "packed":
+        return None
+    return partial(document_bounds, cut=params.model.seq_len, bucket=loader.bucket)
+
+
+def _order(settings: Train, shards: Tokens, window: int) -> Order:
+    """The Order of train.loader. As many processes as micro-batches are emulated, whatever the number that runs."""
+    tokens = settings.micro_batch_tokens
+    micro_batches, windows = settings.batch_tokens // tokens, tokens // window
+    match settings.loader:
+        case SequentialLoader():
+            return Sequential(micro_batches=micro_batches, micro_batch_tokens=tokens)
+        case PackedLoader():
+            return PackedRows(shards, micro_batches=micro_batches, micro_batch_tokens=tokens)
+        case ShuffledLoader():
+            return ShuffledWindows(shards, window=window, micro_batches=micro_batches, windows=windows)
+        case CoprimeLoader(names=names):
+            seed = name_seed([names % i for i in range(len(shards.lengths))])
+            return CoprimeWindows(shards, window=window, micro_batches=micro_batches, windows=windows, seed=seed)

@@ -1,0 +1,174 @@
+"""The training loop: a network, micro-batches and settings in; weights and figures out.
+
+Order of a step, as in the records (training.md 2.16): validate if due, read the schedules, accumulate the gradients of
+the micro-batches, step, average the weights. Every rank decides by rank 0's clock, so that all use the same learning
+rate, switch the loop together and stop at the same step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.gpt import GPT
+from stages import params
+from stages.distributed import World
+from stages.errors import UserError
+from stages.tokenize.validation import Validation
+from stages.train.checkpoint import ResumePoints
+from stages.train.clock import Clock
+from stages.train.loader import Prefetcher
+from stages.train.run import Figures, Run
+from stages.train.schedule import Budget, Moment, loop_is_on, lr_multiplier, muon_momentum, run_budget
+from stages.train.validate import Forward, validate
+
+# (step, its figures): after every step, and of the steps that are logged or validated.
+Callback = Callable[[int, Figures], None]
+
+# The first steps are logged one by one, as in the records: that is where runs go wrong.
+FIRST_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves: weights by kind ("last", "ema_<decay>", "swa" if collected), their bpb, and figures."""
+
+    weights: dict[str, dict[str, Tensor]]
+    val_bpb: dict[str, float]
+    val_loss: float
+    train_loss: float
+    steps: int
+    clock_s: float
+    stopped_by: str
+
+
+def train(
+    model: GPT,
+    loader: Prefetcher,
+    validation: Validation,
+    settings: params.Train,
+    world: World,
+    *,
+    log: Callback,
+    tick: Callback,
+    points: ResumePoints | None = None,
+) -> Trained:
+    """Train `model` (initialised, on world.device) in place until its budget of steps or seconds is spent.
+
+    Goes on from the latest of `points`, if there is one, and saves one every checkpoint_every steps. `tick` hears of
+    every step, `log` of those that are logged or validated, both on every rank. Raises UserError at the first step
+    whose loss or gradient is not finite.
+    """
+    run, budget = Run.begin(model, loader, settings, world), run_budget(settings)
+    forward: Forward = torch.compile(model, dynamic=False) if settings.compile else model
+    if settings.compile:
+        _warm_up(run, forward, settings)
+    if points and (point := points.load()):
+        run.restore(*point)
+        for step, figures in run.history:
+            log(step, figures)
+
+    def note(figures: Figures) -> None:
+        run.history.append((run.now.step, figures))
+        log(run.now.step, figures)
+
+    # On the clock from here: loading, micro-batches, optimizer, averages, logs, resume points. Off it: validation.
+    clock = Clock(world, run.now.clock_s)
+    clock.start()
+    while True:
+        stopped_by = budget.spent(run.now)
+        if stopped_by or run.now.step % settings.val_every == 0:
+            with clock.paused():
+                val_loss, val_bpb = _validate(run, forward, validation, settings, world)
+                note({"val_loss": val_loss, "val_bpb": val_bpb})
+        if stopped_by:
+            break
+        figures = _step(run, forward, settings, budget, world, clock)
+        tick(run.now.step, figures)
+        if run.now.step <= FIRST_STEPS or run.now.step % settings.log_every == 0:
+            note(figures)
+        if points and run.now.step % settings.checkpoint_every == 0 and not budget.spent(run.now):
+            tensors = run.tensors()
+            if world.rank == 0:
+                points.save(run.now.step, tensors, run.state())
+
+    bpb = {"last": val_bpb}
+    weights = run.weights()
+    for kind in list(weights)[1:]:
+        run.load_weights(weights[kind])
+        bpb[kind] = _validate(run, forward, validation, settings, world)[1]
+    run.load_weights(weights["last"])
+    return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, run.now.clock_s, stopped_by)
+
+
+def _step(run: Run, forward: Forward, settings: params.Train, budget: Budget, world: World, clock: Clock) -> Figures:
+    """One optimizer step; its figures. Ends with the step's only wait for the device."""
+    lr_scale = lr_multiplier(settings.schedule, budget, run.now)
+    momentum = muon_momentum(settings.muon, run.now.step)
+    loss = _accumulate(run, forward, loop_is_on(settings.schedule, budget, run.now))
+    norms = run.optimizer.gradients.norms.double()
+    run.optimizer.step(lr_scale=lr_scale, momentum=momentum)
+    run.average(settings.swa, lr_scale)
+
+    # One exchange tells all ranks rank 0's clock, the mean loss, and whether anything went wrong anywhere.
+    rows = world.gather(torch.cat([torch.full_like(norms[:1], clock.read()), loss.double()[None], norms]))
+    train_loss, *group_norms = (math.fsum(column) / world.size for column in list(zip(*rows, strict=True))[1:])
+    _demand_finite(run, train_loss, group_norms)
+    run.now = Moment(run.now.step + 1, rows[0][0])
+    return {
+        "train_loss": train_loss,
+        "lr_scale": lr_scale,
+        "momentum": momentum,
+        "grad_norm": math.hypot(*group_norms),
+        "clock_s": run.now.clock_s,
+        "step_ms": 1000 * run.now.clock_s / run.now.step,
+    }
+
+
+def _accumulate(run: Run, forward: Forward, looped: bool) -> Tensor:
+    """Gradients of this rank's micro-batches of a step; their mean loss (0-d, on the device)."""
+    gradients = run.optimizer.gradients
+    gradients.clear()
+    micro_steps = gradients.micro_batches // run.optimizer.world.size
+    losses = []
+    for _ in range(micro_steps):
+        inputs, targets, segments = run.loader.next_batch()
+        loss = forward(inputs, targets, segments=segments, looped=looped)
+        loss.backward()
+        run.optimizer.add_gradients()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def _demand_finite(run: Run, loss: float, group_norms: list[float]) -> None:
+    """Raise UserError if the loss or a group's gradient norm is NaN or infinite."""
+    groups = [name for name, norm in zip(run.optimizer.gradients.groups, group_norms, strict=True) if norm - norm != 0]
+    if groups or not math.isfinite(loss):
+        raise UserError(
+            f"params.yaml: train: loss {loss} at step {run.now.step + 1}, gradient not finite in: "
+            f"{', '.join(groups) or 'no group'}; lower train.muon.lr (matrix) or train.adamw's rates (table, scalar)"
+        )
+
+
+def _validate(
+    run: Run, forward: Forward, validation: Validation, settings: params.Train, world: World
+) -> tuple[float, float]:
+    """Loss and bits per byte of the weights as they are."""
+    row = run.model.config.seq_len
+    looped = loop_is_on(settings.schedule, run_budget(settings), run.now)
+    batch_rows = settings.micro_batch_tokens // row
+    return validate(forward, validation, world, row=row, batch_rows=batch_rows, looped=looped)
+
+
+def _warm_up(run: Run, forward: Forward, settings: params.Train) -> None:
+    """Compile every graph by running warmup_steps real steps, then put everything back: no data or update is kept."""
+    before, position = run.weights()["last"], run.loader.state_dict()
+    for looped in (False, True) if settings.schedule.loop_from else (True,):
+        for _ in range(settings.warmup_steps):
+            _accumulate(run, forward, looped)
+            run.optimizer.step(lr_scale=1.0, momentum=settings.muon.momentum_start)
+    run.load_weights(before)
+    run.optimizer.reset()
+    run.loader.load_state_dict(position)

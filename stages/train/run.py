@@ -1,0 +1,86 @@
+"""A training run between two steps: everything that changes while it goes on, to be saved and restored as one."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.gpt import GPT, param_groups
+from stages import params
+from stages.distributed import World
+from stages.train.ema import Ema, Swa
+from stages.train.loader import Prefetcher
+from stages.train.optimizer import Optimizer, under
+from stages.train.schedule import Moment
+
+Figures = dict[str, float]
+
+START = Moment(0, 0.0)
+
+
+@dataclass
+class Run:
+    """Network, optimizer, averages, data and what was logged so far."""
+
+    model: GPT
+    optimizer: Optimizer
+    emas: dict[str, Ema]
+    swa: Swa
+    loader: Prefetcher
+    now: Moment = START
+    history: list[tuple[int, Figures]] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, model: GPT, loader: Prefetcher, settings: params.Train, world: World) -> "Run":
+        """A run before its first step."""
+        named = dict(model.named_parameters())
+        groups = param_groups(model, side_matrices=settings.muon.side_matrices)
+        assert sum(map(len, groups.values())) == len(named), "every parameter is stepped by exactly one optimizer"
+        emas = {f"ema_{decay}": Ema(named, decay) for decay in settings.ema_decays}
+        return cls(model, Optimizer(groups, settings, world), emas, Swa(named), loader)
+
+    def average(self, settings: params.Swa, lr_scale: float) -> None:
+        """Take the weights behind a step into the averages."""
+        for ema in self.emas.values():
+            ema.update()
+        if lr_scale < settings.below_lr and (self.now.step + 1) % settings.every == 0:
+            self.swa.collect()
+
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Set the network's parameters."""
+        for name, p in self.model.named_parameters():
+            p.copy_(weights[name])
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """A copy of the weights of each kind: "last", "ema_<decay>", and "swa" if any were collected."""
+        last = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        kinds = {"last": last} | {kind: ema.weights() for kind, ema in self.emas.items()}
+        return kinds | ({"swa": self.swa.weights()} if self.swa.count else {})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a resume point. Every rank must call: the ranks' shares of the momentum are gathered."""
+        kinds: dict[str, dict[str, Tensor]] = {"model": dict(self.model.named_parameters())}
+        kinds |= {kind: ema.mean for kind, ema in self.emas.items()} | {"swa": self.swa.mean}
+        named = {f"{kind}/{name}": value for kind, values in kinds.items() for name, value in values.items()}
+        return named | self.optimizer.state_dict()
+
+    def state(self) -> dict[str, Any]:
+        """The rest of a resume point, fit for JSON."""
+        rest = {"loader": self.loader.state_dict(), "swa": self.swa.count, "history": self.history}
+        return rest | {"step": self.now.step, "clock_s": self.now.clock_s}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go back to a resume point."""
+        self.load_weights(under("model", tensors))
+        for kind, ema in self.emas.items():
+            for name, value in under(kind, tensors).items():
+                ema.mean[name].copy_(value)
+        device = self.optimizer.world.device
+        self.swa.mean = {name: value.to(device) for name, value in under("swa", tensors).items()}
+        self.swa.count = state["swa"]
+        self.optimizer.load_state_dict(tensors)
+        self.loader.load_state_dict(state["loader"])
+        self.history = [(step, figures) for step, figures in state["history"]]
+        self.now = Moment(state["step"], state["clock_s"])

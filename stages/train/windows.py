@@ -1,0 +1,196 @@
+"""Orders of windows of S + 1 tokens spread over all shards.
+
+Legend: S window (a row's inputs), R micro-batches a step, q windows a micro-batch, G = R q windows a step, N tokens of
+a shard, B = number of S-token blocks in it.
+
+CoprimeWindows is PR #1172's: every step mixes shards, and a stride coprime to a shard's blocks visits each once before
+any twice. ShuffledWindows is PR #1958's, there for calibration only. Both draw from NumPy's PCG64 in the order of the
+published programs, so that the same seed gives the same windows.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from stages.errors import UserError
+from stages.train.loader import State, Tokens
+
+# PR #1172: the mixture moves from its first to its last value over so many micro-batches of 8 processes (steps here).
+MIXING_STEPS = 1800
+
+
+def name_seed(names: list[str]) -> int:
+    """The 64-bit seed that PR #1172 takes from the paths of its shards, an FNV-1a hash that begins at 0."""
+    seed = 0
+    for byte in "".join(names).encode("utf-8"):
+        seed = (seed ^ byte) * 1099511628211 % 2**64
+    return seed
+
+
+@dataclass
+class Cursor:
+    """A walk over the blocks of one shard: block (first + taken * stride) mod blocks, all moved by `phase` tokens."""
+
+    phase: int
+    first: int
+    stride: int
+    blocks: int
+    taken: int = 0
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, tokens: int, window: int) -> "Cursor":
+        """A fresh walk; draws phase, first block and stride, in this order."""
+        phase = draw_phase(rng, tokens, window)
+        blocks = (tokens - 1 - phase) // window
+        first = int(rng.integers(blocks)) if blocks > 1 else 0
+        stride = 1
+        while blocks > 1:
+            stride = int(rng.integers(1, blocks))
+            if math.gcd(stride, blocks) == 1:
+                break
+        return cls(phase, first, stride, blocks)
+
+    def next(self, window: int) -> int:
+        """Where the next window begins in its shard."""
+        block = (self.first + self.taken * self.stride) % self.blocks
+        self.taken += 1
+        return self.phase + window * block
+
+
+def draw_phase(rng: np.random.Generator, tokens: int, window: int) -> int:
+    """By how many tokens the blocks of a shard are moved; nothing is drawn where there is no choice."""
+    most = min(window - 1, max(0, tokens - window - 1))
+    return int(rng.integers(most + 1)) if most > 0 else 0
+
+
+class CoprimeWindows:
+    """PR #1172's sampler, for R processes whatever the number that runs: it was published for R = 8."""
+
+    def __init__(self, tokens: Tokens, *, window: int, micro_batches: int, windows: int, seed: int) -> None:
+        self.tokens, self.span, self.micro_batches = tokens, window, micro_batches
+        self.windows = windows * micro_batches
+        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.shards = [i for i, n in enumerate(tokens.lengths) if n > window]
+        if not self.shards:
+            raise UserError(f"{tokens.folder}: no shard has a window of {window} + 1 tokens (model.seq_len)")
+        self.cursors: dict[int, Cursor] = {}
+        self.drawn = 0
+
+    def draw(self) -> list[list[int]]:
+        """The windows of the next step: micro-batch r has windows r, r + R, ... of one interleaved list."""
+        buckets = [self._take(shard, count) for shard, count in self._counts()]
+        self.drawn += 1
+        order: list[int] = []
+        active = [bucket for bucket in buckets if bucket]
+        while active:
+            active = [active[i] for i in self.rng.permutation(len(active))]
+            order += [bucket.pop() for bucket in active]
+            active = [bucket for bucket in active if bucket]
+        return [order[r :: self.micro_batches] for r in range(self.micro_batches)]
+
+    def _counts(self) -> list[tuple[int, int]]:
+        """Which shards the step mixes and how many windows each gives: more shards as training goes on."""
+        progress = min(self.drawn / MIXING_STEPS, 1.0)
+        weights = self._weights(0.9 - 0.4 * progress)
+        eligible, R = len(self.shards), self.micro_batches
+        low, high = (min(max(*bounds), eligible, self.windows) for bounds in ((8, R), (32, 8 * R)))
+        mixed = min(max(round(low + progress * (high - low)), 1), eligible, self.windows)
+        chosen = self.rng.choice(eligible, size=mixed, replace=False, p=weights)
+        share = weights[chosen] / weights[chosen].sum()
+        counts = 1 + self.rng.multinomial(self.windows - mixed, share)
+        return [(self.shards[chosen[i]], int(counts[i])) for i in self.rng.permutation(mixed)]
+
+    def _weights(self, power: float) -> np.ndarray:
+        """Chance of each shard, by the blocks it has left."""
+        left = []
+        for shard in self.shards:
+            cursor = self.cursors.get(shard)
+            whole = (self.tokens.lengths[shard] - 1) // self.span
+            left.append(max(cursor.blocks - cursor.taken, 1) if cursor else whole)
+        weights = np.array(left, dtype=np.float64) ** power
+        return weights / weights.sum()
+
+    def _take(self, shard: int, count: int) -> list[int]:
+        """`count` windows of a shard, shuffled if there are several; a walk that has seen every block begins anew."""
+        taken = []
+        for _ in range(count):
+            cursor = self.cursors.get(shard)
+            if cursor is None or cursor.taken >= cursor.blocks:
+                cursor = self.cursors[shard] = Cursor.draw(self.rng, self.tokens.lengths[shard], self.span)
+            taken.append(self.tokens.start(shard) + cursor.next(self.span))
+        return [taken[i] for i in self.rng.permutation(count)] if count > 1 else taken
+
+    def state_dict(self) -> State:
+        """Generator, walks and count."""
+        walks = {str(shard): asdict(cursor) for shard, cursor in self.cursors.items()}
+        return {"rng": self.rng.bit_generator.state, "walks": walks, "drawn": self.drawn}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from there."""
+        self.rng.bit_generator.state = state["rng"]
+        self.cursors = {int(shard): Cursor(**walk) for shard, walk in state["walks"].items()}
+        self.drawn = state["drawn"]
+
+
+class ShuffledWindows:
+    """PR #1958's calibration windows: process r of R owns shards r, r + R, ... and has a generator of its own."""
+
+    def __init__(self, tokens: Tokens, *, window: int, micro_batches: int, windows: int) -> None:
+        if len(tokens.lengths) < micro_batches:
+            raise UserError(
+                f"{tokens.folder}: {len(tokens.lengths)} train shards for {micro_batches} micro-batches a step; "
+                "shuffled windows need at least one each"
+            )
+        self.span, self.drawn = window, 0
+        self.owners = [_Owner(tokens, rank, micro_batches, window) for rank in range(micro_batches)]
+        self.windows = windows
+
+    def draw(self) -> list[list[int]]:
+        """The next windows of each owner."""
+        self.drawn += 1
+        return [[owner.next() for _ in range(self.windows)] for owner in self.owners]
+
+    def state_dict(self) -> State:
+        """How many steps were drawn: they are drawn again on loading, positions only."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from there."""
+        for owner in self.owners:
+            owner.begin()
+        self.drawn = 0
+        while self.drawn < state["drawn"]:
+            self.draw()
+
+
+class _Owner:
+    """The shards of one process and the windows left in each, taken from the end."""
+
+    def __init__(self, tokens: Tokens, rank: int, size: int, window: int) -> None:
+        self.rank, self.window = rank, window
+        self.shards = [(tokens.start(i), n) for i, n in enumerate(tokens.lengths) if i % size == rank]
+        if all(n <= window for _, n in self.shards):
+            raise UserError(f"{tokens.folder}: the shards {rank}, {rank + size}, ... hold no window of {window} tokens")
+        self.begin()
+
+    def begin(self) -> None:
+        """Seed the generator and shuffle every shard."""
+        self.rng = np.random.Generator(np.random.PCG64(self.rank))
+        self.left = [self._shuffle(start, n) for start, n in self.shards]
+
+    def _shuffle(self, start: int, tokens: int) -> Any:
+        phase = draw_phase(self.rng, tokens, self.window)
+        blocks = max((tokens - 1 - phase) // self.window, 0)
+        return (start + phase + self.window * self.rng.permutation(blocks)).tolist()
+
+    def next(self) -> int:
+        """The next window; when none is left anywhere, all shards are shuffled again."""
+        counts = np.array([len(windows) for windows in self.left], dtype=np.float64)
+        if not counts.sum():
+            self.left = [self._shuffle(start, n) for start, n in self.shards]
+            counts = np.array([len(windows) for windows in self.left], dtype=np.float64)
+        shard = self.rng.choice(len(self.left), p=counts / counts.sum())
+        position: int = self.left[shard].pop()
+        return position

@@ -1,0 +1,123 @@
+"""Passes over the stream: interrupted and gone on with, by one process or several, with the same result."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from streams import lively_network, random_stream
+from torch import Tensor
+
+from stages import params
+from stages.adapt.exchange import alone
+from stages.evaluate.collect import Scores, collect
+from stages.evaluate.evaluator import Evaluator
+from stages.evaluate.sliding import SlidingEvaluator
+from stages.evaluate.slot import SlotEvaluator
+from stages.evaluate.ttt import TttEvaluator
+from stages.train.checkpoint import ResumePoints
+
+CPU = torch.device("cpu")
+WINDOWS: dict[str, Any] = {"stride": 4, "batch_windows": 2}
+TTT = WINDOWS | {"chunk_tokens": 32, "epochs": 2, "lr": 0.05, "momentum": 0.9, "grad_clip": 1.0, "batch_rows": 32}
+TTT |= {"freeze_blocks": 1}
+EVALUATORS: dict[str, Evaluator] = {
+    "sliding": SlidingEvaluator(params.Sliding(**WINDOWS)),
+    "published": SlidingEvaluator(params.Sliding(**WINDOWS, published_window_list=True)),
+    "ttt": TttEvaluator(params.Ttt(**TTT)),
+    "ttt_slot": TttEvaluator(params.Ttt(**TTT, slot=params.SlotFit(steps=2, lr=0.01))),
+    "slot": SlotEvaluator(params.Slot(**WINDOWS, steps=3, lr=0.01)),
+    "carried": SlotEvaluator(params.Slot(**WINDOWS, steps=3, lr=0.01, bias=True, carried=True)),
+}
+EVERY = pytest.mark.parametrize("name", EVALUATORS)
+
+
+class Interruption(Exception):
+    """Stands for whatever ends a run early."""
+
+
+def _run(name: str, points: ResumePoints | None = None, *, batches: int | None = None) -> tuple[Scores, int]:
+    """Scores of one evaluator and the number of batches seen; interrupted behind that many `batches`."""
+    model, tokens, seen = lively_network(), random_stream(9, 200), 0
+
+    def scored(positions: Tensor, nats: Tensor) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == batches:
+            raise Interruption
+
+    evaluation = EVALUATORS[name].begin(model, tokens, alone(CPU))
+    return collect(evaluation, tokens, alone(CPU), scored=scored, points=points), seen
+
+
+@EVERY
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(name: str, tmp_path: Path) -> None:
+    whole, batches = _run(name)
+    points = ResumePoints(tmp_path, "this one")
+    with pytest.raises(Interruption):
+        _run(name, points, batches=batches - 2)
+    resumed, after = _run(name, points)
+    assert torch.equal(resumed.nats_N, whole.nats_N)
+    assert torch.equal(resumed.times_N, whole.times_N)
+    # What was restored comes as one batch.
+    assert after < batches - 2
+    assert resumed.earlier_s > 0
+
+
+def test_a_point_of_another_evaluation_is_not_taken_up(tmp_path: Path) -> None:
+    with pytest.raises(Interruption):
+        _run("sliding", ResumePoints(tmp_path, "this one"), batches=20)
+    assert _run("sliding", ResumePoints(tmp_path, "another"))[1] == _run("sliding")[1]
+
+
+@EVERY
+def test_every_target_is_scored_once_but_for_the_published_list(name: str) -> None:
+    times = _run(name)[0].times_N
+    assert int(times.min()) == 1
+    assert int(times.max()) == (4 if name == "published" else 1)
+
+
+RANKS = """
+import sys
+import torch
+sys.path[:0] = {paths}
+from test_collect import EVALUATORS
+from streams import lively_network, random_stream
+from stages.distributed import start_world
+from stages.evaluate.collect import collect
+
+torch.set_num_threads(1)
+with start_world() as world:
+    tokens = random_stream(9, 200)
+    for name, evaluator in EVALUATORS.items():
+        evaluation = evaluator.begin(lively_network(), tokens, world)
+        scores = collect(evaluation, tokens, world, scored=lambda positions, nats: None)
+        if world.rank == 0:
+            torch.save((scores.nats_N, scores.times_N), f"{{sys.argv[1]}}/{{name}}.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def of_three_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Tensor, Tensor]]:
+    """What three processes make of every evaluator."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "ranks.py").write_text(RANKS.format(paths=[str(REPOSITORY / "tests"), str(REPOSITORY)]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    subprocess.run([*launch, "ranks.py", "."], cwd=folder, check=True, capture_output=True, timeout=240)
+    return lambda name: torch.load(folder / f"{name}.pt")
+
+
+@EVERY
+def test_three_processes_give_the_result_of_one(
+    name: str, of_three_processes: Callable[[str], tuple[Tensor, Tensor]]
+) -> None:
+    """To 1e-6 bits per token; the order in which gradients are added up differs."""
+    alone_, (nats, times) = _run(name)[0], of_three_processes(name)
+    assert torch.equal(times, alone_.times_N)
+    assert abs(float(nats.mean() - alone_.nats_N.mean())) / math.log(2) <= 1e-6
+    torch.testing.assert_close(nats, alone_.nats_N, rtol=0, atol=1e-3)

@@ -1,0 +1,73 @@
+"""The whole pipeline under DVC: what runs, what does not run again, and what a change re-runs."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, Experiment
+
+SEED = "1337"
+
+
+def _ran(output: str) -> set[str]:
+    return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+@pytest.fixture(scope="module")
+def repro(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """A cloned project with a tiny experiment, run once from an empty cache and committed."""
+    made = Experiment(tmp_path_factory.mktemp("repro"))
+    (made.folder / ".dvc").mkdir()
+    shutil.copy(REPOSITORY / ".dvc/config", made.folder / ".dvc/config")
+    _git(made.folder, "init", "-q")
+    _commit(made.folder, "the project")
+    made.run("dvc", "repro")
+    _commit(made.folder, "its first run")
+    return made
+
+
+def _commit(folder: Path, message: str) -> None:
+    _git(folder, "add", ".")
+    _git(folder, "commit", "-qm", message)
+
+
+def _git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_a_second_run_runs_nothing(repro: Experiment) -> None:
+    assert _ran(repro.run("dvc", "repro").stdout) == set()
+    assert "up to date" in repro.run("dvc", "status").stdout
+
+
+def test_the_summary_is_small_and_complete(repro: Experiment) -> None:
+    summary = json.loads((repro.folder / "results/summary.json").read_text())
+    assert len(summary) <= 12
+    assert {"sliding_bpb", "ttt_bpb", "slot_bpb", "xz_bpb", "zstd_bpb", "artifact_bytes"} <= set(summary)
+
+
+def test_slot_steps_re_run_only_the_slot_evaluation(repro: Experiment) -> None:
+    done = repro.run("dvc", "exp", "run", "-S", "slot.steps=24")
+    assert _ran(done.stdout) == {f"evaluate@{SEED}-slot", "report"}
+    changed = set(json.loads(repro.run("dvc", "metrics", "diff", "--json").stdout)["results/summary.json"])
+    assert "slot_bpb" in changed
+    assert not {"sliding_bpb", "ttt_bpb", "artifact_bytes"} & changed
+
+
+def test_bits_re_run_quantize_and_below_but_never_train(repro: Experiment) -> None:
+    ran = _ran(repro.run("dvc", "exp", "run", "-S", "quantize.bits.mlp=5").stdout)
+    assert {f"quantize@{SEED}", f"compress@{SEED}", f"evaluate@{SEED}-sliding", "report"} <= ran
+    assert not {stage for stage in ran if stage.startswith(("fetch", "tokenize", "train", "average", "adapt"))}
+    assert "sliding_bpb" in repro.run("dvc", "metrics", "diff").stdout
+
+
+def test_an_unknown_key_stops_the_pipeline_in_one_line(repro: Experiment) -> None:
+    with (repro.folder / "params.yaml").open("a") as file:
+        file.write("surprise: 1\n")
+    for stage in ("train", "quantize", "evaluate"):
+        arguments = [SEED, "sliding"] if stage == "evaluate" else [SEED]
+        assert repro.fails(stage, *arguments) == "error: params.yaml: surprise: unknown key (found 1)"

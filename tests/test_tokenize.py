@@ -1,0 +1,250 @@
+"""Documents to shards: nothing lost, splits apart, bytes accounted for, and faults told before work begins."""
+
+import json
+import lzma
+import shutil
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Experiment, write_corpus
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2 as proto
+from test_bytes import byte_pieces, write_model
+
+from stages.errors import UserError
+from stages.fetch.documents import read_texts
+from stages.params import Tokenize
+from stages.tokenize.compressors import compressed_bytes
+from stages.tokenize.encode import Batch, PlainEncoder, encode_batch
+from stages.tokenize.export import export
+from stages.tokenize.shards import open_shard, shard_paths
+from stages.tokenize.tokenizer import Tokenizer
+from stages.tokenize.trainer import train_tokenizer
+from stages.tokenize.validation import load_validation, verify_tokens
+
+VOCAB_SIZE = 320
+VAL_DOCUMENTS = 4
+
+
+def train(texts: Iterator[str], *, vocab_size: int = VOCAB_SIZE) -> bytes:
+    return train_tokenizer(texts, vocab_size=vocab_size, trainer="lossless", transform="none")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "docs.jsonl")
+
+
+@pytest.fixture(scope="module")
+def model(corpus: Path) -> Path:
+    path = corpus.with_name("tokenizer.model")
+    path.write_bytes(train(read_texts(corpus)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(model: Path) -> PlainEncoder:
+    return PlainEncoder(model, VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def folding_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that, like the published ones, strips and merges whitespace."""
+    path = tmp_path_factory.mktemp("folding") / "tokenizer.model"
+    return write_model(path, byte_pieces(4) | {260: "a", 261: "▁", 262: "▁a"}, VOCAB_SIZE)
+
+
+def test_the_special_tokens_have_the_challenges_ids(model: Path) -> None:
+    tokenizer = Tokenizer(model).model
+    ids = (tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id())
+    assert ids == (0, 1, 2, 3)
+    assert [tokenizer.id_to_piece(4 + value) for value in (0, 255)] == ["<0x00>", "<0xFF>"]
+    assert tokenizer.vocab_size() == VOCAB_SIZE
+
+
+def test_training_twice_gives_the_same_model(corpus: Path, model: Path) -> None:
+    assert train(read_texts(corpus)) == model.read_bytes()
+
+
+def test_every_digit_is_its_own_piece(encoder: PlainEncoder) -> None:
+    pieces = encoder.tokenizer.model.encode("1999", out_type=str)
+    assert [piece.strip("▁") for piece in pieces if piece != "▁"] == ["1", "9", "9", "9"]
+
+
+@settings(deadline=None)
+@given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\t\r\0▁aé1"))))
+@example(" leading, trailing  and  inner \n\n")
+@example("▁ a literal U+2581 ▁▁ ▁\n▁")
+@example("<s> <unk> <0x41> </s> ▅ \ufeff\u200b")
+def test_every_text_comes_back_and_its_tokens_count_its_bytes(encoder: PlainEncoder, text: str) -> None:
+    document = encoder.document(text, "val", "here")
+    assert document.tokens[0] == 1
+    assert encoder.tokenizer.decode(document.tokens[1:].tolist()) == text
+    assert document.token_bytes is not None
+    assert int(document.token_bytes.sum()) == len(text.encode("utf-8"))
+
+
+def test_a_folding_tokenizer_counts_the_text_it_decodes_to(folding_model: Path) -> None:
+    lines = [json.dumps({"text": text}).encode() for text in (" a  a ", "é\n", "")]
+    encoded = encode_batch(PlainEncoder(folding_model, VOCAB_SIZE), Batch("x", "val", 1, lines))
+    assert encoded.tokens.tolist() == [1, 260, 262, 1, 4 + 0xC3, 4 + 0xA9, 4 + 0x0A, 1]
+    assert encoded.text_bytes == len(" a  a é\n".encode())
+    assert encoded.counted_bytes == len("a aé\n".encode())
+
+
+def test_a_tokenizer_without_byte_fallback_is_refused(tmp_path: Path) -> None:
+    encoder = PlainEncoder(write_model(tmp_path / "m.model", {4: "a", 5: "▁"}, VOCAB_SIZE), VOCAB_SIZE)
+    with pytest.raises(UserError, match=r"x, line 8: the tokens count 1 bytes and decode to \d: no byte fallback"):
+        encode_batch(encoder, Batch("x", "train", 7, [b'{"text": "a"}', b'{"text": "ab"}']))
+
+
+def run_export(corpus: Path, model: Path, folder: Path, *, shard_tokens: int = 100_000, workers: int = 1) -> dict:
+    folder.mkdir()
+    settings = Tokenize(
+        model=None, vocab_size=VOCAB_SIZE, val_documents=VAL_DOCUMENTS, shard_tokens=shard_tokens, trainer="lossless"
+    )
+    return export(corpus, model, folder, settings=settings, workers=workers)
+
+
+def stream(folder: Path, split: str) -> np.ndarray:
+    return np.concatenate([open_shard(path, vocab_size=VOCAB_SIZE) for path in shard_paths(folder, split)])
+
+
+def test_the_first_documents_validate_and_the_others_train(
+    corpus: Path, model: Path, encoder: PlainEncoder, tmp_path: Path
+) -> None:
+    meta = run_export(corpus, model, tmp_path / "out", shard_tokens=1000)
+    documents = [[1, *encoder.tokenizer.encode(text)] for text in read_texts(corpus)]
+    assert stream(tmp_path / "out", "val").tolist() == list(chain(*documents[:VAL_DOCUMENTS]))
+    assert stream(tmp_path / "out", "train").tolist() == list(chain(*documents[VAL_DOCUMENTS:]))
+    assert (meta["val_documents"], meta["train_documents"]) == (VAL_DOCUMENTS, len(documents) - VAL_DOCUMENTS)
+    assert meta["train_tokens"] == sum(map(len, documents[VAL_DOCUMENTS:]))
+    shards = [open_shard(path, vocab_size=None) for path in shard_paths(tmp_path / "out", "train")]
+    assert {len(shard) for shard in shards[:-1]} == {1000}
+
+
+def test_the_number_of_processes_changes_nothing(
+    corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.tokenize.export.BATCH_BYTES", 2000)
+    metas = [run_export(corpus, model, tmp_path / str(workers), workers=workers) for workers in (1, 2, 3)]
+    assert metas[0] == metas[1] == metas[2]
+
+
+def test_a_fault_in_a_worker_process_is_told_with_its_line(
+    corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.tokenize.export.BATCH_BYTES", 2000)
+    bad = tmp_path / "docs.jsonl"
+    bad.write_bytes(corpus.read_bytes() + b'{"text": 1}\n')
+    with pytest.raises(UserError, match=r"docs\.jsonl, line 25: `text` is int, expected a string"):
+        run_export(bad, model, tmp_path / "out", workers=2)
+
+
+def test_validation_bytes_are_the_raw_bytes_of_the_text(tokenized: Experiment) -> None:
+    folder = tokenized.folder / "artifacts/tokens"
+    meta = json.loads((folder / "meta.json").read_text())
+    texts = list(read_texts(tokenized.folder / "data/docs/docs.jsonl"))
+    raw = sum(len(text.encode("utf-8")) for text in texts[:VAL_DOCUMENTS])
+    assert meta["val_bytes"] == meta["val_text_bytes"] == raw
+    assert meta["compressed_val_bytes"] == compressed_bytes(texts[:VAL_DOCUMENTS])
+    verify_tokens(folder, vocab_size=VOCAB_SIZE)
+    # Rows of one token cut nothing off.
+    assert int(load_validation(folder, seq_len=1, vocab_size=VOCAB_SIZE).bytes.sum()) == raw
+
+
+def test_the_tokenizer_is_trained_on_the_training_split_only(tokenized: Experiment) -> None:
+    texts = read_texts(tokenized.folder / "data/docs/docs.jsonl", start=VAL_DOCUMENTS)
+    trained = train(texts)
+    assert (tokenized.folder / "artifacts/tokens/tokenizer.model").read_bytes() == trained
+
+
+def test_a_given_model_is_used_as_it_is(experiment: Experiment, folding_model: Path) -> None:
+    shutil.copy(folding_model, experiment.folder / "given.model")
+    (experiment.folder / "corpus.jsonl").write_text('{"text": " a  a "}\n' * 6)
+    experiment.params["tokenize"]["model"] = "given.model"
+    experiment.set_params(experiment.params)
+    experiment.stage("fetch")
+    experiment.stage("tokenize")
+    folder = experiment.folder / "artifacts/tokens"
+    meta = json.loads((folder / "meta.json").read_text())
+    assert (folder / "tokenizer.model").read_bytes() == folding_model.read_bytes()
+    assert (meta["val_bytes"], meta["val_text_bytes"]) == (4 * len("a a"), 4 * len(" a  a "))
+    verify_tokens(folder, vocab_size=VOCAB_SIZE)
+
+
+def test_faults_are_told_before_any_work(experiment: Experiment, model: Path) -> None:
+    def fails(**tokenize: object) -> str:
+        experiment.set_params(experiment.params | {"tokenize": base | tokenize})
+        return experiment.fails("tokenize")
+
+    base = experiment.params["tokenize"]
+    assert "data/docs: no docs.jsonl or docs.jsonl.zst" in fails()
+    experiment.stage("fetch")
+    assert "docs.jsonl: 24 documents, expected more than tokenize.val_documents = 24" in fails(val_documents=24)
+    assert "absent.model: no such file" in fails(model="absent.model")
+    (experiment.folder / "cut.model").write_bytes(model.read_bytes()[:100])
+    assert "cut.model: not a SentencePiece model" in fails(model="cut.model")
+    write_model(experiment.folder / "small.model", {4: "a"}, VOCAB_SIZE - 1)
+    assert "small.model: 319 pieces, expected tokenize.vocab_size = 320" in fails(model="small.model")
+    swapped = proto.ModelProto.FromString(model.read_bytes())
+    swapped.pieces[1].piece, swapped.pieces[2].piece = "</s>", "<s>"
+    (experiment.folder / "swapped.model").write_bytes(swapped.SerializeToString())
+    assert "swapped.model: the id of BOS is 2, expected 1" in fails(model="swapped.model")
+    (experiment.folder / "data/docs/docs.jsonl").write_bytes(b"")
+    assert "docs.jsonl: no documents" in fails()
+    assert not (experiment.folder / "artifacts/tokens").exists()
+
+
+def test_a_vocabulary_too_large_for_the_text_is_an_error() -> None:
+    with pytest.raises(
+        UserError, match=r"tokenize\.vocab_size \(4000\): the training split is only enough for \d+ pieces"
+    ):
+        train(iter(["a small text"]), vocab_size=4000)
+
+
+def test_a_vocabulary_too_small_for_the_characters_is_an_error() -> None:
+    text = "".join(chr(code) for code in range(0x4E00, 0x4F00))
+    with pytest.raises(
+        UserError, match=r"tokenize\.vocab_size \(300\): SentencePiece cannot train on this text: Vocab"
+    ):
+        train(iter([text]), vocab_size=300)
+
+
+def test_blank_training_text_is_an_error() -> None:
+    with pytest.raises(UserError, match="SentencePiece cannot train"):
+        train(iter(["", ""]), vocab_size=300)
+
+
+def test_published_settings_fold_text_and_lossless_ones_keep_it(corpus: Path, tmp_path: Path) -> None:
+    text = "  ﬁne\u00a0 ½\n"
+    for trainer, decoded in (("published", "fine 1⁄2"), ("lossless", text)):
+        model = train_tokenizer(read_texts(corpus), vocab_size=VOCAB_SIZE, trainer=trainer, transform="none")
+        (tmp_path / "m.model").write_bytes(model)
+        tokenizer = Tokenizer(tmp_path / "m.model")
+        assert tokenizer.decode(tokenizer.encode(text)) == decoded
+
+
+def test_published_settings_are_those_recorded_in_the_published_models(corpus: Path) -> None:
+    """spec/data.md, section 6.1."""
+    model = train_tokenizer(read_texts(corpus), vocab_size=VOCAB_SIZE, trainer="published", transform="none")
+    recorded = proto.ModelProto.FromString(model)
+    trainer, normalizer = recorded.trainer_spec, recorded.normalizer_spec
+    assert (trainer.model_type, trainer.byte_fallback, trainer.split_digits) == (2, True, True)
+    assert trainer.character_coverage == pytest.approx(0.999)
+    assert (trainer.max_sentence_length, trainer.allow_whitespace_only_pieces) == (4192, False)
+    assert (trainer.pad_id, trainer.bos_id, trainer.eos_id, trainer.unk_id) == (0, 1, 2, 3)
+    assert (normalizer.name, normalizer.add_dummy_prefix) == ("nmt_nfkc", False)
+    assert (normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces) == (True, True)
+
+
+def test_compressors_see_the_texts_as_one_stream() -> None:
+    texts = ["Ünïcode text, ", "Ünïcode text, "] * 50
+    sizes = compressed_bytes(texts)
+    assert sizes["xz"] == len(lzma.compress("".join(texts).encode(), preset=9 | lzma.PRESET_EXTREME))
+    assert set(sizes) == {"xz", "zstd"}
+    assert max(sizes.values()) < 120

@@ -1,0 +1,281 @@
+"""Training as a user runs it: the same on one process or two, the same after kill -9, one line on bad input."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Experiment, tiny_params
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.gpt import GPT
+from stages.distributed import World
+from stages.errors import UserError
+from stages.params import Params, load_params
+from stages.tokenize.shards import shard_paths
+from stages.tokenize.validation import load_validation
+from stages.train.checkpoint import ResumePoints, fingerprint, only_run
+from stages.train.inputs import check_inputs, check_world, command_line, train_stream
+from stages.train.loader import Prefetcher
+from stages.train.loop import Trained, train
+from stages.train.run import Figures
+from stages.weights import load_tensors
+
+SEED = "1337"
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Subprocesses, too, keep to one thread: OpenMP threads that share a core with another process spin it away."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture
+def ready(tmp_path: Path, tokenized: Experiment) -> Experiment:
+    """An experiment whose tokens are made."""
+    return _with_tokens(tmp_path, tokenized)
+
+
+@pytest.fixture(scope="module")
+def trained_alone(tmp_path_factory: pytest.TempPathFactory, tokenized: Experiment) -> Experiment:
+    """An experiment trained by one process (shared: do not change it)."""
+    made = _with_tokens(tmp_path_factory.mktemp("trained"), tokenized)
+    made.stage("train", SEED)
+    return made
+
+
+def _with_tokens(folder: Path, tokenized: Experiment) -> Experiment:
+    made = Experiment(folder)
+    shutil.copytree(tokenized.folder / "artifacts", made.folder / "artifacts")
+    return made
+
+
+def change(experiment: Experiment, **train: Any) -> Params:
+    """Change keys of the train section (sections by one level of merging)."""
+    params = experiment.params
+    for key, value in train.items():
+        params["train"][key] = params["train"][key] | value if isinstance(value, dict) else value
+    experiment.set_params(params)
+    return load_params(experiment.folder / "params.yaml")
+
+
+def run_loop(experiment: Experiment, params: Params) -> tuple[Trained, list[Figures]]:
+    """The public function on the experiment's tokens, in this process: what it returns, and every step's figures."""
+    tokens = experiment.folder / "artifacts/tokens"
+    model = GPT(params.model)
+    model.init_weights(1337)
+    validation = load_validation(tokens, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
+    ticks: list[Figures] = []
+    with Prefetcher(train_stream(params, tokens, ALONE), ALONE.device) as loader:
+        trained = train(
+            model,
+            loader,
+            validation,
+            params.train,
+            ALONE,
+            log=lambda step, figures: None,
+            tick=lambda step, figures: ticks.append(figures),
+        )
+    return trained, ticks
+
+
+def curve(experiment: Experiment, figure: str) -> list[tuple[int, float]]:
+    """(step, value) rows of one figure's dvclive file."""
+    path = experiment.folder / f"artifacts/train/{SEED}/live/plots/metrics/{figure}.tsv"
+    with path.open(newline="") as file:
+        return [(int(row["step"]), float(row[figure])) for row in csv.DictReader(file, delimiter="\t")]
+
+
+def final_weights(experiment: Experiment) -> dict[str, Tensor]:
+    """Every kind of weights that a run left, by "<kind>/<name>"."""
+    folder = experiment.folder / f"artifacts/train/{SEED}"
+    files = sorted(folder.glob("*.safetensors"))
+    return {f"{file.stem}/{name}": value for file in files for name, value in load_tensors(file, "").items()}
+
+
+def test_one_process_and_two_train_alike(ready: Experiment, trained_alone: Experiment) -> None:
+    ready.run("torchrun", "--standalone", "--nproc-per-node=2", "-m", "stages.train", SEED)
+    alone, shared = curve(trained_alone, "train_loss"), curve(ready, "train_loss")
+    assert [step for step, _ in alone[:10]] == list(range(1, 11))
+    np.testing.assert_allclose([loss for _, loss in shared[:10]], [loss for _, loss in alone[:10]], atol=1e-4)
+    weights = final_weights(trained_alone)
+    for name, value in final_weights(ready).items():
+        torch.testing.assert_close(value, weights[name], atol=2e-3, rtol=0)
+
+
+def test_a_run_leaves_what_later_stages_read(trained_alone: Experiment) -> None:
+    folder = trained_alone.folder / f"artifacts/train/{SEED}"
+    kinds = {"last", "ema_0.98", "swa"}
+    assert {file.name for file in folder.iterdir()} == {*(f"{k}.safetensors" for k in kinds), "train.json", "live"}
+    report = json.loads((folder / "train.json").read_text())
+    assert (report["steps"], report["stopped_by"], report["train_tokens"]) == (12, "steps", 12 * 512)
+    assert report["environment"]["processes"] == 1
+    assert set(report["val_bpb_by_weights"]) == kinds
+    steps, bpb = zip(*curve(trained_alone, "val_bpb"), strict=True)
+    assert steps == (0, 6, 12)
+    assert bpb[-1] == report["val_bpb"] < bpb[0]
+    assert list((trained_alone.folder / "artifacts/resume").glob("train-*/*")) == []
+
+
+def _start_and_wait_for_a_resume_point(experiment: Experiment, *command: str) -> subprocess.Popen[bytes]:
+    """Start training; return once its first resume point is written."""
+    process = subprocess.Popen([sys.executable, "-m", *command], cwd=experiment.folder, stderr=subprocess.PIPE)
+    latest = experiment.folder / f"artifacts/resume/train-{SEED}/latest.json"
+    give_up_at = time.monotonic() + 60
+    while not latest.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < give_up_at
+        time.sleep(0.005)
+    return process
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(ready: Experiment) -> None:
+    change(ready, max_steps=120, checkpoint_every=10)
+    process = _start_and_wait_for_a_resume_point(ready, "stages.train", SEED)
+    process.kill()
+    process.communicate()
+    assert not (ready.folder / f"artifacts/train/{SEED}").exists()
+    ready.stage("train", SEED)
+    resumed, losses = final_weights(ready), curve(ready, "train_loss")
+    ready.stage("train", SEED)
+    assert losses == curve(ready, "train_loss")
+    straight = final_weights(ready)
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="uses /proc and PR_SET_PDEATHSIG")
+def test_workers_die_with_their_launcher(ready: Experiment) -> None:
+    change(ready, max_steps=100_000, checkpoint_every=5)
+    launcher = _start_and_wait_for_a_resume_point(
+        ready, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "stages.train", SEED
+    )
+    workers = _children(launcher.pid)
+    assert len(workers) == 2
+    launcher.kill()
+    launcher.communicate()
+    give_up_at = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() and "Z (" not in _state(pid) for pid in workers):
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
+
+
+def _state(pid: int) -> str:
+    try:
+        return next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("State"))
+    except OSError:
+        return "Z (gone)"
+
+
+def test_a_second_run_of_the_same_seed_is_refused(tmp_path: Path) -> None:
+    with only_run(tmp_path / "train-1"):
+        with (
+            pytest.raises(UserError, match=r"train-1\.lock: held by another training of this seed"),
+            only_run(tmp_path / "train-1", patience_s=0),
+        ):
+            pass
+        with only_run(tmp_path / "train-2", patience_s=0):
+            pass
+    with only_run(tmp_path / "train-1", patience_s=0):
+        pass
+
+
+def test_a_changed_experiment_does_not_see_the_resume_point(ready: Experiment) -> None:
+    tokens = ready.folder / "artifacts/tokens"
+    params = load_params(ready.folder / "params.yaml")
+    same = fingerprint(params, 1, tokens)
+    ResumePoints(ready.folder / "resume", same).save(3, {"model/w": torch.ones(2)}, {"step": 3})
+    assert ResumePoints(ready.folder / "resume", same).load() is not None
+    others = [fingerprint(params, 2, tokens), fingerprint(change(ready, grad_clip=0.5), 1, tokens)]
+    (tokens / "meta.json").write_text("{}")
+    others.append(fingerprint(params, 1, tokens))
+    assert len({same, *others}) == 4
+    assert all(ResumePoints(ready.folder / "resume", other).load() is None for other in others)
+
+
+def test_the_same_seed_gives_the_same_weights_again(ready: Experiment) -> None:
+    params = load_params(ready.folder / "params.yaml")
+    one, other = (run_loop(ready, params)[0].weights["last"] for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("clip", ["micro_batch", "step"])
+def test_training_learns_and_keeps_its_promises(ready: Experiment, clip: str) -> None:
+    params = change(ready, clip=clip, max_steps=20)
+    trained, ticks = run_loop(ready, params)
+    assert (trained.steps, trained.stopped_by, len(ticks)) == (20, "steps", 20)
+    assert ticks[0]["train_loss"] == pytest.approx(np.log(320), abs=0.05)
+    assert trained.train_loss < 0.8 * ticks[0]["train_loss"]
+    assert ticks[0]["lr_scale"] == 1.0
+    assert ticks[-1]["lr_scale"] == pytest.approx(1 / 20 / params.train.schedule.warmdown)
+
+
+def test_the_clock_stops_training_and_decays_the_learning_rate(ready: Experiment) -> None:
+    params = change(ready, max_steps=100_000, max_wallclock_s=1.0, reserve_s=0.5)
+    trained, ticks = run_loop(ready, params)
+    assert trained.stopped_by == "wallclock"
+    assert 0.5 <= trained.clock_s < 1.0
+    assert ticks[-1]["lr_scale"] < 0.2
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_names_the_group(ready: Experiment) -> None:
+    params = change(ready, adamw={"table_lr": 1.0e30})
+    with pytest.raises(UserError, match=r"step \d+, gradient not finite in: .*lower train") as caught:
+        run_loop(ready, params)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_input_is_one_line_before_any_training(ready: Experiment) -> None:
+    shard = shard_paths(ready.folder / "artifacts/tokens", "train")[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert str(shard.relative_to(ready.folder)) in ready.fails("train", "--check", SEED)
+    shutil.rmtree(ready.folder / "artifacts/tokens")
+    assert "artifacts/tokens" in ready.fails("train", SEED)
+    assert not (ready.folder / "artifacts/train").exists()
+
+
+def test_a_seed_that_params_do_not_list_is_refused(ready: Experiment) -> None:
+    params = load_params(ready.folder / "params.yaml")
+    with pytest.raises(UserError, match=r"params\.yaml: seeds: 7 is not one of \[1337\]"):
+        check_inputs(params, 7, ready.folder / "artifacts/tokens", ready.folder / "resume")
+
+
+@pytest.mark.parametrize("arguments", [[], ["x"], ["1", "2"], ["--chek", "1"], ["-1"]])
+def test_a_wrong_command_line_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(UserError, match="usage"):
+        command_line(arguments)
+
+
+def test_the_command_line_takes_a_seed_and_check() -> None:
+    assert command_line(["1337"]) == (1337, False)
+    assert command_line(["--check", "1337"]) == (1337, True)
+
+
+@given(st.integers(1, 9))
+def test_processes_must_divide_the_micro_batches(size: int) -> None:
+    settings = Params.model_validate(tiny_params(Path("corpus.jsonl"))).train
+    world = World(rank=0, size=size, local_rank=0, device=torch.device("cpu"))
+    if size in (1, 2):
+        check_world(settings, world)
+    else:
+        with pytest.raises(UserError, match=f"{size} processes were started, which must divide the 2 micro-batches"):
+            check_world(settings, world)
