@@ -9,18 +9,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.backends import attention_backend, cudnn_attention, flash2_attention, flash4_attention
 from model.config import ModelConfig
+from model.kernels import fused
 from model.precision import linear, rms_norm
 from model.rope import rotate
 
 
-def attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, segments: Tensor | None) -> Tensor:
+def attend(
+    q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, segments: Tensor | None, *, longest: int | None = None
+) -> Tensor:
     """Softmax attention to the same and earlier positions of a row, scale 1/√E; head h reads key/value head ⌊h/G⌋.
 
     `segments` (S,) int32, or None, holds the starts of the segments of the B·T tokens taken in order, then B·T (as
-    often as padding needs): no position sees another segment, and none another row. q, k and v share a dtype; the
-    result o_BTHE has it too. Grouped heads: arXiv:2305.13245.
+    often as padding needs): no position sees another segment, and none another row. No segment may be longer than
+    `longest`, or a row if that is None. q, k and v share a dtype; the result o_BTHE has it too. Grouped heads:
+    arXiv:2305.13245. What computes it: model.backends.attention_backend.
     """
+    rows, length = q_BTHE.shape[:2]
+    backend = attention_backend(q_BTHE.device, q_BTHE.dtype, length=length, packed=segments is not None)
+    if backend == "plain":
+        return _attend_plainly(q_BTHE, k_BTKE, v_BTKE, segments)
+    if backend == "cudnn":
+        return cudnn_attention(q_BTHE, k_BTKE, v_BTKE)[0]
+    attention = {"flash2": flash2_attention, "flash4": flash4_attention}[backend]
+    if segments is not None and rows > 1:
+        starts = torch.arange(0, rows * length, length, device=segments.device, dtype=segments.dtype)
+        segments = torch.cat([starts, segments]).sort().values
+    return attention(q_BTHE, k_BTKE, v_BTKE, segments, min(length, longest or length))[0]
+
+
+def _attend_plainly(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, segments: Tensor | None) -> Tensor:
     mask = None if segments is None else _segment_mask(segments, *q_BTHE.shape[:2])
     o_BHTE = F.scaled_dot_product_attention(
         q_BTHE.transpose(1, 2),
@@ -41,15 +60,21 @@ def _segment_mask(segments: Tensor, rows: int, length: int) -> Tensor:
     return same & torch.ones_like(same[0, 0]).tril()
 
 
-def exclude_self(o_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
+def exclude_self(o_BTHE: Tensor, v_BTKE: Tensor, gate_BTH: Tensor | None = None) -> Tensor:
     """Exclusive self-attention (XSA, arXiv:2603.09078): remove from each head's output what points along the own value.
 
-    In float32 and returned so, as in the records. Nothing is detached: the gradient also flows through the direction.
+    Then times the gate, if there is one. In float32 and returned in the dtype of `o`. Nothing is detached: the gradient
+    also flows through the direction.
     """
+    if fused(o_BTHE):
+        from model.kernels.exclusive import exclusive
+
+        return exclusive(o_BTHE, v_BTKE, gate_BTH)
     direction_BTK1E = F.normalize(v_BTKE.float(), dim=-1)[:, :, :, None]
     o_BTKGE = o_BTHE.float().unflatten(2, (v_BTKE.size(2), -1))
     along = (o_BTKGE * direction_BTK1E).sum(-1, keepdim=True)
-    return (o_BTKGE - along * direction_BTK1E).flatten(2, 3)
+    rest_BTHE = (o_BTKGE - along * direction_BTK1E).flatten(2, 3)
+    return (rest_BTHE if gate_BTH is None else gate_BTH[..., None] * rest_BTHE).to(o_BTHE.dtype)
 
 
 @dataclass
@@ -59,9 +84,11 @@ class Shared:
     x0_BTD: Tensor
     rope: tuple[Tensor, Tensor]
     segments: Tensor | None
+    # No segment has more tokens.
+    longest: int
     # Added to the values of the layers that have an entry, (B, T, K·E) each.
     value_embeddings: dict[int, Tensor]
-    # The first layer's values (B, T, K·E), left by it for the later ones.
+    # The first layer's values (B, T, K, E), left by it for the later ones.
     first_values: Tensor | None = None
 
 
@@ -87,30 +114,40 @@ class Attention(nn.Module):
         self.gate = config.attn_gate
         self.gate_w = nn.Parameter(torch.empty(config.heads, self.gate.window)) if self.gate else None
 
-    def forward(self, n_BTD: Tensor, shared: Shared) -> Tensor:
-        """Attend within the rows (or segments) of the normed and scaled input."""
-        by_head = (-1, self.head_dim)
-        q_BTHE = rotate(rms_norm(linear(n_BTD, self.q).unflatten(2, by_head)), shared.rope)
-        k_BTKE = rotate(rms_norm(linear(n_BTD, self.k).unflatten(2, by_head)), shared.rope)
-        v_BTKE = self._values(n_BTD, shared).unflatten(2, by_head)
-        q_BTHE = q_BTHE * self.q_gain.to(q_BTHE.dtype)[:, None]
-        o_BTHE = attend(q_BTHE, k_BTKE, v_BTKE, shared.segments)
-        if self.exclusive:
-            o_BTHE = exclude_self(o_BTHE, v_BTKE)
+    def forward(self, n_BTD: Tensor, scale: Tensor, shared: Shared) -> Tensor:
+        """Attend within the rows (or segments) of the normed and scaled input; times `scale` (D,)."""
+        q_BTHE, k_BTKE, v_BTKE = self._project(n_BTD, shared.rope)
+        v_BTKE = self._values(v_BTKE, shared)
+        o_BTHE = attend(q_BTHE, k_BTKE, v_BTKE, shared.segments, longest=shared.longest)
+        gate_BTH = None
         if self.gate and self.gate_w is not None:
             gate_BTH = torch.sigmoid(self.gate.scale * linear(n_BTD[..., : self.gate.window], self.gate_w))
+        if self.exclusive:
+            o_BTHE = exclude_self(o_BTHE, v_BTKE, gate_BTH)
+        elif gate_BTH is not None:
             o_BTHE = gate_BTH[..., None] * o_BTHE
-        return linear(o_BTHE.flatten(2).to(n_BTD.dtype), self.o)
+        return linear(o_BTHE.flatten(2), self.o, scale)
 
-    def _values(self, n_BTD: Tensor, shared: Shared) -> Tensor:
-        """(B, T, K·E): the layer's own values plus the value embedding, then mixed with the first layer's raw ones."""
-        values = linear(n_BTD, self.v)
+    def _project(self, n_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, normed, rotated and gained, keys, normed and rotated, and raw values, by head."""
+        gain, by_head = self.q_gain.to(n_BTD.dtype), (-1, self.head_dim)
+        if fused(n_BTD):
+            from model.kernels.heads import heads
+
+            qkv = linear(n_BTD, torch.cat([self.q, self.k, self.v]))
+            return heads(qkv, *rope, gain, self.k.size(0) // self.head_dim)
+        q_BTHE = rotate(rms_norm(linear(n_BTD, self.q).unflatten(2, by_head)), rope) * gain[:, None]
+        k_BTKE = rotate(rms_norm(linear(n_BTD, self.k).unflatten(2, by_head)), rope)
+        return q_BTHE, k_BTKE, linear(n_BTD, self.v).unflatten(2, by_head)
+
+    def _values(self, v_BTKE: Tensor, shared: Shared) -> Tensor:
+        """The layer's own values plus the value embedding, then mixed with the first layer's raw ones."""
         if self.index == 0:
-            shared.first_values = values
+            shared.first_values = v_BTKE
         if self.index in shared.value_embeddings:
-            values = values + shared.value_embeddings[self.index]
+            v_BTKE = v_BTKE + shared.value_embeddings[self.index].view_as(v_BTKE)
         if self.vrl_gate is None:
-            return values
+            return v_BTKE
         assert shared.first_values is not None, "layer 0 runs before any layer with a value residual"
-        mix = torch.sigmoid(self.vrl_gate.to(values.dtype))
-        return (1 - mix) * values + mix * shared.first_values
+        mix = torch.sigmoid(self.vrl_gate.to(v_BTKE.dtype))
+        return (1 - mix) * v_BTKE + mix * shared.first_values

@@ -18,9 +18,9 @@ from torch.nn import Parameter
 from model.attention import Shared
 from model.config import ModelConfig
 from model.embedding import BigramTable, GatedSmear, StaticSmear, TokenTable, ValueTable
-from model.head import mean_cross_entropy, softcap
+from model.head import logits, mean_cross_entropy
 from model.init import initialize
-from model.precision import linear, rms_norm
+from model.precision import rms_norm
 from model.residual import Block, Lanes, Skips
 from model.rope import rotary_table
 
@@ -60,22 +60,24 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy in nats per token, a float32 scalar. Arguments as for `hidden`."""
         hid_BTD = self.hidden(tokens_BT, segments=segments, looped=looped)
-        return mean_cross_entropy(self.logits(hid_BTD), targets_BT)
+        return mean_cross_entropy(hid_BTD, self.embed.token, targets_BT, cap=self.config.softcap)
 
     def logits(self, hid: Tensor) -> Tensor:
         """Softcapped logits (..., V), float32, from the final hidden state (..., D); the product runs in its dtype."""
-        return softcap(linear(hid, self.embed.token), self.config.softcap)
+        return logits(hid, self.embed.token, cap=self.config.softcap)
 
     def hidden(self, tokens_BT: Tensor, *, segments: Tensor | None = None, looped: bool = True) -> Tensor:
         """Hidden state after the final norm, (B, T, D) in the compute dtype, of integer tokens (B, T).
 
-        `segments`: see model.attention.attend. `looped` switches depth recurrence on, where the config has it.
+        `segments`: see model.attention.attend; none is longer than config.seq_len. `looped` switches depth recurrence
+        on, where the config has it.
         """
         x0_BTD = self._embed(tokens_BT)
         shared = Shared(
             x0_BTD=x0_BTD,
             rope=rotary_table(self.config.rope, tokens_BT.size(1), device=x0_BTD.device, dtype=x0_BTD.dtype),
             segments=segments,
+            longest=self.config.seq_len,
             value_embeddings=self.ve(tokens_BT, x0_BTD.dtype) if self.ve is not None else {},
         )
         return rms_norm(self._layers(x0_BTD, shared, looped))
@@ -100,15 +102,15 @@ class GPT(nn.Module):
             saved.append(x_BTD)
         in_stream = [i for i in decoder if self.config.lanes_from is None or i < self.config.lanes_from]
         for step, i in enumerate(in_stream):
-            if saved:
-                x_BTD = self.skip(step, x_BTD, saved.pop())
-            x_BTD = self._block(i)(x_BTD, shared)
+            skip = (saved.pop(), self.skip(step, x_BTD.dtype)) if saved else None
+            x_BTD = self._block(i)(x_BTD, shared, skip)
         if self.lanes is None:
             return x_BTD
         first, second = x_BTD, x_BTD
         for step, i in enumerate(decoder[len(in_stream) :], start=len(in_stream)):
             if saved:
-                first = self.skip(step, first, saved.pop())
+                shares = self.skip(step, x_BTD.dtype)
+                first = shares[0] * first + shares[1] * saved.pop()
             first, second = self.lanes(self._block(i), (first, second), shared)
         return 0.5 * (first + second)
 

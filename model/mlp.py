@@ -19,7 +19,7 @@ class Mlp(nn.Module):
         self.up = nn.Parameter(torch.empty(config.mlp_hidden, config.width))
         self.down = nn.Parameter(torch.empty(config.width, config.mlp_hidden))
 
-    def forward(self, n_BTD: Tensor) -> Tensor:
-        """From the normed and scaled input, (B, T, D) to (B, T, D)."""
+    def forward(self, n_BTD: Tensor, scale: Tensor) -> Tensor:
+        """From the normed and scaled input, (B, T, D) to (B, T, D), times `scale` (D,)."""
         hidden_BTF = F.leaky_relu(linear(n_BTD, self.up), negative_slope=0.5).square()
-        return linear(hidden_BTF, self.down)
+        return linear(hidden_BTF, self.down, scale)

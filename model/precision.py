@@ -8,9 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x·Wᵀ in the dtype of `x` (..., in), for a weight (out, in) of any dtype. No network here has biases."""
-    return F.linear(x, weight.to(x.dtype))
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x·Wᵀ in the dtype of `x` (..., in), for a weight (out, in) of any dtype. No network here has biases.
+
+    `scale` (out,) multiplies the outputs. It is applied to the weight, which is much smaller than what it puts out.
+    """
+    if scale is None:
+        return F.linear(x, weight.to(x.dtype))
+    return F.linear(x, weight.to(x.dtype, copy=True).mul_(scale.to(x.dtype)[:, None]))
 
 
 def rms_norm(x: Tensor) -> Tensor:

@@ -9,8 +9,31 @@ from torch import Tensor, nn
 from model.attention import Attention, Shared
 from model.config import ModelConfig
 from model.embedding import storage
+from model.kernels import fused
 from model.mlp import Mlp
 from model.precision import rms_norm
+
+
+def join(sources: list[Tensor], weights: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """u = Σ weights[j]⊙sources[j], and scale·norm(u): two or three sources (B, T, D), weights (J, D) of their dtype."""
+    if fused(sources[0]):
+        from model.kernels.join import mix_norm
+
+        return mix_norm(*sources[:2], sources[2] if len(sources) > 2 else None, weights, scale)
+    u_BTD = weights[0] * sources[0]
+    for weight, source in zip(weights[1:], sources[1:], strict=True):
+        u_BTD = u_BTD + weight * source
+    return u_BTD, scale * rms_norm(u_BTD)
+
+
+def add(x_BTD: Tensor, y_BTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """u = x + y, and scale·norm(u)."""
+    if fused(x_BTD):
+        from model.kernels.join import add_norm
+
+        return add_norm(x_BTD, y_BTD, scale)
+    u_BTD = x_BTD + y_BTD
+    return u_BTD, scale * rms_norm(u_BTD)
 
 
 class Block(nn.Module):
@@ -29,24 +52,17 @@ class Block(nn.Module):
         self.attn_scale = nn.Parameter(torch.empty(config.width))
         self.mlp_scale = nn.Parameter(torch.empty(config.width))
 
-    def forward(self, x_BTD: Tensor, shared: Shared) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        u_BTD = self.mix(x_BTD, shared.x0_BTD)
-        y_BTD = u_BTD + self.attention_branch(u_BTD, shared)
-        return y_BTD + self.mlp_branch(y_BTD)
-
-    def mix(self, x_BTD: Tensor, x0_BTD: Tensor) -> Tensor:
-        """The stream with some of the embedding mixed back in."""
-        of_x, of_x0 = self.resid_mix.to(x_BTD.dtype)
-        return of_x * x_BTD + of_x0 * x0_BTD
-
-    def attention_branch(self, u_BTD: Tensor, shared: Shared) -> Tensor:
-        """What attention adds, read from `u`."""
-        return self.attn_scale.to(u_BTD.dtype) * self.attn(self.norm_scale * rms_norm(u_BTD), shared)
-
-    def mlp_branch(self, y_BTD: Tensor) -> Tensor:
-        """What the MLP adds, read from `y`."""
-        return self.mlp_scale.to(y_BTD.dtype) * self.mlp(self.norm_scale * rms_norm(y_BTD))
+    def forward(self, x_BTD: Tensor, shared: Shared, skip: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D). `skip`: a saved output and both its shares (Skips), merged in before everything."""
+        mix = self.resid_mix.to(x_BTD.dtype)
+        if skip is None:
+            sources, weights = [x_BTD, shared.x0_BTD], mix
+        else:
+            saved_BTD, shares = skip
+            sources, weights = [x_BTD, saved_BTD, shared.x0_BTD], torch.cat([mix[:1] * shares, mix[1:]])
+        u_BTD, n_BTD = join(sources, weights, self.norm_scale)
+        y_BTD, n_BTD = add(u_BTD, self.attn(n_BTD, self.attn_scale, shared), self.norm_scale)
+        return y_BTD + self.mlp(n_BTD, self.mlp_scale)
 
 
 class Skips(nn.Module):
@@ -63,12 +79,13 @@ class Skips(nn.Module):
         gate_dtype = storage(config.skip_gate_dtype)
         self.gate = nn.Parameter(torch.empty(shape, dtype=gate_dtype)) if config.skip == "gated" else None
 
-    def forward(self, step: int, x_BTD: Tensor, saved_BTD: Tensor) -> Tensor:
-        """The stream with `saved` merged in; `step` is the row."""
-        saved_BTD = self.weight[step].to(x_BTD.dtype) * saved_BTD
+    def forward(self, step: int, dtype: torch.dtype) -> Tensor:
+        """The shares of x and of what was saved at row `step`, (2, D) in `dtype`."""
+        weight = self.weight[step].to(dtype)
         if self.gate is None:
-            return x_BTD + saved_BTD
-        return torch.lerp(saved_BTD, x_BTD, torch.sigmoid(self.gate[step].to(x_BTD.dtype)))
+            return torch.stack([torch.ones_like(weight), weight])
+        kept = torch.sigmoid(self.gate[step].to(dtype))
+        return torch.stack([kept, (1 - kept) * weight])
 
 
 class Lanes(nn.Module):
@@ -86,8 +103,10 @@ class Lanes(nn.Module):
 
     def forward(self, block: Block, lanes: tuple[Tensor, Tensor], shared: Shared) -> tuple[Tensor, Tensor]:
         """Both lanes (B, T, D) after the layer `block`."""
-        attention = block.attention_branch(block.mix(lanes[0], shared.x0_BTD), shared)
-        mlp = block.mlp_branch(lanes[1])
+        mix = block.resid_mix.to(lanes[0].dtype)
+        _, n_BTD = join([lanes[0], shared.x0_BTD], mix, block.norm_scale)
+        attention = block.attn(n_BTD, block.attn_scale, shared)
+        mlp = block.mlp(block.norm_scale * rms_norm(lanes[1]), block.mlp_scale)
         index = block.attn.index
         (a0, a1), (m0, m1) = self.post[index].to(attention.dtype)
         r0, r1 = self.resid[index].to(attention.dtype)

@@ -80,7 +80,9 @@ def trained_weights(params: Params, seed: int, folder: Path, world: World) -> di
     return trained.weights[f"ema_{average.ema_decay}" if average.method == "ema" else average.method]
 
 
-def adapted_weights(params: Params, weights: dict[str, Tensor], folder: Path, device: torch.device) -> dict[str, Tensor]:
+def adapted_weights(
+    params: Params, weights: dict[str, Tensor], folder: Path, device: torch.device
+) -> dict[str, Tensor]:
     """Stage adapt."""
     settings, config = params.adapt, params.model
     if not settings.epochs:

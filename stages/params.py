@@ -15,7 +15,7 @@ from model.config import ModelConfig, Section
 from stages.errors import UserError
 
 # What a seed or an evaluator may be called: both become parts of stage and folder names.
-EvaluatorName = Literal["sliding", "ttt", "slot"]
+EvaluatorName = Literal["sliding", "ttt", "slot", "lora_ttt", "streaming"]
 
 
 class Sdist(Section):
@@ -84,11 +84,11 @@ class Muon(Section):
     ns_steps: int = Field(gt=0)
     row_normalize: bool
     # Storage of the momentum and of the gradients that the processes exchange.
-    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    momentum_dtype: Literal["float32", "bfloat16"]
     # How the quadratic term of Newton-Schulz is formed: c(AA), or (cA)A as PR #1488; equal but for rounding.
-    ns_association: Literal["square_first", "scale_first"] = "square_first"
+    ns_association: Literal["square_first", "scale_first"]
     # Whether bigram.proj and ve.proj are stepped by Muon (PR #1488) or, as scalars are, by AdamW.
-    side_matrices: bool = False
+    side_matrices: bool
 
     @model_validator(mode="after")
     def _steps(self) -> "Muon":
@@ -117,7 +117,7 @@ class Schedule(Section):
     warmdown: float = Field(gt=0)
     floor: float = Field(ge=0, lt=1)
     # Share of the run after which model.loop is applied; null applies it from the start.
-    loop_from: float | None = Field(default=None, gt=0, lt=1)
+    loop_from: float | None = Field(gt=0, lt=1)
 
     @model_validator(mode="after")
     def _fraction(self) -> "Schedule":
@@ -191,14 +191,14 @@ class Train(Section):
     reserve_s: float = Field(ge=0)
     batch_tokens: int = Field(gt=0)
     micro_batch_tokens: int = Field(gt=0)
-    loader: Loader = SequentialLoader(kind="sequential")
+    loader: Loader
     muon: Muon
     adamw: AdamW
     schedule: Schedule
     grad_clip: float = Field(gt=0)
     clip: Literal["micro_batch", "step"]
     ema_decays: list[float] = Field(min_length=1)
-    qat: Qat | None = None
+    qat: Qat | None
     swa: Swa
     log_every: int = Field(gt=0)
     val_every: int = Field(gt=0)
@@ -394,6 +394,53 @@ class Slot(SlotFit):
         return self
 
 
+class LoraTtt(Section):
+    """Low-rank adapters fitted to each document as it is scored, and phases of global SGD (PR #1855)."""
+
+    # Targets scored between two steps of the adapters, and documents side by side.
+    chunk_tokens: int = Field(gt=0)
+    batch_documents: int = Field(gt=0)
+    rank: int = Field(gt=0)
+    alpha: float = Field(gt=0)
+    lr: float = Field(gt=0)
+    beta2: float = Field(ge=0, lt=1)
+    weight_decay: float = Field(ge=0)
+    # After so many documents, in so many phases, the network itself is trained on the documents done.
+    prefix_documents: int = Field(ge=0)
+    phases: int = Field(ge=0)
+    global_chunk_tokens: int = Field(gt=0)
+    global_lr: float = Field(gt=0)
+    global_momentum: float = Field(ge=0, lt=1)
+    grad_clip: float = Field(gt=0)
+    # Batches of documents under way at a time: the GPUs of a record. Processes do not change the result.
+    lanes: int = Field(gt=0)
+    # Of the adapters' first factors.
+    seed: int
+
+    @model_validator(mode="after")
+    def _phases(self) -> "LoraTtt":
+        if self.phases > self.prefix_documents:
+            raise ValueError(f"phases ({self.phases}) exceed prefix_documents ({self.prefix_documents})")
+        return self
+
+
+class Streaming(Section):
+    """One pass with rolling keys and values, each token computed once."""
+
+    # A token attends to the last model.seq_len - chunk_tokens ... model.seq_len tokens.
+    chunk_tokens: int = Field(gt=0)
+    # Tokens of a lane that go through the network together.
+    block_tokens: int = Field(gt=0)
+    # Equal parts of the stream, each begun without memory, that are worked on side by side.
+    lanes: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _blocks(self) -> "Streaming":
+        if self.block_tokens % self.chunk_tokens:
+            raise ValueError(f"chunk_tokens ({self.chunk_tokens}) must divide block_tokens ({self.block_tokens})")
+        return self
+
+
 class Params(Section):
     """The whole of params.yaml."""
 
@@ -412,6 +459,8 @@ class Params(Section):
     sliding: Sliding
     ttt: Ttt
     slot: Slot
+    lora_ttt: LoraTtt | None = None
+    streaming: Streaming | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> "Params":
@@ -435,6 +484,10 @@ class Params(Section):
             micro_steps % self.processes == 0,
             f"processes ({self.processes}) must divide the {micro_steps} micro-batches of a step "
             "(train.batch_tokens / train.micro_batch_tokens)",
+        )
+        need(
+            self.train.schedule.loop_from is None or self.model.loop is not None,
+            "train.schedule.loop_from needs a model.loop to switch on (found null)",
         )
         if self.average.method == "ema":
             need(

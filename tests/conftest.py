@@ -1,6 +1,7 @@
 """Shared by all tests: one thread a process, and experiment folders of their own to run stages in."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -14,8 +15,9 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# pytest-xdist fills the cores with processes; threads inside them would only fight.
+# pytest-xdist fills the cores with processes; threads inside them, or inside what they start, would only fight.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def tiny_params(corpus: Path) -> dict[str, Any]:

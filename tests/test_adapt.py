@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Experiment
+from conftest import REPOSITORY, Experiment
 from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream
 from torch import Tensor
 
@@ -15,6 +18,8 @@ from model.gpt import GPT
 from stages import params
 from stages.adapt.adapt import adapt, epoch_lr
 from stages.adapt.trainable import trainable
+from stages.distributed import World
+from stages.errors import UserError
 from stages.params import load_params
 from stages.weights import load_tensors, save_tensors
 
@@ -113,6 +118,65 @@ def test_two_runs_give_the_same_weights() -> None:
 def test_every_epoch_loses_less_on_the_same_rows() -> None:
     losses = adapt(lively_network(), _rows(random_stream(2, 160), 16), _settings(epochs=3), _silent)
     assert losses == sorted(losses, reverse=True)
+
+
+RANKS = """
+import sys
+import torch
+sys.path[:0] = {paths}
+from test_adapt import adapted
+from stages.distributed import start_world
+
+torch.set_num_threads(1)
+with start_world() as world:
+    for coupling in ("step", "epoch"):
+        losses, weights = adapted(coupling, world)
+        if world.rank == 0:
+            torch.save((losses, weights), coupling + ".pt")
+"""
+
+
+def adapted(coupling: Any, world: World | None) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and weights of a small run in three lanes."""
+    model, rows = lively_network(), _rows(random_stream(2, 208), 16)
+    losses = adapt(model, rows, _settings(lanes=3, coupling=coupling, batch_rows=2), _silent, world=world)
+    return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes have left what they made of `adapted`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "ranks.py").write_text(RANKS.format(paths=[str(REPOSITORY / "tests"), str(REPOSITORY)]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "ranks.py"]
+    subprocess.run(launch, cwd=folder, check=True, capture_output=True, timeout=240)
+    return folder
+
+
+@pytest.mark.parametrize("coupling", ["step", "epoch"])
+def test_two_processes_give_the_result_of_one(coupling: str, of_two_processes: Path) -> None:
+    losses, weights = adapted(coupling, None)
+    theirs, their_weights = torch.load(of_two_processes / f"{coupling}.pt")
+    assert theirs == pytest.approx(losses, abs=1e-5)
+    for name, weight in weights.items():
+        # A bfloat16 weight may be rounded to the other side.
+        tolerance = 2.0**-7 * float(weight.abs().max()) if weight.dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(their_weights[name], weight, rtol=0, atol=tolerance)
+
+
+def test_more_processes_than_lanes_are_refused() -> None:
+    world = World(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=r"adapt.lanes \(1\) is less than the 2 processes"):
+        adapt(lively_network(), _rows(random_stream(2, 64), 16), _settings(), _silent, world=world)
+
+
+def test_bfloat16_tables_are_rounded_after_every_step() -> None:
+    """Updates far below their last digit vanish, as they do in the records."""
+    model, rows = lively_network(), _rows(random_stream(2, 64), 16)
+    before = model.embed.token.detach().clone()
+    adapt(model, rows, _settings(lr=1e-6, epochs=1), _silent)
+    assert model.embed.token.dtype == torch.bfloat16
+    assert float((model.embed.token != before).float().mean()) < 0.05
 
 
 @pytest.fixture

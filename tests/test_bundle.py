@@ -15,7 +15,7 @@ from conftest import REPOSITORY, Experiment
 from model.gpt import GPT
 from stages.compress.bundle import bundle, import_closure, minify
 from stages.compress.container import pack
-from stages.compress.settings import read_settings, shipped_settings
+from stages.compress.settings import read_settings, shipped_settings, unused_modules
 from stages.params import Params, load_params
 from stages.quantize.state import quantize_state
 
@@ -65,6 +65,15 @@ def test_the_file_runs_alone_and_calls_the_entry_with_its_settings(program: Path
 def test_the_closure_is_what_is_imported_and_no_more(program: Path) -> None:
     found = import_closure(program, "app.__main__")
     assert set(found) == {"app", "app.__main__", "app.parts", "app.parts.shapes", "lib", "lib.late"}
+
+
+def test_a_module_left_out_is_imported_all_the_same(program: Path, tmp_path: Path) -> None:
+    (program / "app/extra.py").write_text("from app import unused\nSHAPES = 1\n")
+    entry = program / "app/__main__.py"
+    entry.write_text("from app.extra import SHAPES, Other\n" + entry.read_text())
+    file = bundle(program, "app.__main__", {"side": 1.5}, leave_out=["app.extra"])
+    assert json.loads(_run_alone(file, tmp_path / "alone"))[0] == "app"
+    assert "app.unused" not in import_closure(program, "app.__main__", ["app.extra"])
 
 
 def test_a_bundle_is_a_module_too_and_then_runs_nothing(program: Path, tmp_path: Path) -> None:
@@ -146,7 +155,8 @@ def folder(tokenized: Experiment, tmp_path_factory: pytest.TempPathFactory) -> P
     model.init_weights(7)
     state, _ = quantize_state(model.state_dict(), params.quantize)
     (made / "model.bin").write_bytes(pack(params.model, state, codec=params.compress.codec))
-    program = bundle(REPOSITORY, "stages.__main__", shipped_settings(params, 7))
+    settings = shipped_settings(params, 7)
+    program = bundle(REPOSITORY, "stages.__main__", settings, leave_out=unused_modules(params))
     (made / "train_gpt.py").write_bytes(program)
     return made
 
@@ -178,7 +188,9 @@ def test_the_shipped_program_tells_of_a_damaged_model_in_one_line(folder: Path, 
     assert done.stderr == "error: model.bin: not a Fairway model file\n"
 
 
-def test_without_a_model_the_shipped_program_makes_one_first(folder: Path, tokenized: Experiment, tmp_path: Path) -> None:
+def test_without_a_model_the_shipped_program_makes_one_first(
+    folder: Path, tokenized: Experiment, tmp_path: Path
+) -> None:
     for path in (tokenized.folder / "artifacts/tokens").iterdir():
         shutil.copy(path, tmp_path)
     program = (folder / "train_gpt.py").read_bytes()

@@ -13,12 +13,15 @@ from conftest import REPOSITORY
 from streams import lively_network, random_stream
 from torch import Tensor
 
+from model.embedding import BOS
 from stages import params
 from stages.adapt.exchange import alone
 from stages.evaluate.collect import Scores, collect
 from stages.evaluate.evaluator import Evaluator
+from stages.evaluate.lora_ttt import LoraTttEvaluator
 from stages.evaluate.sliding import SlidingEvaluator
 from stages.evaluate.slot import SlotEvaluator
+from stages.evaluate.streaming import StreamingEvaluator
 from stages.evaluate.ttt import TttEvaluator
 from stages.train.checkpoint import ResumePoints
 
@@ -26,6 +29,9 @@ CPU = torch.device("cpu")
 WINDOWS: dict[str, Any] = {"stride": 4, "batch_windows": 2}
 TTT = WINDOWS | {"chunk_tokens": 32, "epochs": 2, "lr": 0.05, "momentum": 0.9, "grad_clip": 1.0, "batch_rows": 32}
 TTT |= {"freeze_blocks": 1}
+LORA = {"chunk_tokens": 4, "batch_documents": 2, "rank": 2, "alpha": 4.0, "lr": 0.01, "beta2": 0.99}
+LORA |= {"weight_decay": 0.5, "prefix_documents": 8, "phases": 2, "global_chunk_tokens": 64, "global_lr": 0.02}
+LORA |= {"global_momentum": 0.9, "grad_clip": 1.0, "lanes": 4, "seed": 0}
 EVALUATORS: dict[str, Evaluator] = {
     "sliding": SlidingEvaluator(params.Sliding(**WINDOWS)),
     "published": SlidingEvaluator(params.Sliding(**WINDOWS, published_window_list=True)),
@@ -33,8 +39,17 @@ EVALUATORS: dict[str, Evaluator] = {
     "ttt_slot": TttEvaluator(params.Ttt(**TTT, slot=params.SlotFit(steps=2, lr=0.01))),
     "slot": SlotEvaluator(params.Slot(**WINDOWS, steps=3, lr=0.01)),
     "carried": SlotEvaluator(params.Slot(**WINDOWS, steps=3, lr=0.01, bias=True, carried=True)),
+    "streaming": StreamingEvaluator(params.Streaming(chunk_tokens=4, block_tokens=4, lanes=4)),
+    "lora_ttt": LoraTttEvaluator(params.LoraTtt(**LORA)),
 }
 EVERY = pytest.mark.parametrize("name", EVALUATORS)
+
+
+def stream() -> Tensor:
+    """Two hundred targets in thirty documents."""
+    tokens = random_stream(9, 200)
+    tokens[torch.arange(30) ** 2 * 200 // 900] = BOS
+    return tokens
 
 
 class Interruption(Exception):
@@ -43,7 +58,7 @@ class Interruption(Exception):
 
 def _run(name: str, points: ResumePoints | None = None, *, batches: int | None = None) -> tuple[Scores, int]:
     """Scores of one evaluator and the number of batches seen; interrupted behind that many `batches`."""
-    model, tokens, seen = lively_network(), random_stream(9, 200), 0
+    model, tokens, seen = lively_network(), stream(), 0
 
     def scored(positions: Tensor, nats: Tensor) -> None:
         nonlocal seen
@@ -86,14 +101,14 @@ RANKS = """
 import sys
 import torch
 sys.path[:0] = {paths}
-from test_collect import EVALUATORS
-from streams import lively_network, random_stream
+from test_collect import EVALUATORS, stream
+from streams import lively_network
 from stages.distributed import start_world
 from stages.evaluate.collect import collect
 
 torch.set_num_threads(1)
 with start_world() as world:
-    tokens = random_stream(9, 200)
+    tokens = stream()
     for name, evaluator in EVALUATORS.items():
         evaluation = evaluator.begin(lively_network(), tokens, world)
         scores = collect(evaluation, tokens, world, scored=lambda positions, nats: None)

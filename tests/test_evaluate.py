@@ -3,6 +3,9 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from conftest import Experiment
 from model.gpt import GPT
 from stages.compress.container import pack
 from stages.evaluate.bpb import bpb
+from stages.evaluate.inputs import fingerprint
 from stages.files import write_atomic
 from stages.params import load_params
 from stages.quantize.state import quantize_state
@@ -40,26 +44,80 @@ def _outcome(experiment: Experiment, name: str) -> tuple[np.ndarray, dict[str, A
     return np.load(folder / "nats.npz")["nats"], json.loads((folder / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["sliding", "ttt", "slot"])
+# Sections that the default params have no need of.
+SECTIONS: dict[str, dict[str, Any]] = {
+    "streaming": {"chunk_tokens": 16, "block_tokens": 128, "lanes": 4},
+    "lora_ttt": {
+        "chunk_tokens": 64,
+        "batch_documents": 2,
+        "rank": 2,
+        "alpha": 2.0,
+        "lr": 1.0e-3,
+        "beta2": 0.99,
+        "weight_decay": 0.5,
+        "prefix_documents": 2,
+        "phases": 1,
+        "global_chunk_tokens": 512,
+        "global_lr": 1.0e-3,
+        "global_momentum": 0.9,
+        "grad_clip": 1.0,
+        "lanes": 1,
+        "seed": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["sliding", "ttt", "slot", "streaming", "lora_ttt"])
 def test_the_stage_writes_every_targets_nats_and_their_sum_in_bits_per_byte(compressed: Experiment, name: str) -> None:
+    compressed.set_params(compressed.params | SECTIONS)
     compressed.stage("evaluate", "1337", name)
     nats, metrics = _outcome(compressed, name)
     validation = load_validation(compressed.folder / "artifacts/tokens", seq_len=64, vocab_size=320)
     assert (nats.dtype, nats.shape) == (np.float64, validation.bytes.shape)
     assert metrics["val_bpb"] == pytest.approx(bpb(torch.from_numpy(nats), validation.bytes), abs=1e-12)
     assert metrics["val_loss"] == pytest.approx(nats.mean(), abs=1e-12)
-    counts = {"targets": len(nats), "bytes": int(validation.bytes.sum()), "evaluator": name}
+    counts = {"targets": len(nats), "scored": len(nats), "bytes": int(validation.bytes.sum()), "evaluator": name}
     assert {key: metrics[key] for key in counts} == counts
     # Untrained, and so about as good as a uniform guess among the 320 tokens.
     assert metrics["val_loss"] == pytest.approx(math.log(320), rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["ttt"])
-def test_two_runs_give_the_same_numbers(compressed: Experiment, name: str) -> None:
-    compressed.stage("evaluate", "1337", name)
-    first = _outcome(compressed, name)[0]
-    compressed.stage("evaluate", "1337", name)
-    np.testing.assert_array_equal(_outcome(compressed, name)[0], first)
+def test_a_killed_evaluation_goes_on_and_ends_as_an_unkilled_one(compressed: Experiment) -> None:
+    compressed.stage("evaluate", "1337", "ttt")
+    whole = _outcome(compressed, "ttt")[0]
+    resume = compressed.folder / "artifacts/resume/evaluate-1337-ttt"
+    assert not resume.exists()
+    process = subprocess.Popen([sys.executable, "-m", "stages.evaluate", "1337", "ttt"], cwd=compressed.folder)
+    while not (resume / "latest.json").exists():
+        assert process.poll() is None, "it ended before it left a point"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    shutil.rmtree(compressed.folder / "artifacts/evaluate")
+    compressed.stage("evaluate", "1337", "ttt")
+    np.testing.assert_array_equal(_outcome(compressed, "ttt")[0], whole)
+    assert not resume.exists()
+
+
+def test_points_belong_to_artifact_tokens_and_settings(compressed: Experiment) -> None:
+    artifacts = compressed.folder / "artifacts"
+
+    def mark(**changes: Any) -> str:
+        compressed.set_params(compressed.params | changes)
+        return fingerprint(artifacts, 1337, "ttt", load_params(compressed.folder / "params.yaml"))
+
+    first = mark()
+    assert mark(sliding=compressed.params["sliding"] | {"stride": 8}) == first
+    assert mark(ttt=compressed.params["ttt"] | {"lr": 0.5}) != first
+    again = mark(ttt=compressed.params["ttt"] | {"lr": 2.0e-3})
+    assert again == first
+    (artifacts / "compress/1337/model.bin").write_bytes(b"another")
+    assert mark() != first
+
+
+def test_a_missing_section_is_told_in_one_line(compressed: Experiment) -> None:
+    line = compressed.fails("evaluate", "1337", "streaming")
+    assert line == "error: params.yaml: streaming: missing section, which the evaluator of that name needs"
 
 
 def test_a_network_for_another_vocabulary_is_refused_in_one_line(compressed: Experiment) -> None:

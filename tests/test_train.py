@@ -67,12 +67,14 @@ def change(experiment: Experiment, **train: Any) -> Params:
     """Change keys of the train section (sections by one level of merging)."""
     params = experiment.params
     for key, value in train.items():
-        params["train"][key] = params["train"][key] | value if isinstance(value, dict) else value
+        params["train"][key] = params["train"].get(key, {}) | value if isinstance(value, dict) else value
     experiment.set_params(params)
     return load_params(experiment.folder / "params.yaml")
 
 
-def run_loop(experiment: Experiment, params: Params) -> tuple[Trained, list[Figures]]:
+def run_loop(
+    experiment: Experiment, params: Params, points: ResumePoints | None = None
+) -> tuple[Trained, list[Figures]]:
     """The public function on the experiment's tokens, in this process: what it returns, and every step's figures."""
     tokens = experiment.folder / "artifacts/tokens"
     model = GPT(params.model)
@@ -88,6 +90,7 @@ def run_loop(experiment: Experiment, params: Params) -> tuple[Trained, list[Figu
             ALONE,
             log=lambda step, figures: None,
             tick=lambda step, figures: ticks.append(figures),
+            points=points,
         )
     return trained, ticks
 
@@ -106,14 +109,18 @@ def final_weights(experiment: Experiment) -> dict[str, Tensor]:
     return {f"{file.stem}/{name}": value for file in files for name, value in load_tensors(file, "").items()}
 
 
-def test_one_process_and_two_train_alike(ready: Experiment, trained_alone: Experiment) -> None:
+@pytest.mark.parametrize("clip", ["micro_batch", "step"])
+def test_one_process_and_two_train_alike(ready: Experiment, clip: str) -> None:
+    alone, ticks = run_loop(ready, change(ready, clip=clip))
     ready.run("torchrun", "--standalone", "--nproc-per-node=2", "-m", "stages.train", SEED)
-    alone, shared = curve(trained_alone, "train_loss"), curve(ready, "train_loss")
-    assert [step for step, _ in alone[:10]] == list(range(1, 11))
-    np.testing.assert_allclose([loss for _, loss in shared[:10]], [loss for _, loss in alone[:10]], atol=1e-4)
-    weights = final_weights(trained_alone)
+    shared = curve(ready, "train_loss")[:10]
+    assert [step for step, _ in shared] == list(range(1, 11))
+    np.testing.assert_allclose(
+        [loss for _, loss in shared], [figures["train_loss"] for figures in ticks[:10]], atol=1e-4
+    )
     for name, value in final_weights(ready).items():
-        torch.testing.assert_close(value, weights[name], atol=2e-3, rtol=0)
+        kind, _, parameter = name.partition("/")
+        torch.testing.assert_close(value, alone.weights[kind][parameter], atol=2e-3, rtol=0)
 
 
 def test_a_run_leaves_what_later_stages_read(trained_alone: Experiment) -> None:
@@ -122,7 +129,7 @@ def test_a_run_leaves_what_later_stages_read(trained_alone: Experiment) -> None:
     assert {file.name for file in folder.iterdir()} == {*(f"{k}.safetensors" for k in kinds), "train.json", "live"}
     report = json.loads((folder / "train.json").read_text())
     assert (report["steps"], report["stopped_by"], report["train_tokens"]) == (12, "steps", 12 * 512)
-    assert report["environment"]["processes"] == 1
+    assert (report["environment"]["processes"], report["environment"]["attention"]) == (1, "plain")
     assert set(report["val_bpb_by_weights"]) == kinds
     steps, bpb = zip(*curve(trained_alone, "val_bpb"), strict=True)
     assert steps == (0, 6, 12)
@@ -143,7 +150,7 @@ def _start_and_wait_for_a_resume_point(experiment: Experiment, *command: str) ->
 
 
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(ready: Experiment) -> None:
-    change(ready, max_steps=120, checkpoint_every=10)
+    change(ready, max_steps=60, checkpoint_every=5)
     process = _start_and_wait_for_a_resume_point(ready, "stages.train", SEED)
     process.kill()
     process.communicate()
@@ -162,8 +169,8 @@ def _children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses /proc and PR_SET_PDEATHSIG")
-def test_workers_die_with_their_launcher(ready: Experiment) -> None:
-    change(ready, max_steps=100_000, checkpoint_every=5)
+def test_workers_die_with_their_launcher_and_one_process_goes_on(ready: Experiment) -> None:
+    change(ready, max_steps=150, checkpoint_every=5)
     launcher = _start_and_wait_for_a_resume_point(
         ready, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "stages.train", SEED
     )
@@ -175,6 +182,10 @@ def test_workers_die_with_their_launcher(ready: Experiment) -> None:
     while any(Path(f"/proc/{pid}").exists() and "Z (" not in _state(pid) for pid in workers):
         assert time.monotonic() < give_up_at
         time.sleep(0.02)
+    assert not (ready.folder / f"artifacts/train/{SEED}").exists()
+    ready.stage("train", SEED)
+    steps = [step for step, _ in curve(ready, "train_loss")]
+    assert steps == [*range(1, 11), *range(12, 151, 2)]
 
 
 def _state(pid: int) -> str:
@@ -279,3 +290,51 @@ def test_processes_must_divide_the_micro_batches(size: int) -> None:
     else:
         with pytest.raises(UserError, match=f"{size} processes were started, which must divide the 2 micro-batches"):
             check_world(settings, world)
+
+
+def test_depth_recurrence_begins_at_its_share_of_the_run(ready: Experiment) -> None:
+    """With layers applied again from half-way on, only the steps from there on differ."""
+    plain = run_loop(ready, change(ready, max_steps=6))[1]
+    ready.params["model"]["loop"] = {"first": 0, "last": 1, "repeats": 1}
+    looped = run_loop(ready, change(ready, schedule={"loop_from": 0.5}))[1]
+    same = [a["train_loss"] == b["train_loss"] for a, b in zip(plain, looped, strict=True)]
+    assert same[:3] == [True, True, True]
+    assert not any(same[3:])
+
+
+@pytest.mark.parametrize("kind", ["ste", "soft"])
+def test_late_qat_changes_training_from_its_first_step_on(ready: Experiment, kind: str) -> None:
+    plain = run_loop(ready, change(ready, max_steps=6, schedule={"warmdown": 1.0}))[1]
+    rounding = {"kind": kind, "bits": 4, "min_clip": 0.0, "below_lr": 0.6, "min_step": 0, "ramp_steps": 2}
+    rounded = run_loop(ready, change(ready, qat=rounding))[1]
+    same = [a["train_loss"] == b["train_loss"] for a, b in zip(plain, rounded, strict=True)]
+    assert same == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        {"kind": "coprime", "names": "shards/train_%06d.bin"},
+        {"kind": "packed", "bucket": 16},
+    ],
+)
+def test_every_loader_trains_and_resumes(ready: Experiment, loader: dict[str, Any], tmp_path: Path) -> None:
+    ready.params["train"]["loader"] = loader
+    params = change(ready, checkpoint_every=8)
+    points = ResumePoints(tmp_path / "resume", "same")
+    straight, ticks = run_loop(ready, params, points)
+    assert straight.train_loss < 0.9 * ticks[0]["train_loss"]
+    resumed, rest = run_loop(ready, params, points)
+    assert len(rest) == 4
+    assert all(torch.equal(value, resumed.weights["last"][name]) for name, value in straight.weights["last"].items())
+
+
+@pytest.mark.long
+def test_compiled_training_is_undone_before_it_counts(ready: Experiment) -> None:
+    """Warm-up steps compile and leave nothing behind: the same losses as without compiler, to rounding."""
+    ready.params["model"]["loop"] = {"first": 0, "last": 1, "repeats": 1}
+    rounding = {"kind": "soft", "bits": 6, "min_clip": 0.0, "below_lr": 0.5, "min_step": 0, "ramp_steps": 4}
+    eager = run_loop(ready, change(ready, schedule={"loop_from": 0.5}, qat=rounding))[1]
+    compiled = run_loop(ready, change(ready, compile=True, warmup_steps=2))[1]
+    for one, other in zip(eager, compiled, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-3)

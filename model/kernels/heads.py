@@ -20,7 +20,9 @@ EPS = tl.constexpr(2.0**-23)
 
 
 @triton.jit
-def _place(block, n_tokens, BLOCK: tl.constexpr, SLOTS: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
+def _place(
+    block, n_tokens, BLOCK: tl.constexpr, SLOTS: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr
+):
     n = block * BLOCK + tl.arange(0, BLOCK)[:, None, None]
     head = tl.arange(0, SLOTS)[None, :, None]
     e = tl.arange(0, WIDTH)[None, None, :]

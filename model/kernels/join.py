@@ -17,13 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 EPS = tl.constexpr(2.0**-23)
-# Tokens of a tile, and tiles that one program takes in turn, so that it sums dc over many tokens in registers.
-BLOCK, TURNS = 4, 24
+# Tokens of a tile; programs that take tiles in turn, so that each sums dc over many tokens in registers.
+BLOCK, PROGRAMS = 4, 528
+AHEAD, WARPS = 2, 4
 
 
 @triton.jit
 def _tile(tile, n_tokens, D: tl.constexpr, D2: tl.constexpr, BLOCK: tl.constexpr):
-    n = tile * BLOCK + tl.arange(0, BLOCK)[:, None]
+    n = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
     d = tl.arange(0, D2)[None, :]
     return n * D + d, (n < n_tokens) & (d < D)
 
@@ -35,10 +36,8 @@ def _weights(c, j, D: tl.constexpr, D2: tl.constexpr):
 
 
 @triton.jit
-def _forward(
-    x0, x1, x2, c, u, n, n_tokens, scale, D: tl.constexpr, D2: tl.constexpr, BLOCK: tl.constexpr
-):
-    at, has = _tile(tl.program_id(0).to(tl.int64), n_tokens, D, D2, BLOCK)
+def _forward(x0, x1, x2, c, u, n, n_tokens, scale, D: tl.constexpr, D2: tl.constexpr, BLOCK: tl.constexpr):
+    at, has = _tile(tl.program_id(0), n_tokens, D, D2, BLOCK)
     s0 = tl.load(x0 + at, mask=has, other=0.0).to(tl.float32)
     s1 = tl.load(x1 + at, mask=has, other=0.0).to(tl.float32)
     if c is None:
@@ -56,43 +55,45 @@ def _forward(
 
 
 @triton.jit
-def _norm_gradient(du, dn, total, at, has, scale, D: tl.constexpr):
+def _norm_gradient(du, dn, total, scale, D: tl.constexpr):
     r = tl.rsqrt(tl.sum(total * total, axis=1, keep_dims=True) / D + EPS)
-    p = tl.load(dn + at, mask=has, other=0.0).to(tl.float32)
-    p = scale * r * (p - total * (r * r * tl.sum(p * total, axis=1, keep_dims=True) / D))
-    return p + tl.load(du + at, mask=has, other=0.0).to(tl.float32)
+    return du + scale * r * (dn - total * (r * r * tl.sum(dn * total, axis=1, keep_dims=True) / D))
 
 
 @triton.jit
 def _backward_sum(du, dn, u, g, n_tokens, scale, D: tl.constexpr, D2: tl.constexpr, BLOCK: tl.constexpr):
-    at, has = _tile(tl.program_id(0).to(tl.int64), n_tokens, D, D2, BLOCK)
+    at, has = _tile(tl.program_id(0), n_tokens, D, D2, BLOCK)
     total = tl.load(u + at, mask=has, other=0.0).to(tl.float32)
-    result = _norm_gradient(du, dn, total, at, has, scale, D)
-    tl.store(g + at, result.to(g.dtype.element_ty), mask=has)
+    of_u = tl.load(du + at, mask=has, other=0.0).to(tl.float32)
+    of_n = tl.load(dn + at, mask=has, other=0.0).to(tl.float32)
+    tl.store(g + at, _norm_gradient(of_u, of_n, total, scale, D).to(g.dtype.element_ty), mask=has)
 
 
 @triton.jit
 def _backward_mix(
     du, dn, x0, x1, x2, c, d0, d1, d2, dc, n_tokens, scale,
-    D: tl.constexpr, D2: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
+    D: tl.constexpr, D2: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     w0, w1 = _weights(c, 0, D, D2), _weights(c, 1, D, D2)
     sum0 = tl.zeros((BLOCK, D2), tl.float32)
     sum1 = tl.zeros((BLOCK, D2), tl.float32)
     if x2 is not None:
         w2, sum2 = _weights(c, 2, D, D2), tl.zeros((BLOCK, D2), tl.float32)
-    for turn in range(TURNS):
-        at, has = _tile(program * TURNS + turn, n_tokens, D, D2, BLOCK)
+    # The next tiles are under way while one is worked on.
+    for tile in tl.range(program, tl.cdiv(n_tokens, BLOCK), PROGRAMS, num_stages=AHEAD):
+        at, has = _tile(tile, n_tokens, D, D2, BLOCK)
         s0 = tl.load(x0 + at, mask=has, other=0.0).to(tl.float32)
         s1 = tl.load(x1 + at, mask=has, other=0.0).to(tl.float32)
+        of_u = tl.load(du + at, mask=has, other=0.0).to(tl.float32)
+        of_n = tl.load(dn + at, mask=has, other=0.0).to(tl.float32)
         total = w0 * s0 + w1 * s1
         if x2 is not None:
             s2 = tl.load(x2 + at, mask=has, other=0.0).to(tl.float32)
             total += w2 * s2
         # The stream as it was stored, recomputed: cheaper than reading it.
         total = total.to(x0.dtype.element_ty).to(tl.float32)
-        g = _norm_gradient(du, dn, total, at, has, scale, D)
+        g = _norm_gradient(of_u, of_n, total, scale, D)
         tl.store(d0 + at, (w0 * g).to(d0.dtype.element_ty), mask=has)
         tl.store(d1 + at, (w1 * g).to(d1.dtype.element_ty), mask=has)
         sum0 += g * s0
@@ -171,10 +172,9 @@ def mix_norm_backward(
     """Gradients of the sources (empty for one that is absent), and of c, float32."""
     d0, d1, d2 = _gradients_like(x0, x2)
     n_tokens, sizes = _sizes(x0)
-    programs = triton.cdiv(n_tokens, BLOCK * TURNS)
-    dc = c.new_empty(programs, *c.shape, dtype=torch.float32)
+    dc = c.new_empty(PROGRAMS, *c.shape, dtype=torch.float32)
     arguments = (du.contiguous(), dn.contiguous(), x0, x1, x2, c, d0, d1, d2, dc, n_tokens, scale)
-    _backward_mix[(programs,)](*arguments, **sizes, TURNS=TURNS)
+    _backward_mix[(PROGRAMS,)](*arguments, **sizes, PROGRAMS=PROGRAMS, AHEAD=AHEAD, num_warps=WARPS)
     return d0, d1, d2, dc.sum(0)
 
 

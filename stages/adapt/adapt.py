@@ -26,6 +26,7 @@ from model.gpt import GPT
 from stages import params
 from stages.adapt.exchange import alone, sum_gradients, sum_over_ranks
 from stages.adapt.fake_quantize import Loss, loss_with
+from stages.adapt.rounding import RoundedWeights
 from stages.adapt.trainable import trainable
 from stages.distributed import World
 from stages.errors import UserError
@@ -56,6 +57,7 @@ def adapt(
         losses.append(trainer.mean_loss(len(rows_RT1)))
         if not math.isfinite(losses[-1]):
             raise UserError(f"params.yaml: adapt.lr ({settings.lr}): the loss of epoch {epoch} is {losses[-1]}")
+    trainer.rounded.store()
     return losses
 
 
@@ -77,6 +79,7 @@ class Trainer:
         )
         self.parameters = [parameter for _, parameter in free]
         self.settings, self.world, self.stepped = settings, world, stepped
+        self.rounded = RoundedWeights(model)
         self.mine = range(world.rank, settings.lanes, world.size)
         self.optimizers = {lane: adamw(self.parameters) for lane in self.mine}
         loss = loss_with(model, settings.fake_quantize)
@@ -130,11 +133,13 @@ class Trainer:
         clip_grad_norm_(self.parameters, self.settings.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
+        self.rounded.round()
 
     @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
+        self.rounded.round()
 
 
 def adamw(parameters: list[Parameter]) -> torch.optim.AdamW:

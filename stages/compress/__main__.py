@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stages.compress.bundle import bundle
 from stages.compress.container import check_round_trip, pack
-from stages.compress.settings import shipped_settings
+from stages.compress.settings import shipped_settings, unused_modules
 from stages.errors import run_stage
 from stages.files import output_folder, write_atomic
 from stages.params import load_params
@@ -25,7 +25,8 @@ def main() -> None:
     state = load_codes(Path(f"artifacts/quantize/{seed}"))
     model = pack(params.model, state, codec=params.compress.codec)
     check_round_trip(model, params.model, state)
-    program = bundle(Path(), "stages.__main__", shipped_settings(params, seed))
+    settings = shipped_settings(params, seed)
+    program = bundle(Path(), "stages.__main__", settings, leave_out=unused_modules(params))
     with output_folder(Path(f"artifacts/compress/{seed}")) as out:
         write_atomic(out / "model.bin", model)
         write_atomic(out / "train_gpt.py", program)

@@ -10,15 +10,15 @@ import ast
 import base64
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import brotli
 import python_minifier
 
-# Third-party code reads the annotations of these modules when they run: Triton's constexpr, a custom operator's schema.
-READS_ANNOTATIONS = ("triton", "custom_op")
+# Modules with these words hand their source or their annotations to somebody: Triton's compiler, operators' schemas.
+READ_BY_OTHERS = ("triton", "torch.library")
 
 STUBS = {
     # {0} is the compressed text in base85.
@@ -29,6 +29,8 @@ STUBS = {
         "exec(p[0])\n"
     ),
 }
+# Gives every name that is imported from it.
+LEFT_OUT = "def __getattr__(name): return None"
 # Runs with the stub's p: [this, importer, settings, entry module, name, source, name, source, ...].
 LOADER = """
 exec(p[1])
@@ -39,12 +41,13 @@ if __name__=="__main__":
 """
 
 
-def bundle(root: Path, entry: str, settings: dict[str, Any]) -> bytes:
+def bundle(root: Path, entry: str, settings: dict[str, Any], *, leave_out: Collection[str] = ()) -> bytes:
     """The file's bytes: `entry` (a module under `root`, say "stages.__main__") and all of `root` that it imports.
 
-    Started as a program the file calls `run_shipped(settings)` of the entry module; settings are JSON values.
+    Modules named in `leave_out` are imported but never used: they become empty ones. Started as a program the file calls
+    `run_shipped(settings)` of the entry module; settings are JSON values.
     """
-    modules = import_closure(root, entry)
+    modules = import_closure(root, entry, leave_out)
     importer = minify((root / "stages/compress/importer.py").read_text(encoding="utf-8"))
     parts = [LOADER.strip(), importer, json.dumps(settings, separators=(",", ":")), entry]
     for name in sorted(modules):
@@ -52,7 +55,7 @@ def bundle(root: Path, entry: str, settings: dict[str, Any]) -> bytes:
     return _self_extracting("\0".join(parts).encode())
 
 
-def import_closure(root: Path, entry: str) -> dict[str, str]:
+def import_closure(root: Path, entry: str, leave_out: Collection[str] = ()) -> dict[str, str]:
     """Source by module name: `entry`, every module of `root` that it imports anywhere in its text, their packages."""
     found: dict[str, str] = {}
     wanted = [entry]
@@ -61,14 +64,14 @@ def import_closure(root: Path, entry: str) -> dict[str, str]:
         path = _module_file(root, name)
         if name in found or path is None:
             continue
-        found[name] = path.read_text(encoding="utf-8") if path.is_file() else ""
+        found[name] = LEFT_OUT if name in leave_out else path.read_text(encoding="utf-8") if path.is_file() else ""
         wanted += [*_imports(found[name]), *_parents(name)]
     return found
 
 
 def minify(source: str) -> str:
     """The same module in fewer bytes: no comments, docstrings or argument annotations, short local names."""
-    keep = any(word in source for word in READS_ANNOTATIONS)
+    keep = any(word in source for word in READ_BY_OTHERS)
     annotations = python_minifier.RemoveAnnotationsOptions(
         remove_variable_annotations=not keep,
         remove_return_annotations=not keep,
@@ -80,8 +83,10 @@ def minify(source: str) -> str:
         source,
         remove_annotations=annotations,
         remove_literal_statements=True,
-        hoist_literals=not keep,
+        # Repeated literals cost little once compressed; names of their own for them cost more.
+        hoist_literals=False,
         rename_locals=not keep,
+        prefer_single_line=True,
     )
 
 

@@ -1,65 +1,52 @@
-"""Bytes to fewer bytes and back, one small class per compressor.
+"""Codes to bytes and back, by compressors of the name that params.yaml gives them.
 
-Decoding is for files that anyone may have written: `decode` is told how many bytes to expect, never makes more, and
-raises ValueError on anything but exactly that many.
+A codec takes a group of similar integer matrices at once. Decoding is for files that anyone may have written: it makes
+exactly what it is asked for, never more, and raises ValueError when that is not there.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Protocol
 
-import brotli
 import numpy as np
+
+from stages.compress.byte_codecs import Brotli, ByteCodec, Lrzip, Lzma, Shuffled, Zstd
+from stages.compress.entropy import RowColumnAns
 
 
 class Codec(Protocol):
-    """A lossless compressor."""
+    """A lossless compressor of groups of matrices."""
 
-    def encode(self, data: bytes) -> bytes:
-        """Compress."""
+    def encode(self, matrices: Sequence[np.ndarray]) -> bytes:
+        """Compress int8 matrices."""
 
-    def decode(self, data: bytes, size: int) -> bytes:
-        """Decompress to exactly `size` bytes. Raises ValueError if that is not what `data` holds."""
-
-
-class Brotli:
-    """RFC 7932 at quality 11 and its largest standard window, which holds 16 MB of codes."""
-
-    def encode(self, data: bytes) -> bytes:
-        """Compress."""
-        return brotli.compress(data, quality=11, lgwin=24)
-
-    def decode(self, data: bytes, size: int) -> bytes:
-        """Decompress to exactly `size` bytes, in steps, so that a bomb is met before it goes off."""
-        decoder = brotli.Decompressor()
-        parts: list[bytes] = []
-        made, rest = 0, data
-        try:
-            while made <= size and not decoder.is_finished():
-                part = decoder.process(rest, output_buffer_limit=min(size + 1 - made, 1 << 24))
-                rest = b""
-                if not part and not decoder.is_finished():
-                    raise ValueError("the stream ends early")
-                parts.append(part)
-                made += len(part)
-        except brotli.error as error:
-            raise ValueError(str(error)) from None
-        if made != size:
-            raise ValueError(f"expected {size} bytes, the stream holds {'more' if made > size else made}")
-        return b"".join(parts)
+    def decode(self, data: bytes, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """The int8 matrices of these shapes. Raises ValueError if that is not what `data` holds."""
 
 
-class Shuffled:
-    """Another codec on float16 data: all low bytes first, then all high bytes (r1172's byte shuffle with stride 2)."""
+class Serialized:
+    """One byte a code, row by row, matrix by matrix, through a compressor of bytes."""
 
-    def __init__(self, inner: Codec) -> None:
+    def __init__(self, inner: ByteCodec) -> None:
         self.inner = inner
 
-    def encode(self, data: bytes) -> bytes:
-        """Compress an even number of bytes."""
-        return self.inner.encode(np.frombuffer(data, np.uint8).reshape(-1, 2).T.tobytes())
+    def encode(self, matrices: Sequence[np.ndarray]) -> bytes:
+        """Compress int8 matrices."""
+        return self.inner.encode(b"".join(matrix.tobytes() for matrix in matrices))
 
-    def decode(self, data: bytes, size: int) -> bytes:
-        """Decompress to exactly `size` bytes. Raises ValueError if that is not what `data` holds."""
-        return np.frombuffer(self.inner.decode(data, size), np.uint8).reshape(2, -1).T.tobytes()
+    def decode(self, data: bytes, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """The int8 matrices of these shapes. Raises ValueError if that is not what `data` holds."""
+        sizes = [rows * columns for rows, columns in shapes]
+        codes = np.frombuffer(self.inner.decode(data, sum(sizes)), np.int8)
+        starts = itertools.accumulate(sizes, initial=0)
+        return [codes[start : start + r * c].reshape(r, c) for start, (r, c) in zip(starts, shapes, strict=False)]
 
 
-CODECS: dict[str, Codec] = {"brotli": Brotli()}
+CODECS: dict[str, Codec] = {
+    "ans": RowColumnAns(),
+    "brotli": Serialized(Brotli()),
+    "brotli_shuffled": Serialized(Shuffled(Brotli())),
+    "zstd": Serialized(Zstd()),
+    "lzma": Serialized(Lzma()),
+    "lrzip": Serialized(Lrzip()),
+}

@@ -16,12 +16,12 @@ from stages.distributed import World
 from stages.evaluate.passes import Pass
 
 # At most so many resume points are written in the course of an evaluation.
-POINTS = 20
+POINTS = 10
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Nats (N,) float64 of every target and how often it was scored (N,) int64, on the CPU.
+    """Nats (N,) float64 of every target and how often it was scored (N,) int32, on the CPU.
 
     Each target is scored once, but for the published list of windows; then nats are its mean.
     """
@@ -43,20 +43,35 @@ class Points(Protocol):
 
 
 class Tally:
-    """What this process has scored: sums (N,) float64 of nats, and counts (N,) int64, on the device."""
+    """What this process has scored: sums (N,) float64 of nats, and counts (N,) int32, on the CPU."""
 
-    def __init__(self, targets: int, device: torch.device) -> None:
-        self.sums_N = torch.zeros(targets, dtype=torch.float64, device=device)
-        self.times_N = torch.zeros(targets, dtype=torch.int64, device=device)
+    def __init__(self, targets: int) -> None:
+        self.sums_N = torch.zeros(targets, dtype=torch.float64)
+        self.times_N = torch.zeros(targets, dtype=torch.int32)
+        # Batches not yet added up: fetching each would make the host wait for the device.
+        self._pending: list[tuple[Tensor, Tensor]] = []
 
     def add(self, positions_M: Tensor, nats_M: Tensor) -> None:
         """Take the nats (M,) float64 of some positions, in which a position may come more than once."""
-        self.sums_N.index_add_(0, positions_M, nats_M)
-        self.times_N.index_add_(0, positions_M, torch.ones_like(positions_M))
+        self._pending.append((positions_M, nats_M))
+        if len(self._pending) >= 1000:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add up what is pending."""
+        if self._pending:
+            positions, nats = (torch.cat(column).cpu() for column in zip(*self._pending, strict=True))
+            self.sums_N.index_add_(0, positions, nats)
+            self.times_N.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
+            self._pending.clear()
 
     def over_ranks(self, world: World) -> tuple[Tensor, Tensor]:
-        """The sums and counts of all processes."""
-        return world.sum(self.sums_N.clone()).wait(), world.sum(self.times_N.clone()).wait()
+        """The sums and counts of all processes, on the CPU."""
+        self.settle()
+        if world.size == 1:
+            return self.sums_N, self.times_N
+        sums_N, times_N = (world.sum(mine.to(world.device, copy=True)).wait() for mine in (self.sums_N, self.times_N))
+        return sums_N.cpu(), times_N.cpu()
 
 
 def collect(
@@ -71,7 +86,7 @@ def collect(
 
     `scored` is given the positions (M,) and nats (M,) float64 that this process adds, batch by batch, on the device.
     """
-    tally = Tally(len(tokens_N1) - 1, tokens_N1.device)
+    tally = Tally(len(tokens_N1) - 1)
     started_at = time.monotonic()
     first, earlier_s = _resume(evaluation, tally, world, scored, points) if points else (0, 0.0)
     for chunk in range(first, evaluation.chunks):
@@ -84,7 +99,7 @@ def collect(
             progress = {"chunks": chunk + 1, "elapsed_s": earlier_s + time.monotonic() - started_at}
             _save(evaluation, tally, world, points, progress)
     sums_N, times_N = tally.over_ranks(world)
-    return Scores((sums_N / times_N).cpu(), times_N.cpu(), earlier_s)
+    return Scores(sums_N / times_N, times_N, earlier_s)
 
 
 def _is_due(done: int, chunks: int) -> bool:
@@ -107,12 +122,12 @@ def _resume(
     if point is None:
         return 0, 0.0
     tensors, progress = point
-    device = tally.sums_N.device
-    evaluation.restore({n.removeprefix("state/"): t.to(device) for n, t in tensors.items() if n.startswith("state/")})
+    state = {name.removeprefix("state/"): value for name, value in tensors.items() if name.startswith("state/")}
+    evaluation.restore({name: value.to(world.device) for name, value in state.items()})
     if world.rank == 0:
-        tally.sums_N, tally.times_N = tensors["nats"].to(device), tensors["times"].to(device)
+        tally.sums_N, tally.times_N = tensors["nats"], tensors["times"]
         positions_M = tally.times_N.nonzero()[:, 0]
-        scored(positions_M, tally.sums_N[positions_M])
+        scored(positions_M.to(world.device), tally.sums_N[positions_M].to(world.device))
     return progress["chunks"], progress["elapsed_s"]
 
 

@@ -5,8 +5,10 @@ from typing import Any
 
 from stages.errors import UserError
 from stages.evaluate.evaluator import Evaluator
+from stages.evaluate.lora_ttt import LoraTttEvaluator
 from stages.evaluate.sliding import SlidingEvaluator
 from stages.evaluate.slot import SlotEvaluator
+from stages.evaluate.streaming import StreamingEvaluator
 from stages.evaluate.ttt import TttEvaluator
 from stages.params import Params
 
@@ -15,6 +17,8 @@ EVALUATORS: dict[str, Callable[[Any], Evaluator]] = {
     "sliding": SlidingEvaluator,
     "ttt": TttEvaluator,
     "slot": SlotEvaluator,
+    "streaming": StreamingEvaluator,
+    "lora_ttt": LoraTttEvaluator,
 }
 
 

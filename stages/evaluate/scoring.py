@@ -5,6 +5,7 @@ Legend: B windows, T tokens of a window, D model width, M scored places of a bat
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ class Batch:
     """
 
     windows: Windows
+    # The windows' columns on the device, (B,) int64 each: first token, first scored offset, tokens inside the stream.
+    start_B: Tensor
+    first_B: Tensor
+    length_B: Tensor
     # Inputs and targets, (B, T) int64 on the device.
     tokens_BT: Tensor
     targets_BT: Tensor
@@ -43,25 +48,33 @@ def plain_head(model: GPT, batch: Batch, hid_BTD: Tensor) -> Tensor:
 
 
 def make_batch(tokens_N1: Tensor, windows: Windows, *, seq_len: int) -> Batch:
-    """Cut the windows out of the stream (N+1,), on whose device the batch will lie."""
+    """Cut the windows out of the stream (N+1,), on whose device the batch will lie.
+
+    Only three short columns go to the device, so that the host never waits for it.
+    """
     device = tokens_N1.device
-    offsets = torch.arange(seq_len)
-    inside_BT = offsets < windows.length[:, None]
-    scored_BT = inside_BT & (offsets >= windows.first[:, None])
+    start_B, first_B, length_B = torch.stack([windows.start, windows.first, windows.length]).to(device)
+    offset_T = torch.arange(seq_len, device=device)
+    inside_BT = offset_T < length_B[:, None]
     # Within bounds also where nothing is read from the stream.
-    places_BT = (windows.start[:, None] + offsets).clamp(max=len(tokens_N1) - 2).to(device)
-    rows_M = scored_BT.flatten().nonzero()[:, 0]
-    inside_BT = inside_BT.to(device)
+    place_BT = (start_B[:, None] + offset_T).clamp(max=len(tokens_N1) - 2)
+    count_B, scored = length_B - first_B, int((windows.length - windows.first).sum())
+    window_M = torch.arange(len(windows), device=device).repeat_interleave(count_B, output_size=scored)
+    within_M = torch.arange(scored, device=device) - (count_B.cumsum(0) - count_B)[window_M]
+    offset_M = first_B[window_M] + within_M
     return Batch(
         windows=windows,
-        tokens_BT=tokens_N1[places_BT] * inside_BT,
-        targets_BT=tokens_N1[places_BT + 1] * inside_BT,
-        rows_M=rows_M.to(device),
-        positions_M=windows.positions().to(device),
+        start_B=start_B,
+        first_B=first_B,
+        length_B=length_B,
+        tokens_BT=tokens_N1[place_BT] * inside_BT,
+        targets_BT=tokens_N1[place_BT + 1] * inside_BT,
+        rows_M=window_M * seq_len + offset_M,
+        positions_M=start_B[window_M] + offset_M,
     )
 
 
-def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """The function compiled for a GPU; on a CPU as it is, where compiling takes longer than it saves."""
     return torch.compile(function, dynamic=False) if device.type == "cuda" else function
 

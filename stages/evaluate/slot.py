@@ -63,38 +63,38 @@ def batch_places(batch: Batch) -> Places:
 
     Places beyond the stream count too, with target 0, as in the records; windows that fill up a batch do not.
     """
-    rows_BT = torch.arange(batch.targets_BT.numel()).view(batch.targets_BT.shape)[:, :-1]
-    real_BT = (batch.windows.length > 0)[:, None].expand_as(rows_BT)
-    return _weighted(rows_BT.reshape(1, -1), real_BT.reshape(1, -1), batch)
+    B, T = batch.targets_BT.shape
+    rows_BT = torch.arange(B * T, device=batch.targets_BT.device).view(B, T)[:, :-1]
+    real_BT = (batch.length_B > 0)[:, None].expand_as(rows_BT)
+    return _weighted(rows_BT.reshape(1, -1), real_BT.reshape(1, -1))
 
 
 def scored_places(batch: Batch) -> Places:
     """One group per window: the places that it scores."""
-    return _runs(batch, batch.windows.first, batch.windows.length)
+    longest = int((batch.windows.length - batch.windows.first).max())
+    return _runs(batch, batch.first_B, batch.length_B, longest)
 
 
 def context_places(batch: Batch) -> Places:
     """One group per window: the places before those that it scores."""
-    return _runs(batch, torch.zeros_like(batch.windows.first), batch.windows.first)
+    return _runs(batch, torch.zeros_like(batch.first_B), batch.first_B, int(batch.windows.first.max()))
 
 
-def _runs(batch: Batch, begin_B: Tensor, end_B: Tensor) -> Places:
-    """One group per window: its offsets from begin to end, rows padded with weight 0."""
-    run_P = torch.arange(max(int((end_B - begin_B).max()), 1))
-    offset_BP = begin_B[:, None] + run_P
+def _runs(batch: Batch, begin_B: Tensor, end_B: Tensor, longest: int) -> Places:
+    """One group per window: its offsets from begin to end; rows padded with weight 0."""
+    B, T = batch.targets_BT.shape
+    offset_BP = begin_B[:, None] + torch.arange(max(longest, 1), device=begin_B.device)
     inside_BP = offset_BP < end_B[:, None]
-    first_row_B = torch.arange(len(begin_B)) * batch.targets_BT.size(1)
-    return _weighted((first_row_B[:, None] + offset_BP) * inside_BP, inside_BP, batch)
+    first_row_B = torch.arange(0, B * T, T, device=begin_B.device)
+    return _weighted((first_row_B[:, None] + offset_BP) * inside_BP, inside_BP)
 
 
-def _weighted(rows_GP: Tensor, counted_GP: Tensor, batch: Batch) -> Places:
+def _weighted(rows_GP: Tensor, counted_GP: Tensor) -> Places:
     """Equal weights wherever a place counts: the loss is a mean over the batch, whatever its groups.
 
     Windows with offsets of their own are then still coupled by the optimizer's eps, which is not scale-free.
     """
-    device = batch.targets_BT.device
-    weight_GP = counted_GP / counted_GP.sum().clamp(min=1)
-    return Places(rows_GP.to(device), weight_GP.to(device))
+    return Places(rows_GP, counted_GP / counted_GP.sum().clamp(min=1))
 
 
 FITTED_ON: dict[str, Callable[[Batch], Places]] = {

@@ -21,6 +21,7 @@ from model.gpt import GPT
 from stages import params
 from stages.adapt.exchange import sum_gradients
 from stages.adapt.fake_quantize import loss_with
+from stages.adapt.rounding import RoundedWeights
 from stages.adapt.trainable import Named, trainable
 from stages.distributed import World
 from stages.errors import UserError
@@ -59,7 +60,7 @@ class TttPass(WindowPass):
     ) -> None:
         head = OffsetHead(settings.slot, tokens_N1.device) if settings.slot else plain_head
         super().__init__(model, tokens_N1, chunks, world, batch_windows=settings.batch_windows, head=head)
-        self.settings, self.free = settings, dict(free)
+        self.settings, self.free, self._rounded = settings, dict(free), RoundedWeights(model)
         self._optimizer = torch.optim.SGD(self.free.values(), lr=settings.lr, momentum=settings.momentum)
         self._loss = compiled(loss_with(model, settings.fake_quantize), tokens_N1.device)
 
@@ -86,6 +87,7 @@ class TttPass(WindowPass):
         sum_gradients(parameters, self.world)
         clip_grad_norm_(parameters, self.settings.grad_clip)
         self._optimizer.step()
+        self._rounded.round()
         self._optimizer.zero_grad()
 
     def state(self) -> State:

@@ -88,12 +88,17 @@ def entropy_bits(histogram: Tensor) -> float:
 
 
 def save_codes(folder: Path, state: QuantizedState) -> None:
-    """Write codes.safetensors. A matrix is three tensors, `name/codes`, `name/scale` and `name/bits` (0-D uint8)."""
+    """Write codes.safetensors. A matrix is `name/codes`, `name/scale` and `name/bits` (0-D uint8).
+
+    A correction adds `name/a`, `name/b`, `name/a_scale` and `name/b_scale`.
+    """
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         if isinstance(value, Quantized):
             tensors[f"{name}/codes"], tensors[f"{name}/scale"] = value.codes, value.scale
             tensors[f"{name}/bits"] = torch.tensor(value.bits, dtype=torch.uint8)
+            if value.correction:
+                tensors |= {f"{name}/{part}": tensor for part, tensor in vars(value.correction).items()}
         else:
             tensors[name] = value
     save_tensors(folder / FILE_NAME, tensors)
@@ -110,7 +115,14 @@ def load_codes(folder: Path) -> QuantizedState:
             state[name] = value
         elif part == "codes":
             try:
-                state[name] = Quantized(value, tensors[f"{name}/scale"], int(tensors[f"{name}/bits"]))
+                bits, correction = int(tensors[f"{name}/bits"]), _correction(tensors, name)
+                state[name] = Quantized(value, tensors[f"{name}/scale"], bits, correction)
             except (KeyError, ValueError) as error:
                 raise UserError(f"{path}: {name}: {error}; run `python -m stages.quantize` again") from None
     return state
+
+
+def _correction(tensors: dict[str, Tensor], name: str) -> LowRank | None:
+    if f"{name}/a" not in tensors:
+        return None
+    return LowRank(*(tensors[f"{name}/{part}"] for part in ("a", "b", "a_scale", "b_scale")))

@@ -21,7 +21,7 @@ class _Taps(TorchFunctionMode):
     """Sums XᵀX of every product X·Wᵀ with one of the given weights, however often a forward pass visits it.
 
     Watching the product itself needs no hooks in the network and sees exactly what W is multiplied with. A weight is
-    recognised through the cast to the activations' dtype that comes before each product.
+    recognised by the cast to the activations' dtype that comes before each product.
     """
 
     def __init__(self, weights: dict[str, Tensor]) -> None:

@@ -32,14 +32,16 @@ def quantize_to_size(
 ) -> tuple[QuantizedState, dict[str, Any]]:
     """quantize_state, all steps widened by the factor that brings `packed_bytes` just below settings.target_bytes.
 
-    Steps are not narrowed: codes that fit the target as they are stay so, as they do without a target. Returns the codes
-    and a report: coarseness (the factor), and figures by tensor. Raises UserError when no factor is found.
+    Steps are not narrowed: codes that fit the target as they are stay so, as they do without a target. Returns the
+    codes and a report: the calibration text, coarseness (the factor), and figures by tensor. Raises UserError when no
+    factor is found.
     """
+    calibration = settings.gptq.calibration if settings.gptq else None
     coarseness, target = 1.0, settings.target_bytes
     too_fine, too_coarse = 1.0, math.inf
     for attempt in range(MAX_ROUNDS):
         state, tensors = quantize_state(weights, settings, hessians=hessians, coarseness=coarseness)
-        report = {"coarseness": coarseness, "tensors": tensors}
+        report = {"calibration": calibration, "coarseness": coarseness, "tensors": tensors}
         if target is None:
             return state, report
         size = packed_bytes(state)

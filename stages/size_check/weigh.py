@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from stages.compress.container import Group, read_header, unpack
+from stages.compress.container import read_header, unpack
+from stages.compress.header import Group
 from stages.quantize.codes import Quantized, QuantizedState, code_histogram, entropy_bits
 
 
@@ -49,11 +50,10 @@ def over_cap(size: dict[str, Any]) -> str:
 
 def _weigh_group(group: Group, state: QuantizedState) -> dict[str, Any]:
     weights = sum(entry.values for entry in group.matrices)
-    group_bytes = group.codes_bytes + group.scales_bytes
     return {
         "weights": weights,
-        "bytes": group_bytes,
-        "bits_per_weight": 8 * group_bytes / weights,
+        "bytes": group.stream_bytes,
+        "bits_per_weight": 8 * group.stream_bytes / weights,
         "entropy_bits_per_weight": _entropy(group, state),
     }
 

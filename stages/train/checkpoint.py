@@ -55,7 +55,7 @@ def only_run(folder: Path, *, patience_s: float = 5.0) -> Iterator[None]:
 
 
 class ResumePoints:
-    """The resume folder of one run. All ranks load; one saves and clears."""
+    """The resume folder of one run. All ranks load; one saves."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder, self.fingerprint = folder, fingerprint
@@ -81,8 +81,3 @@ class ResumePoints:
         if point["fingerprint"] != self.fingerprint:
             return None
         return load_tensors(self.folder / point["tensors"], "python -m stages.train"), point["state"]
-
-    def clear(self) -> None:
-        """Remove every point and what a killed save left behind."""
-        for file in (*self.folder.glob("*.safetensors"), *self.folder.glob(".*.tmp"), self.latest):
-            file.unlink(missing_ok=True)

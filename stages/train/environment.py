@@ -3,18 +3,24 @@
 import platform
 import resource
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.backends import attention_backend
 from stages.distributed import World
+from stages.params import Params
 
 
-def environment(world: World) -> dict[str, Any]:
+def environment(world: World, params: Params) -> dict[str, Any]:
     """Machine, libraries, attention backend, processes and commit, fit for JSON; None where there is no such thing."""
     cuda = world.device.type == "cuda"
+    packed = params.train.loader.kind == "packed"
+    length = params.train.micro_batch_tokens if packed else params.model.seq_len
     return {
+        "attention": attention_backend(world.device, world.compute_dtype, length=length, packed=packed),
         "device": torch.cuda.get_device_name(world.device) if cuda else platform.machine(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "torch": torch.__version__,
@@ -31,7 +37,8 @@ def peak_memory_bytes(world: World) -> int:
     """The most memory this process held: allocated on the GPU, or resident on a CPU."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # In KiB, but in bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _commit() -> str | None:

@@ -11,7 +11,7 @@ from stages.params import CoprimeLoader, PackedLoader, Params, SequentialLoader,
 from stages.tokenize.shards import shard_paths
 from stages.tokenize.validation import load_validation, verify_tokens
 from stages.train.checkpoint import only_run
-from stages.train.loader import Order, Segmenter, Sequential, Stream, Tokens
+from stages.train.loader import Order, Sequential, Stream, Tokens
 from stages.train.packing import PackedRows, document_bounds
 from stages.train.windows import CoprimeWindows, ShuffledWindows, name_seed
 
@@ -38,7 +38,7 @@ def check_inputs(params: Params, seed: int, tokens: Path, resume: Path) -> None:
         raise UserError(f"params.yaml: processes: {params.processes} on a machine with {gpus} GPUs")
     verify_tokens(tokens, vocab_size=params.model.vocab_size)
     load_validation(tokens, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
-    train_stream(params, tokens, ALONE)
+    train_stream(params, tokens, ALONE).next_batch()
     with only_run(resume):
         pass
 
@@ -56,18 +56,12 @@ def check_world(settings: Train, world: World) -> None:
 def train_stream(params: Params, tokens: Path, world: World) -> Stream:
     """This process's micro-batches of the train split, in the order that train.loader names."""
     shards = Tokens(shard_paths(tokens, "train"), vocab_size=params.model.vocab_size)
-    row, segment = params.model.seq_len, segmenter(params)
+    loader, row, segment = params.train.loader, params.model.seq_len, None
     order = _order(params.train, shards, row)
-    row = row if segment is None else params.train.micro_batch_tokens
+    if loader.kind == "packed":
+        segment = partial(document_bounds, cut=row, bucket=loader.bucket)
+        row = params.train.micro_batch_tokens
     return Stream(shards, order, row=row, rank=world.rank, size=world.size, segment=segment)
-
-
-def segmenter(params: Params) -> Segmenter | None:
-    """What finds the documents of a packed row; None where rows are windows."""
-    loader = params.train.loader
-    if loader.kind != "packed":
-        return None
-    return partial(document_bounds, cut=params.model.seq_len, bucket=loader.bucket)
 
 
 def _order(settings: Train, shards: Tokens, window: int) -> Order:

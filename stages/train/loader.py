@@ -166,7 +166,7 @@ class Prefetcher:
 
     def __init__(self, stream: Stream, device: torch.device, *, ahead: int = 2) -> None:
         self.stream, self.device, self.ahead = stream, device, ahead
-        self.state = stream.state_dict()
+        self.segment, self.state = stream.segment, stream.state_dict()
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self.ready: deque[Future[tuple[Batch, State]]] = deque()
 

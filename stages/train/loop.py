@@ -8,6 +8,7 @@ rate, switch the loop together and stop at the same step.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from stages.train.checkpoint import ResumePoints
 from stages.train.clock import Clock
 from stages.train.loader import Prefetcher
 from stages.train.run import Figures, Run
-from stages.train.schedule import Budget, Moment, loop_is_on, lr_multiplier, muon_momentum, run_budget
+from stages.train.schedule import Moment, loop_is_on, lr_multiplier, muon_momentum
 from stages.train.validate import Forward, validate
 
 # (step, its figures): after every step, and of the steps that are logged or validated.
@@ -61,10 +62,9 @@ def train(
     every step, `log` of those that are logged or validated, both on every rank. Raises UserError at the first step
     whose loss or gradient is not finite.
     """
-    run, budget = Run.begin(model, loader, settings, world), run_budget(settings)
-    forward: Forward = torch.compile(model, dynamic=False) if settings.compile else model
+    run = Run.begin(model, loader, settings, world)
     if settings.compile:
-        _warm_up(run, forward, settings)
+        _warm_up(run)
     if points and (point := points.load()):
         run.restore(*point)
         for step, figures in run.history:
@@ -78,18 +78,18 @@ def train(
     clock = Clock(world, run.now.clock_s)
     clock.start()
     while True:
-        stopped_by = budget.spent(run.now)
+        stopped_by = run.budget.spent(run.now)
         if stopped_by or run.now.step % settings.val_every == 0:
             with clock.paused():
-                val_loss, val_bpb = _validate(run, forward, validation, settings, world)
+                val_loss, val_bpb = _validate(run, validation)
                 note({"val_loss": val_loss, "val_bpb": val_bpb})
         if stopped_by:
             break
-        figures = _step(run, forward, settings, budget, world, clock)
+        figures = _step(run, clock)
         tick(run.now.step, figures)
         if run.now.step <= FIRST_STEPS or run.now.step % settings.log_every == 0:
             note(figures)
-        if points and run.now.step % settings.checkpoint_every == 0 and not budget.spent(run.now):
+        if points and run.now.step % settings.checkpoint_every == 0 and not run.budget.spent(run.now):
             tensors = run.tensors()
             if world.rank == 0:
                 points.save(run.now.step, tensors, run.state())
@@ -98,25 +98,30 @@ def train(
     weights = run.weights()
     for kind in list(weights)[1:]:
         run.load_weights(weights[kind])
-        bpb[kind] = _validate(run, forward, validation, settings, world)[1]
+        bpb[kind] = _validate(run, validation)[1]
     run.load_weights(weights["last"])
     return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, run.now.clock_s, stopped_by)
 
 
-def _step(run: Run, forward: Forward, settings: params.Train, budget: Budget, world: World, clock: Clock) -> Figures:
+def _step(run: Run, clock: Clock) -> Figures:
     """One optimizer step; its figures. Ends with the step's only wait for the device."""
-    lr_scale = lr_multiplier(settings.schedule, budget, run.now)
-    momentum = muon_momentum(settings.muon, run.now.step)
-    loss = _accumulate(run, forward, loop_is_on(settings.schedule, budget, run.now))
+    settings, step = run.settings, run.now.step
+    lr_scale = lr_multiplier(settings.schedule, run.budget, run.now)
+    momentum = muon_momentum(settings.muon, step)
+    looped = loop_is_on(settings.schedule, run.budget, run.now)
+    if run.rounded_from is None and run.forwards.begins(step, lr_scale):
+        run.rounded_from = step
+    forward = run.forwards.plain if run.rounded_from is None else run.forwards.rounded_at(step - run.rounded_from)
+    loss = _accumulate(run, forward, looped)
     norms = run.optimizer.gradients.norms.double()
     run.optimizer.step(lr_scale=lr_scale, momentum=momentum)
-    run.average(settings.swa, lr_scale)
+    run.average(lr_scale)
 
     # One exchange tells all ranks rank 0's clock, the mean loss, and whether anything went wrong anywhere.
-    rows = world.gather(torch.cat([torch.full_like(norms[:1], clock.read()), loss.double()[None], norms]))
-    train_loss, *group_norms = (math.fsum(column) / world.size for column in list(zip(*rows, strict=True))[1:])
+    rows = run.world.gather(torch.cat([torch.full_like(norms[:1], clock.read()), loss.double()[None], norms]))
+    train_loss, *group_norms = (math.fsum(column) / run.world.size for column in list(zip(*rows, strict=True))[1:])
     _demand_finite(run, train_loss, group_norms)
-    run.now = Moment(run.now.step + 1, rows[0][0])
+    run.now = Moment(step + 1, rows[0][0])
     return {
         "train_loss": train_loss,
         "lr_scale": lr_scale,
@@ -131,9 +136,8 @@ def _accumulate(run: Run, forward: Forward, looped: bool) -> Tensor:
     """Gradients of this rank's micro-batches of a step; their mean loss (0-d, on the device)."""
     gradients = run.optimizer.gradients
     gradients.clear()
-    micro_steps = gradients.micro_batches // run.optimizer.world.size
     losses = []
-    for _ in range(micro_steps):
+    for _ in range(gradients.micro_batches // run.world.size):
         inputs, targets, segments = run.loader.next_batch()
         loss = forward(inputs, targets, segments=segments, looped=looped)
         loss.backward()
@@ -144,7 +148,8 @@ def _accumulate(run: Run, forward: Forward, looped: bool) -> Tensor:
 
 def _demand_finite(run: Run, loss: float, group_norms: list[float]) -> None:
     """Raise UserError if the loss or a group's gradient norm is NaN or infinite."""
-    groups = [name for name, norm in zip(run.optimizer.gradients.groups, group_norms, strict=True) if norm - norm != 0]
+    norms = zip(run.optimizer.gradients.groups, group_norms, strict=True)
+    groups = [name for name, norm in norms if not math.isfinite(norm)]
     if groups or not math.isfinite(loss):
         raise UserError(
             f"params.yaml: train: loss {loss} at step {run.now.step + 1}, gradient not finite in: "
@@ -152,23 +157,28 @@ def _demand_finite(run: Run, loss: float, group_norms: list[float]) -> None:
         )
 
 
-def _validate(
-    run: Run, forward: Forward, validation: Validation, settings: params.Train, world: World
-) -> tuple[float, float]:
+def _validate(run: Run, validation: Validation) -> tuple[float, float]:
     """Loss and bits per byte of the weights as they are."""
-    row = run.model.config.seq_len
-    looped = loop_is_on(settings.schedule, run_budget(settings), run.now)
-    batch_rows = settings.micro_batch_tokens // row
-    return validate(forward, validation, world, row=row, batch_rows=batch_rows, looped=looped)
+    return validate(
+        run.forwards.plain,
+        validation,
+        run.world,
+        row=run.model.config.seq_len,
+        batch_tokens=run.settings.micro_batch_tokens,
+        looped=loop_is_on(run.settings.schedule, run.budget, run.now),
+        segment=run.loader.segment,
+    )
 
 
-def _warm_up(run: Run, forward: Forward, settings: params.Train) -> None:
+def _warm_up(run: Run) -> None:
     """Compile every graph by running warmup_steps real steps, then put everything back: no data or update is kept."""
     before, position = run.weights()["last"], run.loader.state_dict()
-    for looped in (False, True) if settings.schedule.loop_from else (True,):
-        for _ in range(settings.warmup_steps):
+    depths = (False, True) if run.settings.schedule.loop_from else (True,)
+    forwards = [run.forwards.plain] + ([run.forwards.rounded_at(0)] if run.settings.qat else [])
+    for forward, looped in product(forwards, depths):
+        for _ in range(run.settings.warmup_steps):
             _accumulate(run, forward, looped)
-            run.optimizer.step(lr_scale=1.0, momentum=settings.muon.momentum_start)
+            run.optimizer.step(lr_scale=1.0, momentum=run.settings.muon.momentum_start)
     run.load_weights(before)
     run.optimizer.reset()
     run.loader.load_state_dict(position)

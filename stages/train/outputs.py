@@ -26,7 +26,7 @@ def write_outputs(folder: Path, trained: Trained, params: Params, world: World, 
         "val_bpb_by_weights": trained.val_bpb,
         "parameters": sum(weight.numel() for weight in trained.weights["last"].values()),
         "peak_memory_bytes": peak_memory_bytes(world),
-        "environment": environment(world),
+        "environment": environment(world, params),
     }
     with output_folder(folder) as out:
         for kind, weights in trained.weights.items():

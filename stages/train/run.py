@@ -10,9 +10,10 @@ from model.gpt import GPT, param_groups
 from stages import params
 from stages.distributed import World
 from stages.train.ema import Ema, Swa
+from stages.train.forwards import Forwards
 from stages.train.loader import Prefetcher
 from stages.train.optimizer import Optimizer, under
-from stages.train.schedule import Moment
+from stages.train.schedule import Budget, Moment, run_budget
 
 Figures = dict[str, float]
 
@@ -21,14 +22,20 @@ START = Moment(0, 0.0)
 
 @dataclass
 class Run:
-    """Network, optimizer, averages, data and what was logged so far."""
+    """Network, optimizer, averages, data and what was logged so far; settings, budget and world stay as they are."""
 
+    settings: params.Train
+    budget: Budget
+    world: World
     model: GPT
+    forwards: Forwards
     optimizer: Optimizer
     emas: dict[str, Ema]
     swa: Swa
     loader: Prefetcher
     now: Moment = START
+    # Index of the first step with rounded matrices, once there was one.
+    rounded_from: int | None = None
     history: list[tuple[int, Figures]] = field(default_factory=list)
 
     @classmethod
@@ -37,14 +44,24 @@ class Run:
         named = dict(model.named_parameters())
         groups = param_groups(model, side_matrices=settings.muon.side_matrices)
         assert sum(map(len, groups.values())) == len(named), "every parameter is stepped by exactly one optimizer"
-        emas = {f"ema_{decay}": Ema(named, decay) for decay in settings.ema_decays}
-        return cls(model, Optimizer(groups, settings, world), emas, Swa(named), loader)
+        return cls(
+            settings=settings,
+            budget=run_budget(settings),
+            world=world,
+            model=model,
+            forwards=Forwards(model, settings, world.device),
+            optimizer=Optimizer(groups, settings, world),
+            emas={f"ema_{decay}": Ema(named, decay) for decay in settings.ema_decays},
+            swa=Swa(named),
+            loader=loader,
+        )
 
-    def average(self, settings: params.Swa, lr_scale: float) -> None:
+    def average(self, lr_scale: float) -> None:
         """Take the weights behind a step into the averages."""
         for ema in self.emas.values():
             ema.update()
-        if lr_scale < settings.below_lr and (self.now.step + 1) % settings.every == 0:
+        swa = self.settings.swa
+        if lr_scale < swa.below_lr and (self.now.step + 1) % swa.every == 0:
             self.swa.collect()
 
     @torch.no_grad()
@@ -68,8 +85,14 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """The rest of a resume point, fit for JSON."""
-        rest = {"loader": self.loader.state_dict(), "swa": self.swa.count, "history": self.history}
-        return rest | {"step": self.now.step, "clock_s": self.now.clock_s}
+        return {
+            "step": self.now.step,
+            "clock_s": self.now.clock_s,
+            "loader": self.loader.state_dict(),
+            "swa": self.swa.count,
+            "rounded_from": self.rounded_from,
+            "history": self.history,
+        }
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Go back to a resume point."""
@@ -77,10 +100,12 @@ class Run:
         for kind, ema in self.emas.items():
             for name, value in under(kind, tensors).items():
                 ema.mean[name].copy_(value)
-        device = self.optimizer.world.device
-        self.swa.mean = {name: value.to(device) for name, value in under("swa", tensors).items()}
+        swa = under("swa", tensors)
+        # In the order of the parameters, which the file does not keep.
+        self.swa.mean = {name: swa[name].to(self.world.device) for name in self.swa.parameters if swa}
         self.swa.count = state["swa"]
         self.optimizer.load_state_dict(tensors)
         self.loader.load_state_dict(state["loader"])
         self.history = [(step, figures) for step, figures in state["history"]]
+        self.rounded_from = state["rounded_from"]
         self.now = Moment(state["step"], state["clock_s"])

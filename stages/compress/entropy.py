@@ -1,0 +1,148 @@
+"""An entropy coder made for integer codes of weights: a scale for each row and each column, a histogram for each scale.
+
+Codes are noise to a dictionary coder; all that can be known about one is how large it is likely to be. That is taken as
+a product of its row's and its column's scale, both stored on a grid of logarithms. The sum of the two grid indices is
+the code's bucket, and each bucket of a group of matrices has a histogram of its own: no assumption is made about shape,
+and tails are what they are. Codes are then written bucket by bucket by an asymmetric numeral system, which spends what
+the histogram says to a fraction of a percent.
+
+    buckets u8 | lowest, highest code i8 | bytes of the packed model u32 | model | ANS words, u32 each
+
+The model, packed by Brotli: row indices, column indices (u8, matrix by matrix), histograms (u8 logarithms).
+
+Method: ANS (arXiv:1311.2540) by the constriction library. Legend: R rows, C columns, K buckets, S symbols.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import constriction
+import numpy as np
+
+from stages.compress.byte_codecs import Brotli
+
+# constriction's Categorical; the library has no types.
+Distribution = Any
+
+PREFIX = struct.Struct("<BbbI")
+# Step of the grid in units of the logarithm. A tenth is where an index shared by ~500 codes costs what it saves.
+LOG_STEP = 0.1
+MAX_BUCKETS = 128
+# A scale is a mean magnitude; rows of zeros get this one.
+SMALLEST_MAGNITUDE = 0.02
+# Histograms are kept as logarithms of counts, 16 steps an octave, down from 255 for the largest count of the bucket.
+OCTAVE = 16
+MANTISSAS = np.rint(2.0 ** (np.arange(OCTAVE) / OCTAVE + 12)).astype(np.int64)
+
+
+class RowColumnAns:
+    """Codec of groups of integer matrices (codecs.py). Decodes with integers alone: the same on every machine."""
+
+    def encode(self, matrices: Sequence[np.ndarray]) -> bytes:
+        """Compress int8 matrices."""
+        lowest = min(int(matrix.min()) for matrix in matrices)
+        highest = max(lowest + 1, *(int(matrix.max()) for matrix in matrices))
+        indices = [_scale_indices(matrix) for matrix in matrices]
+        buckets = min(MAX_BUCKETS, 1 + max(int(rows.max()) + int(columns.max()) for rows, columns in indices))
+        counts_KS = np.zeros((buckets, highest - lowest + 1), np.int64)
+        for matrix, (rows, columns) in zip(matrices, indices, strict=True):
+            cells = _buckets(rows, columns, buckets).astype(np.int64) * counts_KS.shape[1] + (matrix.ravel() - lowest)
+            counts_KS += np.bincount(cells, minlength=counts_KS.size).reshape(counts_KS.shape)
+        histograms_KS = _logarithms(counts_KS)
+        parts = [*(rows for rows, _ in indices), *(columns for _, columns in indices), histograms_KS]
+        model = Brotli().encode(b"".join(part.tobytes() for part in parts))
+        words = _encode_words(matrices, indices, _distributions(histograms_KS), lowest)
+        return PREFIX.pack(buckets, lowest, highest, len(model)) + model + words
+
+    def decode(self, data: bytes, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """The int8 matrices of these shapes. Raises ValueError if that is not what `data` holds."""
+        if len(data) < PREFIX.size:
+            raise ValueError("the stream ends early")
+        buckets, lowest, highest, model_bytes = PREFIX.unpack_from(data)
+        start = PREFIX.size + model_bytes
+        if lowest >= highest or start > len(data) or (len(data) - start) % 4:
+            raise ValueError("impossible model of the codes")
+        lengths = [*(r for r, _ in shapes), *(c for _, c in shapes), buckets * (highest - lowest + 1)]
+        model = np.frombuffer(Brotli().decode(data[PREFIX.size : start], sum(lengths)), np.uint8)
+        *parts, histograms = np.split(model, np.cumsum(lengths[:-1]))
+        indices = list(zip(parts[: len(shapes)], parts[len(shapes) :], strict=True))
+        return _decode_words(data[start:], indices, _distributions(histograms.reshape(buckets, -1)), lowest)
+
+
+# Row indices and column indices of one matrix, uint8 (R,) and (C,).
+Indices = tuple[np.ndarray, np.ndarray]
+
+
+def _scale_indices(matrix: np.ndarray) -> Indices:
+    """The grid indices of a matrix: |code| is about exp(LOG_STEP · (row + column)) times SMALLEST_MAGNITUDE."""
+    magnitude = np.abs(matrix.astype(np.float32))
+    row_scale, column_scale = np.ones(len(matrix), np.float32), np.ones(matrix.shape[1], np.float32)
+    for _ in range(4):
+        row_scale = np.maximum((magnitude / column_scale).mean(axis=1), SMALLEST_MAGNITUDE)
+        row_scale /= row_scale.mean()
+        column_scale = np.maximum((magnitude / row_scale[:, None]).mean(axis=0), SMALLEST_MAGNITUDE)
+    rows = np.rint(np.log(row_scale) / LOG_STEP).astype(np.int64)
+    columns = np.rint(np.log(column_scale / SMALLEST_MAGNITUDE) / LOG_STEP).astype(np.int64) + rows.min()
+    return (rows - rows.min()).clip(0, 255).astype(np.uint8), columns.clip(0, 255).astype(np.uint8)
+
+
+def _buckets(rows: np.ndarray, columns: np.ndarray, buckets: int) -> np.ndarray:
+    """The bucket of every code, uint8 (R·C,)."""
+    sums = rows[:, None].astype(np.uint16) + columns
+    return np.minimum(sums, buckets - 1).astype(np.uint8).ravel()
+
+
+def _logarithms(counts_KS: np.ndarray) -> np.ndarray:
+    """Counts as uint8 (K, S): 0 for none, 255 for the largest of the bucket, OCTAVE less for each halving."""
+    largest_K1 = np.maximum(counts_KS.max(axis=1, keepdims=True), 1)
+    steps = np.rint(OCTAVE * np.log2(largest_K1 / np.maximum(counts_KS, 1)))
+    return np.where(counts_KS > 0, (255 - steps).clip(1, 255), 0).astype(np.uint8)
+
+
+def _distributions(histograms_KS: np.ndarray) -> list[Distribution | None]:
+    """A distribution over the symbols for each bucket; None for a bucket without any."""
+    exponents, steps = np.divmod(histograms_KS.astype(np.int64), OCTAVE)
+    weights_KS = np.where(histograms_KS > 0, MANTISSAS[steps] << exponents, 0).astype(np.float64)
+    return [
+        constriction.stream.model.Categorical(weights, perfect=False) if weights.any() else None
+        for weights in weights_KS
+    ]
+
+
+def _runs(indices: Indices, buckets: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Each bucket that occurs in a matrix, with the positions (n,) of its codes, in the order of decoding."""
+    bucket = _buckets(*indices, buckets)
+    order = np.argsort(bucket, kind="stable")
+    counts = np.bincount(bucket, minlength=buckets)
+    yield from ((k, run) for k, run in enumerate(np.split(order, np.cumsum(counts[:-1]))) if len(run))
+
+
+def _encode_words(
+    matrices: Sequence[np.ndarray], indices: Sequence[Indices], distributions: list[Distribution | None], lowest: int
+) -> bytes:
+    """The words of a stack: what is decoded first is encoded last."""
+    coder = constriction.stream.stack.AnsCoder()
+    for matrix, scales in reversed(list(zip(matrices, indices, strict=True))):
+        symbols = matrix.ravel().astype(np.int32) - lowest
+        for k, run in reversed(list(_runs(scales, len(distributions)))):
+            coder.encode_reverse(symbols[run], distributions[k])
+    return coder.get_compressed().astype("<u4").tobytes()
+
+
+def _decode_words(
+    words: bytes, indices: Sequence[Indices], distributions: list[Distribution | None], lowest: int
+) -> list[np.ndarray]:
+    """The matrices. Raises ValueError unless the words hold exactly these."""
+    coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
+    matrices = []
+    for rows, columns in indices:
+        codes = np.empty(len(rows) * len(columns), np.int8)
+        for k, run in _runs((rows, columns), len(distributions)):
+            if distributions[k] is None:
+                raise ValueError("a code without a histogram")
+            codes[run] = coder.decode(distributions[k], len(run)) + lowest
+        matrices.append(codes.reshape(len(rows), len(columns)))
+    if not coder.is_empty():
+        raise ValueError("more codes than there are weights")
+    return matrices

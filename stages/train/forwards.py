@@ -1,0 +1,48 @@
+"""The forward passes of a run, chosen once before its first step: plain or rounded, eager or compiled."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.gpt import GPT
+from stages import params
+from stages.train.qat import Rounded
+from stages.train.validate import Forward
+
+
+class Forwards:
+    """The network, and the one with rounded matrices that takes its place late in the run if train.qat says so."""
+
+    def __init__(self, model: GPT, settings: params.Train, device: torch.device) -> None:
+        self.qat = settings.qat
+        self.rounding = Rounded(model, settings.qat, device) if settings.qat else None
+        self.plain: Forward = model
+        self.rounded: Forward | None = self.rounding.forward if self.rounding else None
+        if settings.compile:
+            self.plain = compiled(self.plain)
+            self.rounded = compiled(self.rounded) if self.rounded else None
+
+    def begins(self, step: int, lr_scale: float) -> bool:
+        """Whether rounding may begin at the step with that 0-based index and learning-rate multiplier."""
+        return self.qat is not None and step >= self.qat.min_step and lr_scale < self.qat.below_lr
+
+    def rounded_at(self, steps: int) -> Forward:
+        """The rounded network, as hard as it is `steps` steps after its first."""
+        assert self.rounding is not None, "begins() is never true without train.qat"
+        assert self.rounded is not None
+        self.rounding.harden(steps)
+        return self.rounded
+
+
+def compiled(forward: Forward, backend: Any = "inductor") -> Forward:
+    """A forward pass compiled for fixed shapes, except that the number of a packed row's bounds may vary."""
+    graph = torch.compile(forward, dynamic=False, backend=backend)
+
+    def call(inputs_BT: Tensor, targets_BT: Tensor, *, segments: Tensor | None, looped: bool) -> Tensor:
+        if segments is not None:
+            torch._dynamo.mark_dynamic(segments, 0)
+        loss: Tensor = graph(inputs_BT, targets_BT, segments=segments, looped=looped)
+        return loss
+
+    return call

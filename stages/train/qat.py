@@ -1,0 +1,63 @@
+"""Quantization-aware training: the network as it will be once its matrices are rounded to a few bits per weight.
+
+Legend: W a matrix (O, I), s its row scales (O, 1), z = W / s, n the largest code, 2^(bits-1) - 1.
+
+    ste     W + stopgrad(clamp(round(z), -n-1, n) s - W)                   gradient as if not rounded (PR #1150, #1488)
+    soft    clamp(floor(z) + sigmoid(a (z - floor(z) - 1/2)), -n, n) s     differentiated as is, a from 1 to 16 (#1172)
+
+In the published programs the switch was a class attribute that torch.compile folds into its graph, so it never took
+effect while training. Here the rounded network is a function of its own, compiled apart, and `a` is an input.
+"""
+
+import torch
+from torch import Tensor
+
+from model.gpt import GPT, param_groups
+from stages import params
+
+
+def row_scales(W: Tensor, *, bits: int, min_clip: float) -> Tensor:
+    """s (O, 1), with which each row's largest weight, or min_clip if that is more, becomes code n."""
+    clip = W.abs().amax(dim=1, keepdim=True).clamp(min=max(min_clip, 1e-12))
+    return clip / (2 ** (bits - 1) - 1)
+
+
+def straight_through(W: Tensor, *, bits: int, min_clip: float) -> Tensor:
+    """W rounded to nearest; the gradient passes unchanged."""
+    s, n = row_scales(W, bits=bits, min_clip=min_clip), 2 ** (bits - 1) - 1
+    return W + ((W / s).round().clamp(-n - 1, n) * s - W).detach()
+
+
+def soft_round(W: Tensor, sharpness: Tensor, *, bits: int, min_clip: float) -> Tensor:
+    """W drawn towards the nearest codes, the more the higher the sharpness (0-d); nothing is detached."""
+    s, n = row_scales(W, bits=bits, min_clip=min_clip), 2 ** (bits - 1) - 1
+    z = W / s
+    low = z.floor()
+    return (low + torch.sigmoid(sharpness * (z - low - 0.5))).clamp(-n, n) * s
+
+
+class Rounded:
+    """A network whose matrices, those of the bigram and value tables included, are rounded before every use."""
+
+    def __init__(self, model: GPT, settings: params.Qat, device: torch.device) -> None:
+        self.model, self.settings = model, settings
+        self.names = [name for name, _ in param_groups(model, side_matrices=True)["matrix"]]
+        # A tensor, so that compiled code reads it anew at every step.
+        self.sharpness = torch.ones((), device=device)
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, *, segments: Tensor | None, looped: bool) -> Tensor:
+        """As model.GPT's."""
+        rounded = {name: self._round(self.model.get_parameter(name)) for name in self.names}
+        keywords = {"segments": segments, "looped": looped}
+        loss: Tensor = torch.func.functional_call(self.model, rounded, (inputs_BT, targets_BT), keywords)
+        return loss
+
+    def _round(self, W: Tensor) -> Tensor:
+        bits, min_clip = self.settings.bits, self.settings.min_clip
+        if self.settings.kind == "ste":
+            return straight_through(W, bits=bits, min_clip=min_clip)
+        return soft_round(W, self.sharpness, bits=bits, min_clip=min_clip)
+
+    def harden(self, steps: int) -> None:
+        """Set the sharpness of a step, `steps` steps after the first rounded one."""
+        self.sharpness.fill_(1 + 15 * min(steps / self.settings.ramp_steps, 1.0))

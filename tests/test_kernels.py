@@ -1,0 +1,173 @@
+"""Fused kernels and attention backends on a GPU, in bfloat16, against the plain path in float32 on the same numbers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import EVERY_RECORD, RECORDS
+from torch import Tensor
+
+from model import attention, head, residual
+from model.backends import attention_backend
+from model.config import ModelConfig
+from model.gpt import GPT
+from model.precision import rms_norm
+from model.rope import rotary_table, rotate
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # A compiled network may be told that its float32 products could be faster; they are few and small.
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),
+]
+CUDA = torch.device("cuda")
+# Relative L2 error that bfloat16 inputs, outputs and products leave.
+CLOSE = 1e-2
+
+
+def random(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Normal bfloat16 numbers on the GPU, ready for gradients."""
+    generator = torch.Generator(CUDA).manual_seed(seed)
+    return [torch.randn(s, generator=generator, device=CUDA).bfloat16().requires_grad_() for s in shapes]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def assert_same(
+    fast: Callable[..., Any], plain: Callable[..., Any], inputs: list[Tensor], *, close: float = CLOSE
+) -> None:
+    """Outputs, and gradients of a random weighting of them, of `fast` in bfloat16 and of `plain` in float32."""
+    results = []
+    for function, arguments in ((fast, inputs), (plain, [x.detach().float().requires_grad_() for x in inputs])):
+        outputs = function(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        weights = random(99, *(o.shape for o in outputs))
+        loss = torch.stack([(o.float() * w.detach()).sum() for o, w in zip(outputs, weights, strict=True)]).sum()
+        results.append([*outputs, *torch.autograd.grad(loss, arguments)])
+    errors = [error(found, expected) for found, expected in zip(*results, strict=True)]
+    assert max(errors) < close, errors
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "pairs"), [(8, 4, 64, 8), (3, 1, 24, 4)])
+def test_queries_and_keys_are_normed_rotated_and_gained(heads: int, kv_heads: int, width: int, pairs: int) -> None:
+    from model.kernels.heads import heads as fused_heads
+
+    rope = ModelConfig.model_validate(RECORDS["r1150"]).rope.model_copy(update={"dims": 2 * pairs})
+    table = rotary_table(rope, 65, device=CUDA, dtype=torch.bfloat16)
+
+    def plain(qkv: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.unflatten(2, (-1, width)).split([heads, kv_heads, kv_heads], dim=2)
+        cos, sin = (x.float() for x in table)
+        return rotate(rms_norm(q), (cos, sin)) * gain[:, None], rotate(rms_norm(k), (cos, sin)), v
+
+    inputs = random(0, (3, 65, (heads + 2 * kv_heads) * width), (heads,))
+    assert_same(lambda qkv, gain: fused_heads(qkv, *table, gain, kv_heads), plain, inputs)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 4, 64), (6, 3, 24)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_own_values_are_excluded(heads: int, kv_heads: int, width: int, gated: bool) -> None:
+    """bfloat16 takes the fused path, float32 the plain one."""
+    shapes = [(2, 33, heads, width), (2, 33, kv_heads, width)] + [(2, 33, heads)] * gated
+    assert_same(attention.exclude_self, attention.exclude_self, random(1, *shapes))
+
+
+@pytest.mark.parametrize("width", [512, 48])
+@pytest.mark.parametrize("count", [2, 3])
+def test_sources_are_mixed_and_normed(width: int, count: int) -> None:
+    def mix(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        return residual.join(list(arguments[:-1]), arguments[-1], 0.5)
+
+    assert_same(mix, mix, random(2, *[(3, 67, width)] * count, (count, width)))
+
+
+@pytest.mark.parametrize("width", [512, 48])
+def test_a_branch_is_added_and_normed(width: int) -> None:
+    assert_same(
+        lambda x, y: residual.add(x, y, 0.5), lambda x, y: residual.add(x, y, 0.5), random(3, *[(3, 67, width)] * 2)
+    )
+
+
+@pytest.mark.parametrize("vocabulary", [1024, 8192, 40])
+def test_the_fused_loss_is_the_softcapped_cross_entropy(vocabulary: int) -> None:
+    targets = torch.arange(130, device=CUDA).view(2, 65) % vocabulary
+
+    def loss(hidden: Tensor, table: Tensor) -> Tensor:
+        return head.mean_cross_entropy(hidden, table, targets, cap=15.0)
+
+    assert_same(loss, loss, random(4, (2, 65, 64), (vocabulary, 64)), close=2e-2)
+
+
+def backends(packed: bool) -> list[str]:
+    """Those that this machine has."""
+    chosen = attention_backend(CUDA, torch.bfloat16, length=256, packed=packed)
+    return sorted({"flash2", chosen} | ({"cudnn"} if chosen != "flash2" and not packed else set()))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_backends_agree_with_plain_attention(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = torch.tensor([0, 100, 101, 300, 512, 512], dtype=torch.int32, device=CUDA) if packed else None
+    inputs = random(5, (2, 256, 8, 64), (2, 256, 4, 64), (2, 256, 4, 64))
+    for backend in backends(packed):
+        monkeypatch.setattr(attention, "attention_backend", lambda *_, name=backend, **__: name)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention.attend(q, k, v, segments)
+
+        def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention._attend_plainly(q, k, v, segments)
+
+        assert_same(attend, plain, inputs)
+
+
+def network(record: str) -> GPT:
+    """A record's mechanisms and depth at 128 channels, every parameter moved off its initial value."""
+    small = {"vocab_size": 256, "width": 128, "heads": 4, "kv_heads": 2, "mlp_hidden": 192, "seq_len": 128}
+    model = GPT(ModelConfig.model_validate(RECORDS[record] | small | {"table_dtype": "float32"}))
+    model.init_weights(7)
+    generator = torch.Generator().manual_seed(8)
+    for parameter in model.parameters():
+        parameter.data += (0.02 if parameter.ndim == 2 else 0.2) * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def gradients(model: GPT, forward: Callable[..., Tensor], record: str, device: torch.device) -> tuple[float, Tensor]:
+    """The loss of a batch (packed where the record packs) and all gradients as one vector."""
+    packed = record == "r1958"
+    tokens = torch.randint(2, 256, (1, 512) if packed else (4, 128), generator=torch.Generator().manual_seed(9)).to(
+        device
+    )
+    segments = torch.tensor([0, 100, 228, 250, 378, 512], dtype=torch.int32, device=device) if packed else None
+    model.zero_grad()
+    loss = forward(tokens, tokens.roll(-1, 1), segments=segments, looped=True)
+    loss.backward()
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return loss.item(), torch.cat([part.flatten().float().cpu() for part in parts])
+
+
+@EVERY_RECORD
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_network_on_the_gpu_learns_what_it_learns_on_the_cpu(record: str, compiled: bool) -> None:
+    """Loss and gradient of the fused bfloat16 path against float32; the direction must be that of the gradient."""
+    model = network(record)
+    expected_loss, expected = gradients(model, model, record, torch.device("cpu"))
+    model.to_device(CUDA)
+    torch.compiler.reset()
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    loss, found = gradients(model, forward, record, CUDA)
+    assert loss == pytest.approx(expected_loss, rel=5e-3)
+    assert F.cosine_similarity(found, expected, dim=0) > 0.99
+    assert error(found, expected) < 0.1
+
+
+@EVERY_RECORD
+def test_scoring_on_the_gpu_takes_the_plain_path_to_the_same_loss(record: str) -> None:
+    model = network(record).to_device(CUDA)
+    tokens = torch.randint(2, 256, (4, 128), generator=torch.Generator().manual_seed(9)).to(CUDA)
+    fused = model(tokens, tokens.roll(-1, 1)).item()
+    with torch.no_grad():
+        assert model(tokens, tokens.roll(-1, 1)).item() == pytest.approx(fused, rel=3e-3)

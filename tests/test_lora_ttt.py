@@ -1,0 +1,172 @@
+"""Document-wise adapters against PR #1855 (golden/ttt_lora.npz; evaluate.md 5)."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream
+from torch import Tensor
+
+from model.embedding import BOS
+from stages import params
+from stages.adapt.exchange import alone
+from stages.errors import UserError
+from stages.evaluate.documents import Document, by_length, documents, phase_ends
+from stages.evaluate.lora import SITES, AdaptedNetwork, Adapters, Factors, draw_factors
+from stages.evaluate.lora_ttt import LoraTttEvaluator, LoraTttPass
+
+CPU = torch.device("cpu")
+GOLDEN: dict[str, Any] = {"chunk_tokens": 8, "batch_documents": 2, "rank": 3, "alpha": 5.4, "lr": 0.01, "beta2": 0.99}
+GOLDEN |= {"weight_decay": 0.5, "prefix_documents": 3, "phases": 2, "global_chunk_tokens": 48, "global_lr": 0.02}
+GOLDEN |= {"global_momentum": 0.9, "grad_clip": 1.0, "lanes": 1, "seed": 0}
+SMALL = GOLDEN | {"chunk_tokens": 4, "global_chunk_tokens": 32, "prefix_documents": 4}
+
+
+def _silent(_: int) -> None:
+    pass
+
+
+def test_losses_and_weights_match_pr_1855() -> None:
+    """With its draws of first factors, in its order: the usual set, the odd one, and a new one behind each phase."""
+    arrays, tokens = golden("ttt_lora"), golden_tokens("ttt_lora", "stream")
+    draws = iter(range(4))
+
+    def draw(chunk: int, lane: int, rows: int) -> Factors:
+        index = next(draws)
+        return {site: torch.from_numpy(arrays[f"draw{index}/A_{site}"]) for site in SITES}
+
+    model = golden_network("r1958", 24)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    evaluation = LoraTttPass(model, tokens, alone(CPU), params.LoraTtt(**GOLDEN), draw)
+    event = 0
+    for chunk in range(evaluation.chunks):
+        for positions, logits in evaluation.predict(chunk):
+            spans = enumerate(arrays[f"event{event:02d}/offset_len"])
+            nll = arrays[f"event{event:02d}/nll"]
+            expected = np.concatenate([nll[row, first : first + count] for row, (first, count) in spans])
+            nats = F.cross_entropy(logits, tokens[positions + 1], reduction="none")
+            np.testing.assert_allclose(nats, expected, rtol=0, atol=2e-3)
+            event += 1
+        if chunk + 1 < evaluation.chunks:
+            np.testing.assert_array_equal(evaluation.phase_tokens(chunk), arrays[f"phase{chunk}/tokens"])
+            evaluation.learn(chunk)
+            moved = checksums(model, start, arrays["config"]["checksum_names"])
+            np.testing.assert_allclose(moved, arrays["checksum_after_phase"][chunk], rtol=1e-2, atol=1e-5)
+    assert event == arrays["config"]["events"]
+
+
+def test_batches_and_phases_are_as_published() -> None:
+    """50000 documents: 782 batches, 16 documents in the first; 1296, 2128 and 2960 documents done at the phases."""
+    batches = by_length([Document(0, 1 + i % 977) for i in range(50_000)], 64)
+    assert (len(batches), len(batches[0]), len(batches[-1])) == (782, 16, 64)
+    ends = phase_ends(batches, 2500, 3, 8)
+    assert [sum(len(batch) for batch in batches[:end]) for end in ends] == [1296, 2128, 2960]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 5))
+def test_documents_have_every_target_once(is_bos: list[bool], size: int) -> None:
+    tokens = torch.tensor([BOS if bos else 7 for bos in is_bos] + [9])
+    batches = by_length(documents(tokens), size)
+    found = [document for batch in batches for document in batch]
+    places = [place for document in found for place in range(document.begin, document.begin + document.targets)]
+    assert sorted(places) == list(range(len(is_bos)))
+    lengths = [document.targets for batch in reversed(batches) for document in batch]
+    assert lengths == sorted(lengths)
+
+
+def _adapters(model: Any, rows: int, *, seed: int = 1) -> Adapters:
+    factors = draw_factors(model.config, rows, 2, torch.Generator().manual_seed(seed))
+    return Adapters(model.config, factors, scale=2.0, device=CPU)
+
+
+def test_adapters_that_add_nothing_change_nothing() -> None:
+    model, tokens = lively_network("r1958"), random_stream(1, 31).view(2, 16)
+    plain = model.hidden(tokens)
+    adapters = _adapters(model, 2)
+    network = AdaptedNetwork(model)
+    torch.testing.assert_close(network.hidden(tokens, adapters), plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(network.logits(plain, adapters), model.logits(plain), rtol=0, atol=1e-5)
+    assert torch.equal(model.hidden(tokens), plain)
+
+
+def test_every_site_and_application_learns() -> None:
+    model, tokens = lively_network("r1958"), random_stream(1, 31).view(2, 16)
+    adapters, network = _adapters(model, 2), AdaptedNetwork(model)
+    network.logits(network.hidden(tokens, adapters), adapters).square().mean().backward()
+    for up in adapters.up.values():
+        assert up.grad is not None
+        assert bool((up.grad.abs().amax((2, 3)) > 0).all())
+
+
+def test_rows_have_adapters_of_their_own() -> None:
+    model, tokens = lively_network("r1958"), random_stream(1, 31).view(2, 16)
+    adapters, network = _adapters(model, 2), AdaptedNetwork(model)
+    with torch.no_grad():
+        before = network.hidden(tokens, adapters)
+        for up in adapters.up.values():
+            up[:, 1] = 0.1
+        after = network.hidden(tokens, adapters)
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-6)
+    assert float((after[1] - before[1]).abs().max()) > 1e-3
+
+
+def _stream() -> Tensor:
+    """Documents of 30, 20, 10, ... targets, so that the order of visits is that of the stream."""
+    tokens = random_stream(3, 76)
+    tokens[[0, 30, 50, 60, 66, 70, 73]] = BOS
+    return tokens
+
+
+def test_in_order_of_visits_nothing_is_seen_early() -> None:
+    """One document a batch, longest first, is the order of this stream: then it is causal, phases and all."""
+    evaluator = LoraTttEvaluator(params.LoraTtt(**(SMALL | {"batch_documents": 1})))
+    model, tokens = lively_network("r1958"), _stream()
+    for cut in (5, 31, 45, 62, 75):
+        changed = tokens.clone()
+        later = torch.arange(77) >= cut
+        changed[later & (tokens != BOS)] = random_stream(4, 76)[later & (tokens != BOS)]
+        before, after = (evaluator.score(model, stream, _silent) for stream in (tokens, changed))
+        assert torch.equal(before[: cut - 1], after[: cut - 1])
+        assert bool(before.isfinite().all())
+
+
+def test_distributions_are_normalised_and_are_what_was_scored() -> None:
+    evaluator, model, tokens = LoraTttEvaluator(params.LoraTtt(**SMALL)), lively_network("r1958"), _stream()
+    nats, log_probs = evaluator.score(model, tokens, _silent), evaluator.log_probs(model, tokens, range(76))
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(76, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(-log_probs[range(76), tokens[1:]], nats, rtol=0, atol=1e-5)
+
+
+def test_adapters_learn_a_document_that_repeats_itself() -> None:
+    tokens = random_stream(3, 16)[:-1].repeat(10)
+    tokens[0] = BOS
+    settings = params.LoraTtt(**(SMALL | {"lr": 0.05, "phases": 0, "batch_documents": 1}))
+    nats = LoraTttEvaluator(settings).score(lively_network("r1958"), tokens, _silent)
+    assert float(nats[-32:].mean()) < float(nats[:32].mean()) - 0.1 < math.inf
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, tokens = lively_network("r1958"), _stream()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hidden = model.hidden(tokens[None, :16]).detach()
+    LoraTttEvaluator(params.LoraTtt(**SMALL)).score(model, tokens, _silent)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model.hidden(tokens[None, :16]).detach(), hidden)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lanes": 3}, r"global_chunk_tokens \(32\) must be a multiple of lora_ttt.lanes \* model.seq_len \(48\)"),
+        ({"chunk_tokens": 17}, r"lora_ttt.chunk_tokens \(17\) exceeds model.seq_len \(16\)"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], expected: str) -> None:
+    settings = params.LoraTtt(**(SMALL | changes))
+    with pytest.raises(UserError, match=expected):
+        LoraTttEvaluator(settings).begin(lively_network("r1958"), _stream(), alone(CPU))

@@ -1,0 +1,132 @@
+"""Streaming evaluation against one long row with an explicit mask, and the challenge's conditions."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from streams import lively_network, random_stream
+from test_model import RECORDS
+from torch import Tensor
+
+import model.attention
+from stages import params
+from stages.adapt.exchange import alone
+from stages.errors import UserError
+from stages.evaluate.memory import RememberingNetwork
+from stages.evaluate.sliding import SlidingEvaluator
+from stages.evaluate.streaming import StreamingEvaluator
+
+ROW, CHUNK = 16, 4
+
+
+def _evaluator(**changes: Any) -> StreamingEvaluator:
+    return StreamingEvaluator(params.Streaming(**({"chunk_tokens": CHUNK, "block_tokens": 8, "lanes": 1} | changes)))
+
+
+def _silent(_: int) -> None:
+    pass
+
+
+def _literal_nats(record: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """All tokens as one row: each sees the last ROW - CHUNK tokens before its chunk of CHUNK, and its chunk so far."""
+    place = torch.arange(len(tokens) - 1)
+    reach = torch.where(place < ROW, 0, place // CHUNK * CHUNK - (ROW - CHUNK))
+    mask = (place <= place[:, None]) & (place >= reach[:, None])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(model.attention, "attend", attend)
+        network = lively_network(record)
+        logits = network.logits(network.hidden(tokens[None, :-1]))[0]
+    return F.cross_entropy(logits, tokens[1:], reduction="none").double()
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_blocks_equal_one_long_row(record: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = random_stream(3, 85)
+    found = _evaluator().score(lively_network(record), tokens, _silent)
+    torch.testing.assert_close(found, _literal_nats(record, tokens, monkeypatch), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_without_memory_the_network_is_itself(record: str) -> None:
+    """Holds the replaced attention to the network's own."""
+    network, tokens = lively_network(record), random_stream(5, 31).view(2, 16)
+    with torch.no_grad():
+        hidden, _ = RememberingNetwork(network, chunk_tokens=CHUNK).hidden(tokens, 0, ())
+        torch.testing.assert_close(hidden, network.hidden(tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_tokens", [4, 12, 100])
+def test_the_size_of_blocks_does_not_matter(block_tokens: int) -> None:
+    network, tokens = lively_network("r1958"), random_stream(6, 90)
+    found = _evaluator(block_tokens=block_tokens).score(network, tokens, _silent)
+    torch.testing.assert_close(found, _evaluator().score(network, tokens, _silent), rtol=0, atol=1e-4)
+
+
+def test_lanes_are_streams_of_their_own() -> None:
+    network, tokens = lively_network(), random_stream(7, 96)
+    found = _evaluator(lanes=2).score(network, tokens, _silent)
+    halves = [_evaluator().score(network, part, _silent) for part in (tokens[:49], tokens[48:])]
+    torch.testing.assert_close(found, torch.cat(halves), rtol=0, atol=1e-5)
+
+
+def test_the_first_row_is_plain_evaluation() -> None:
+    network, tokens = lively_network(), random_stream(8, 64)
+    plain = SlidingEvaluator(params.Sliding(stride=ROW, batch_windows=1)).score(network, tokens, _silent)
+    found = _evaluator().score(network, tokens, _silent)
+    torch.testing.assert_close(found[:ROW], plain[:ROW], rtol=0, atol=1e-5)
+    assert float((found[ROW:] - plain[ROW:]).abs().max()) > 1e-3
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 99), st.integers(32, 90), st.integers(1, 2), st.data())
+def test_later_tokens_leave_earlier_nats_unchanged(seed: int, targets: int, lanes: int, data: st.DataObject) -> None:
+    network, tokens = lively_network("r1958"), random_stream(seed, targets)
+    cut = data.draw(st.integers(1, targets), label="first changed token")
+    changed = torch.cat([tokens[:cut], random_stream(seed + 1, targets)[cut:]])
+    before, after = (_evaluator(lanes=lanes).score(network, stream, _silent) for stream in (tokens, changed))
+    assert torch.equal(before[: cut - 1], after[: cut - 1])
+    before, after = (_evaluator(lanes=lanes).log_probs(network, stream, [cut - 1]) for stream in (tokens, changed))
+    assert torch.equal(before, after)
+    torch.testing.assert_close(before.exp().sum(-1), torch.ones(1, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_every_target_is_scored_once() -> None:
+    network, tokens = lively_network(), random_stream(9, 101)
+    evaluation = _evaluator(lanes=3, block_tokens=4).begin(network, tokens, alone(tokens.device))
+    positions = []
+    for chunk in range(evaluation.chunks):
+        positions += [int(p) for found, _ in evaluation.predict(chunk) for p in found]
+        evaluation.learn(chunk)
+    assert sorted(positions) == list(range(101))
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    network, tokens = lively_network(), random_stream(7, 50)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    first = network.hidden(tokens[None, :16]).detach()
+    _evaluator().score(network, tokens, _silent)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(network.hidden(tokens[None, :16]).detach(), first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"chunk_tokens": 16, "block_tokens": 16},
+            r"streaming.chunk_tokens \(16\) must be less than model.seq_len \(16\)",
+        ),
+        ({"lanes": 4}, r"streaming.lanes \(4\): too many for 50 targets in rows of 16"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        _evaluator(**changes).begin(lively_network(), random_stream(1, 50), alone(torch.device("cpu")))

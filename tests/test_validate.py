@@ -1,0 +1,44 @@
+"""Validation during training against the published programs' (golden/sliding.npz; evaluate.md 1)."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from streams import golden, golden_network, golden_tokens
+
+from stages.distributed import World
+from stages.tokenize.validation import Validation
+from stages.train.packing import document_bounds
+from stages.train.validate import validate
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def _from_table(tokens: np.ndarray) -> np.ndarray:
+    table, previous, current = golden("sliding"), tokens[:-1], tokens[1:]
+    spaces = table["lut_space"][current].astype(bool) & ~table["lut_boundary"][previous].astype(bool)
+    counts: np.ndarray = table["lut_base"][current] + spaces
+    return counts
+
+
+def test_rows_score_as_in_the_published_program() -> None:
+    tokens = golden_tokens("sliding", "stream")
+    validation = Validation(tokens, torch.from_numpy(_from_table(tokens.numpy())).long())
+    expected = golden("sliding")["config"]["plain"]
+    loss, bpb = validate(golden_network("r1150", 64), validation, ALONE, row=64, batch_tokens=4 * 64, looped=True)
+    assert loss == pytest.approx(expected["val_loss"], abs=1e-5)
+    assert bpb == pytest.approx(expected["val_bpb"], abs=1e-5)
+
+
+def test_packed_rows_score_as_in_the_published_program() -> None:
+    """Which leaves out the last rows that do not fill a batch."""
+    expected = golden("sliding")["config"]["plain_docs"]
+    tokens = golden_tokens("sliding", "stream")[: expected["scored"] + 1]
+    sidecar = torch.from_numpy(golden("sliding")["sidecar"]).long()
+    validation = Validation(tokens, sidecar[1 : expected["scored"] + 1])
+    segment = partial(document_bounds, cut=64, bucket=16)
+    model = golden_network("r1958", 64)
+    loss, bpb = validate(model, validation, ALONE, row=64, batch_tokens=4 * 64, looped=True, segment=segment)
+    assert loss == pytest.approx(expected["val_loss"], abs=1e-5)
+    assert bpb == pytest.approx(expected["val_bpb"], abs=1e-5)
