@@ -22,7 +22,7 @@ from stages.compress.container import check_round_trip, pack
 from stages.compress.settings import read_settings
 from stages.determinism import make_deterministic
 from stages.distributed import World, start_world
-from stages.errors import run_stage
+from stages.errors import UserError, run_stage
 from stages.evaluate.bpb import bpb
 from stages.evaluate.registry import make_evaluator
 from stages.files import write_atomic
@@ -50,12 +50,15 @@ def run_shipped(settings: dict[str, Any]) -> None:
 def run_record(params: Params, seed: int, folder: Path) -> None:
     """Make folder/model.bin unless it is there, then print its score."""
     path = folder / "model.bin"
+    weights = None
     with start_world() as world:
-        weights = None if path.is_file() else trained_weights(params, seed, folder, world)
+        if not path.is_file():
+            weights = trained_weights(params, seed, folder, world)
+            make_deterministic()
+            weights = adapted_weights(params, weights, folder, world)
     if world.rank:
         return
     if weights is not None:
-        weights = adapted_weights(params, weights, folder, world.device)
         write_atomic(path, compressed(params, weights, seed, folder, world.device))
     print_score(params, path, world.device)
 
@@ -77,20 +80,21 @@ def trained_weights(params: Params, seed: int, folder: Path, world: World) -> di
 
         trained = train(model, loader, validation, params.train, world, log=lambda step, figures: None, tick=tick)
     average = params.average
-    return trained.weights[f"ema_{average.ema_decay}" if average.method == "ema" else average.method]
+    kind = f"ema_{average.ema_decay}" if average.method == "ema" else average.method
+    if kind not in trained.weights:
+        raise UserError(f"average.method: {kind}: training kept only {', '.join(trained.weights)}")
+    return trained.weights[kind]
 
 
-def adapted_weights(
-    params: Params, weights: dict[str, Tensor], folder: Path, device: torch.device
-) -> dict[str, Tensor]:
+def adapted_weights(params: Params, weights: dict[str, Tensor], folder: Path, world: World) -> dict[str, Tensor]:
     """Stage adapt."""
     settings, config = params.adapt, params.model
     if not settings.epochs:
         return weights
-    model = load_network(config, weights, folder, device)
+    model = load_network(config, weights, folder, world.device)
     rows = load_rows(folder, settings.split, seq_len=config.seq_len, vocab_size=config.vocab_size)
-    with Progress("adapt", settings.epochs * len(rows), unit="rows") as progress:
-        adapt(model, rows.to(device), settings, progress.update)
+    with Progress("adapt", settings.epochs * len(rows) // world.size, unit="rows") as progress:
+        adapt(model, rows.to(world.device), settings, progress.update, world=world)
     return model.state_dict()
 
 

@@ -1,6 +1,7 @@
 """GPTQ, its Hessians and the low-rank correction: parity with the records (golden/gptq_*.npz), and what must hold."""
 
 import json
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from test_model_golden import golden_network
 from torch import Tensor
 
 from model.gpt import GPT
+from stages.compress.artifact import load_artifact
 from stages.errors import UserError
 from stages.params import Params, Quantize
 from stages.quantize.calibrate import calibrate, generate_text, random_rows
@@ -23,6 +25,7 @@ from stages.quantize.gptq import factorize, gptq, gptq_codes
 from stages.quantize.hessian import collect_hessians
 from stages.quantize.lqer import low_rank, quantize_factors
 from stages.quantize.state import quantize_state
+from stages.weights import save_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 PERCENTILES = [0.999, 0.9995, 0.9999, 0.99999, 1.0]
@@ -281,3 +284,28 @@ def test_generated_text_depends_on_its_seed_alone(calibrated: tuple[dict[str, An
     assert first.shape == (4, 8)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_the_stages_run_with_every_mechanism_on(experiment: Experiment, tokenized: Experiment) -> None:
+    shutil.copytree(tokenized.folder / "artifacts", experiment.folder / "artifacts")
+    model = GPT(Params.model_validate(experiment.params).model)
+    model.init_weights(5)
+    (experiment.folder / "artifacts/adapt/1337").mkdir(parents=True)
+    save_tensors(experiment.folder / "artifacts/adapt/1337/weights.safetensors", model.state_dict())
+    experiment.params["quantize"] |= {
+        "method": "gptq",
+        "gptq": GPTQ | {"classes": ["attn", "mlp", "embed"], "calibration": "validation"},
+        "clip_sigmas": {"attn": 13.0, "mlp": 11.5, "embed": 14.0, "other": 14.0},
+        "lqer": {"rank": 4, "tensors": 3, "group": 64},
+        "target_bytes": 16_500,
+    }
+    experiment.params["compress"]["codec"] = "ans"
+    experiment.set_params(experiment.params)
+    for stage in ("quantize", "compress", "size_check"):
+        experiment.stage(stage, "1337")
+    report = json.loads((experiment.folder / "artifacts/quantize/1337/quantize.json").read_text())
+    assert report["calibration"] == "validation"
+    assert sum(facts.get("corrected", False) for facts in report["tensors"].values()) == 3
+    size = json.loads((experiment.folder / "artifacts/size_check/1337/size.json").read_text())
+    assert 0.999 * 16_500 <= size["model_bytes"] <= 16_500
+    load_artifact(experiment.folder / "artifacts/compress/1337/model.bin", CPU)

@@ -13,6 +13,7 @@ from model import attention, head, residual
 from model.backends import attention_backend
 from model.config import ModelConfig
 from model.gpt import GPT
+from model.mlp import Mlp
 from model.precision import rms_norm
 from model.rope import rotary_table, rotate
 
@@ -21,6 +22,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     # A compiled network may be told that its float32 products could be faster; they are few and small.
     pytest.mark.filterwarnings("ignore:TensorFloat32"),
+    # FlashAttention-4 and what it is made of.
+    pytest.mark.filterwarnings("ignore:cutlass.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Argument .* cannot be converted to a JitArgument"),
 ]
 CUDA = torch.device("cuda")
 # Relative L2 error that bfloat16 inputs, outputs and products leave.
@@ -34,7 +38,7 @@ def random(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def assert_same(
@@ -92,6 +96,21 @@ def test_a_branch_is_added_and_normed(width: int) -> None:
     )
 
 
+@pytest.mark.parametrize(("width", "hidden"), [(512, 1536), (512, 2048), (72, 200)])
+def test_the_mlp_is_activated_between_its_products(width: int, hidden: int) -> None:
+    """Weights and their scale go in as they lie in the module: float32, so they are rounded to bfloat16 first."""
+
+    def mlp(n: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> Tensor:
+        config = ModelConfig.model_validate(
+            RECORDS["r1150"] | {"width": width, "mlp_hidden": hidden, "heads": 1, "kv_heads": 1}
+        )
+        parameters = {"up": up.float(), "down": down.float()}
+        result: Tensor = torch.func.functional_call(Mlp(config).to(CUDA), parameters, (n, scale))
+        return result
+
+    assert_same(mlp, mlp, random(6, (2, 150, width), (hidden, width), (width, hidden), (width,)), close=2e-2)
+
+
 @pytest.mark.parametrize("vocabulary", [1024, 8192, 40])
 def test_the_fused_loss_is_the_softcapped_cross_entropy(vocabulary: int) -> None:
     targets = torch.arange(130, device=CUDA).view(2, 65) % vocabulary
@@ -141,7 +160,7 @@ def gradients(model: GPT, forward: Callable[..., Tensor], record: str, device: t
     tokens = torch.randint(2, 256, (1, 512) if packed else (4, 128), generator=torch.Generator().manual_seed(9)).to(
         device
     )
-    segments = torch.tensor([0, 100, 228, 250, 378, 512], dtype=torch.int32, device=device) if packed else None
+    segments = torch.tensor([0, 100, 228, 250, 378, 500, 512], dtype=torch.int32, device=device) if packed else None
     model.zero_grad()
     loss = forward(tokens, tokens.roll(-1, 1), segments=segments, looped=True)
     loss.backward()

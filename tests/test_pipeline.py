@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,20 @@ def test_the_summary_is_small_and_complete(repro: Experiment) -> None:
     summary = json.loads((repro.folder / "results/summary.json").read_text())
     assert len(summary) <= 12
     assert {"sliding_bpb", "ttt_bpb", "slot_bpb", "xz_bpb", "zstd_bpb", "artifact_bytes"} <= set(summary)
+
+
+def test_the_shipped_program_alone_gives_the_same_score(repro: Experiment, tmp_path: Path) -> None:
+    """No repository on its path: an isolated interpreter in a folder that holds four files."""
+    shipped = repro.folder / "artifacts/compress" / SEED
+    tokens = repro.folder / "artifacts/tokens"
+    files = [shipped / "model.bin", shipped / "train_gpt.py", tokens / "tokenizer.model", tokens / "val_000000.bin"]
+    for file in files:
+        shutil.copy(file, tmp_path)
+    command = [sys.executable, "-P", "train_gpt.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = float(re.search(r"val_bpb: (\S+)", done.stdout)[1])
+    metrics = json.loads((repro.folder / "artifacts/evaluate" / SEED / "sliding/metrics.json").read_text())
+    assert found == pytest.approx(metrics["val_bpb"], abs=1e-6)
 
 
 def test_slot_steps_re_run_only_the_slot_evaluation(repro: Experiment) -> None:

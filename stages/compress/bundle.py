@@ -44,8 +44,8 @@ if __name__=="__main__":
 def bundle(root: Path, entry: str, settings: dict[str, Any], *, leave_out: Collection[str] = ()) -> bytes:
     """The file's bytes: `entry` (a module under `root`, say "stages.__main__") and all of `root` that it imports.
 
-    Modules named in `leave_out` are imported but never used: they become empty ones. Started as a program the file calls
-    `run_shipped(settings)` of the entry module; settings are JSON values.
+    Modules named in `leave_out` are imported but never used: they become empty ones. Started as a program the file
+    calls `run_shipped(settings)` of the entry module; settings are JSON values.
     """
     modules = import_closure(root, entry, leave_out)
     importer = minify((root / "stages/compress/importer.py").read_text(encoding="utf-8"))

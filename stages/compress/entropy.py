@@ -47,7 +47,7 @@ class RowColumnAns:
         buckets = min(MAX_BUCKETS, 1 + max(int(rows.max()) + int(columns.max()) for rows, columns in indices))
         counts_KS = np.zeros((buckets, highest - lowest + 1), np.int64)
         for matrix, (rows, columns) in zip(matrices, indices, strict=True):
-            cells = _buckets(rows, columns, buckets).astype(np.int64) * counts_KS.shape[1] + (matrix.ravel() - lowest)
+            cells = _buckets(rows, columns, buckets).astype(np.int64) * counts_KS.shape[1] + (matrix.ravel().astype(np.int64) - lowest)
             counts_KS += np.bincount(cells, minlength=counts_KS.size).reshape(counts_KS.shape)
         histograms_KS = _logarithms(counts_KS)
         parts = [*(rows for rows, _ in indices), *(columns for _, columns in indices), histograms_KS]
@@ -80,11 +80,18 @@ def _scale_indices(matrix: np.ndarray) -> Indices:
     row_scale, column_scale = np.ones(len(matrix), np.float32), np.ones(matrix.shape[1], np.float32)
     for _ in range(4):
         row_scale = np.maximum((magnitude / column_scale).mean(axis=1), SMALLEST_MAGNITUDE)
-        row_scale /= row_scale.mean()
+        row_scale /= np.median(row_scale)
         column_scale = np.maximum((magnitude / row_scale[:, None]).mean(axis=0), SMALLEST_MAGNITUDE)
-    rows = np.rint(np.log(row_scale) / LOG_STEP).astype(np.int64)
-    columns = np.rint(np.log(column_scale / SMALLEST_MAGNITUDE) / LOG_STEP).astype(np.int64) + rows.min()
+    middle = np.median(column_scale)
+    rows, columns = _on_grid(row_scale), _on_grid(column_scale / middle)
+    columns += int(np.rint(np.log(middle / SMALLEST_MAGNITUDE) / LOG_STEP)) + rows.min()
     return (rows - rows.min()).clip(0, 255).astype(np.uint8), columns.clip(0, 255).astype(np.uint8)
+
+
+def _on_grid(scale: np.ndarray) -> np.ndarray:
+    """Steps from 1 on the grid of logarithms, int64. Rounds towards 1: most of a small difference is chance."""
+    steps = np.log(scale) / LOG_STEP
+    return (np.sign(steps) * np.floor(np.abs(steps) + 0.3)).astype(np.int64)
 
 
 def _buckets(rows: np.ndarray, columns: np.ndarray, buckets: int) -> np.ndarray:

@@ -118,9 +118,9 @@ class LoraTttPass(Pass):
 
     def _fit(self, cut: "Cut", logits_BCV: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One step on the sum over documents of their mean loss in the chunk; those at their end have no gradient."""
-        nats_BC = F.cross_entropy(logits_BCV.transpose(1, 2), cut.targets_BC, reduction="none")
+        nats = F.cross_entropy(logits_BCV.flatten(0, 1), cut.targets_BC.flatten(), reduction="none")
         optimizer.zero_grad()
-        (nats_BC.mean(1) * cut.goes_on_B).sum().backward()
+        (nats.view_as(cut.targets_BC).mean(1) * cut.goes_on_B).sum().backward()
         optimizer.step()
 
     def learn(self, chunk: int) -> None:
@@ -195,4 +195,4 @@ class Cut:
 
     def scored(self, hid_BTD: Tensor) -> Tensor:
         """The hidden state (B, C, D) at the scored places."""
-        return hid_BTD.gather(1, self.columns_BC[..., None].expand(-1, -1, hid_BTD.size(-1)))
+        return hid_BTD[torch.arange(len(hid_BTD), device=hid_BTD.device)[:, None], self.columns_BC]

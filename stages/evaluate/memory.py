@@ -81,8 +81,8 @@ class RememberingNetwork:
             v_BCKE = attn._values(v_BCKE, shared)
             o_BCHE = self._attend(q_BCHE, k_BCKE, v_BCKE)
             gate_BCH = None
-            if attn.gate and attn.gate_w is not None:
-                gate_BCH = torch.sigmoid(attn.gate.scale * linear(n_BCD[..., : attn.gate.window], attn.gate_w))
+            if attn.gate_w is not None:
+                gate_BCH = torch.sigmoid(attn.gate_scale * linear(n_BCD[..., : attn.gate_w.size(1)], attn.gate_w))
             if attn.exclusive:
                 o_BCHE = exclude_self(o_BCHE, v_BCKE, gate_BCH)
             elif gate_BCH is not None:

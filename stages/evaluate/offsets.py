@@ -75,8 +75,8 @@ def step_lr(settings: params.SlotFit, step: int) -> float:
 def products(hid: Tensor, model: GPT) -> Tensor:
     """U = W·h (..., V) in float32, of hidden states (..., D) in the model's compute dtype."""
     W_VD = model.embed.token.to(hid.dtype)
-    if hid.dtype != torch.bfloat16:
-        return hid @ W_VD.T
+    if not hid.is_cuda or hid.dtype != torch.bfloat16:
+        return hid.float() @ W_VD.float().T
     # Sums of bfloat16 products, kept in float32: nothing is lost.
     flat: Tensor = torch.mm(hid.flatten(0, -2), W_VD.T, out_dtype=torch.float32)
     return flat.unflatten(0, hid.shape[:-1])

@@ -26,8 +26,7 @@ class Batch:
     """
 
     windows: Windows
-    # The windows' columns on the device, (B,) int64 each: first token, first scored offset, tokens inside the stream.
-    start_B: Tensor
+    # The windows' first scored offsets and tokens inside the stream, (B,) int64 on the device.
     first_B: Tensor
     length_B: Tensor
     # Inputs and targets, (B, T) int64 on the device.
@@ -50,7 +49,7 @@ def plain_head(model: GPT, batch: Batch, hid_BTD: Tensor) -> Tensor:
 def make_batch(tokens_N1: Tensor, windows: Windows, *, seq_len: int) -> Batch:
     """Cut the windows out of the stream (N+1,), on whose device the batch will lie.
 
-    Only three short columns go to the device, so that the host never waits for it.
+    Only a few short columns go to the device, so that the host never waits for it.
     """
     device = tokens_N1.device
     start_B, first_B, length_B = torch.stack([windows.start, windows.first, windows.length]).to(device)
@@ -58,19 +57,14 @@ def make_batch(tokens_N1: Tensor, windows: Windows, *, seq_len: int) -> Batch:
     inside_BT = offset_T < length_B[:, None]
     # Within bounds also where nothing is read from the stream.
     place_BT = (start_B[:, None] + offset_T).clamp(max=len(tokens_N1) - 2)
-    count_B, scored = length_B - first_B, int((windows.length - windows.first).sum())
-    window_M = torch.arange(len(windows), device=device).repeat_interleave(count_B, output_size=scored)
-    within_M = torch.arange(scored, device=device) - (count_B.cumsum(0) - count_B)[window_M]
-    offset_M = first_B[window_M] + within_M
     return Batch(
         windows=windows,
-        start_B=start_B,
         first_B=first_B,
         length_B=length_B,
         tokens_BT=tokens_N1[place_BT] * inside_BT,
         targets_BT=tokens_N1[place_BT + 1] * inside_BT,
-        rows_M=window_M * seq_len + offset_M,
-        positions_M=start_B[window_M] + offset_M,
+        rows_M=windows.rows(seq_len).to(device),
+        positions_M=windows.positions().to(device),
     )
 
 

@@ -45,6 +45,8 @@ class StreamingEvaluator(Evaluator):
             raise UserError(
                 f"params.yaml: streaming.lanes ({s.lanes}): too many for {targets} targets in rows of {seq_len}"
             )
+        if world.size > s.lanes:
+            raise UserError(f"params.yaml: streaming.lanes ({s.lanes}) is less than the {world.size} processes")
         return StreamingPass(model, tokens_N1, world, s)
 
 
@@ -64,8 +66,6 @@ class StreamingPass(Pass):
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Iterator[Prediction]:
         """A block of every lane of this process. None is left out: what follows remembers it."""
-        if not self.mine:
-            return
         begin, end = self._span(chunk)
         with torch.no_grad():
             # Two tokens more on the left, for the mechanisms that look back at embeddings.

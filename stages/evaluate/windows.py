@@ -25,11 +25,18 @@ class Windows:
         return Windows(self.start[which], self.first[which], self.length[which])
 
     def positions(self) -> Tensor:
-        """Every scored position in order of scoring, (Σ(length - first),) int64."""
+        """Every scored position in order of scoring, (M,) int64, M = Σ(length - first)."""
+        return self._runs_from(self.start + self.first)
+
+    def rows(self, seq_len: int) -> Tensor:
+        """The same places as rows of the windows' places (W, seq_len) taken in order, (M,) int64."""
+        return self._runs_from(torch.arange(len(self)) * seq_len + self.first)
+
+    def _runs_from(self, begin: Tensor) -> Tensor:
+        """For every window as many consecutive numbers as it scores places, from `begin` on."""
         counts = self.length - self.first
-        begins = counts.cumsum(0) - counts
-        within = torch.arange(int(counts.sum())) - begins.repeat_interleave(counts)
-        return (self.start + self.first).repeat_interleave(counts) + within
+        within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        return begin.repeat_interleave(counts) + within
 
 
 def scored_once(targets: int, *, seq_len: int, stride: int) -> Windows:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from stages.compress.container import pack
+from stages.determinism import make_deterministic
 from stages.distributed import start_world
 from stages.errors import run_stage
 from stages.files import output_folder, write_atomic
@@ -28,6 +29,7 @@ def main() -> None:
     params = load_params("params.yaml")
     path = Path(f"artifacts/adapt/{seed}/weights.safetensors")
     weights = load_tensors(path, f"python -m stages.adapt {seed}")
+    make_deterministic()
     hessians = calibrate(params, weights, path, Path("artifacts/tokens"), seed=seed, device=start_world().device)
     state, report = quantize_to_size(
         weights, params.quantize, hessians, lambda state: len(pack(params.model, state, codec=params.compress.codec))

@@ -56,7 +56,7 @@ def gptq_codes(W: Tensor, scale: Tensor, factors: Factors, *, bits: int, block_s
         block = slice(a, min(a + block_size, V.size(2)))
         q[:, :, block], error = _round_block(V[:, :, block], scale, factors.U[:, block, block], largest_code(bits))
         V[:, :, block.stop :] -= error @ factors.U[:, block, block.stop :]
-    return torch.empty_like(q).scatter_(2, order, q).to(torch.int8)
+    return q.gather(2, order.argsort(dim=2)).to(torch.int8)
 
 
 def _round_block(X: Tensor, scale: Tensor, U: Tensor, Q: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,63 @@
+"""Outputs appear whole or not at all, also when the process that writes them is killed."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from stages.errors import UserError
+from stages.files import output_folder, require_file, write_atomic
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from stages.files import output_folder
+with output_folder(Path(sys.argv[1])) as folder:
+    (folder / "half.bin").write_bytes(b"half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_writer_leaves_the_old_output_and_the_next_clears_up(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with output_folder(out) as folder:
+        (folder / "whole.bin").write_bytes(b"old")
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, out], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == b"writing\n"
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    writer.stdout.close()
+    assert [path.name for path in out.iterdir()] == ["whole.bin"]
+    with output_folder(out) as folder:
+        (folder / "whole.bin").write_bytes(b"new")
+    assert (out / "whole.bin").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failed_block_leaves_nothing(tmp_path: Path) -> None:
+    def fail_half_way() -> None:
+        with output_folder(tmp_path / "out") as folder:
+            (folder / "half.bin").write_bytes(b"half")
+            raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        fail_half_way()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "figures.json"
+    write_atomic(path, "1")
+    write_atomic(path, "zwölf")
+    assert path.read_text(encoding="utf-8") == "zwölf"
+    assert [file.name for file in path.parent.iterdir()] == ["figures.json"]
+
+
+def test_a_missing_input_names_the_stage_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"x\.bin: no such file; `make x` makes it"):
+        require_file(tmp_path / "x.bin", "make x")
