@@ -58,7 +58,7 @@ class Step:
         self.ema = Ema(dict(self.network.named_parameters()), 0.997)
         count = train.batch_tokens // train.micro_batch_tokens
         self.batches = [
-            self._batch(seed, train.micro_batch_tokens, packed=model.loop is not None) for seed in range(count)
+            self._batch(seed, train.micro_batch_tokens, packed=train.loader.kind == "packed") for seed in range(count)
         ]
 
     def _batch(self, seed: int, tokens: int, *, packed: bool) -> Batch:

@@ -111,8 +111,9 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.empty(config.heads))
         self.exclusive = index >= config.layers - config.xsa_last_layers
         self.vrl_gate = nn.Parameter(torch.empty(())) if config.value_residual and index > 0 else None
-        self.gate = config.attn_gate
-        self.gate_w = nn.Parameter(torch.empty(config.heads, self.gate.window)) if self.gate else None
+        gate = config.attn_gate
+        self.gate_scale = gate.scale if gate else 1.0
+        self.gate_w = nn.Parameter(torch.empty(config.heads, gate.window)) if gate else None
 
     def forward(self, n_BTD: Tensor, scale: Tensor, shared: Shared) -> Tensor:
         """Attend within the rows (or segments) of the normed and scaled input; times `scale` (D,)."""
@@ -120,8 +121,8 @@ class Attention(nn.Module):
         v_BTKE = self._values(v_BTKE, shared)
         o_BTHE = attend(q_BTHE, k_BTKE, v_BTKE, shared.segments, longest=shared.longest)
         gate_BTH = None
-        if self.gate and self.gate_w is not None:
-            gate_BTH = torch.sigmoid(self.gate.scale * linear(n_BTD[..., : self.gate.window], self.gate_w))
+        if self.gate_w is not None:
+            gate_BTH = torch.sigmoid(self.gate_scale * linear(n_BTD[..., : self.gate_w.size(1)], self.gate_w))
         if self.exclusive:
             o_BTHE = exclude_self(o_BTHE, v_BTKE, gate_BTH)
         elif gate_BTH is not None:

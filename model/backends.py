@@ -25,14 +25,16 @@ def attention_backend(device: torch.device, dtype: torch.dtype, *, length: int, 
 
     "plain" (PyTorch's own choice, with a mask for documents) unless the device is CUDA and the dtype bfloat16. There:
     "flash4" (FlashAttention-4, package flash-attn-4) if it is installed and the GPU is a Hopper or newer; "cudnn" for
-    whole rows on such a GPU; else "flash2" (FlashAttention-2, which comes with PyTorch).
+    whole rows on such a GPU; else "flash2" (FlashAttention-2, which comes with PyTorch). cuDNN's gradients differ from
+    run to run, so it has none to compute where deterministic algorithms are asked for.
     """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return "plain"
     modern = torch.cuda.get_device_capability(device)[0] in (9, 10)
     if modern and find_spec("flash_attn") and find_spec("flash_attn.cute"):
         return "flash4"
-    return "cudnn" if modern and not packed and length % CUDNN_MULTIPLE == 0 else "flash2"
+    exact = torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled()
+    return "cudnn" if modern and not packed and length % CUDNN_MULTIPLE == 0 and not exact else "flash2"
 
 
 @torch.library.custom_op("fairway::cudnn_attention", mutates_args=())
@@ -95,7 +97,8 @@ def flash4_attention_backward(
     from flash_attn.cute.interface import _flash_attn_bwd
 
     do, *rows = _packed(segments, do.contiguous(), q, k, v, o)
-    dq, dk, dv = _flash_attn_bwd(*rows, do, lse, causal=True, **_lengths(segments, longest))
+    fixed_order = torch.are_deterministic_algorithms_enabled()
+    dq, dk, dv = _flash_attn_bwd(*rows, do, lse, causal=True, deterministic=fixed_order, **_lengths(segments, longest))
     return dq.view_as(q), dk.view_as(k), dv.view_as(v)
 
 

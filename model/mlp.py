@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.precision import linear
+from model.kernels import fused
+from model.precision import linear, scaled
 
 
 class Mlp(nn.Module):
@@ -21,5 +22,10 @@ class Mlp(nn.Module):
 
     def forward(self, n_BTD: Tensor, scale: Tensor) -> Tensor:
         """From the normed and scaled input, (B, T, D) to (B, T, D), times `scale` (D,)."""
+        if fused(n_BTD) and self.up.size(0) % 8 == 0 and self.up.size(1) % 8 == 0:
+            from model.kernels.mlp import mlp
+
+            up, down = self.up.to(n_BTD.dtype), scaled(self.down, scale, n_BTD.dtype)
+            return mlp(n_BTD.flatten(0, 1), up, down)[0].view_as(n_BTD)
         hidden_BTF = F.leaky_relu(linear(n_BTD, self.up), negative_slope=0.5).square()
         return linear(hidden_BTF, self.down, scale)

@@ -4,6 +4,7 @@ The records relied on autocast, whose rules differ between PyTorch versions: 2.1
 drags the residual stream along. Explicit casts say the same thing once and for all.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,11 +12,14 @@ from torch import Tensor
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x·Wᵀ in the dtype of `x` (..., in), for a weight (out, in) of any dtype. No network here has biases.
 
-    `scale` (out,) multiplies the outputs. It is applied to the weight, which is much smaller than what it puts out.
+    `scale` (out,) multiplies the outputs.
     """
-    if scale is None:
-        return F.linear(x, weight.to(x.dtype))
-    return F.linear(x, weight.to(x.dtype, copy=True).mul_(scale.to(x.dtype)[:, None]))
+    return F.linear(x, weight.to(x.dtype) if scale is None else scaled(weight, scale, x.dtype))
+
+
+def scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) in `dtype`, its rows times `scale` (out,): less work than scaling what it puts out."""
+    return weight.to(dtype, copy=True).mul_(scale.to(dtype)[:, None])
 
 
 def rms_norm(x: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from stages.compress.settings import read_settings
 from stages.determinism import make_deterministic
 from stages.distributed import World, start_world
 from stages.errors import UserError, run_stage
-from stages.evaluate.bpb import bpb
+from stages.evaluate.collect import collect
+from stages.evaluate.metrics import measure
 from stages.evaluate.registry import make_evaluator
 from stages.files import write_atomic
 from stages.params import Params, load_params
@@ -112,16 +113,19 @@ def compressed(params: Params, weights: dict[str, Tensor], seed: int, folder: Pa
 
 
 def print_score(params: Params, path: Path, device: torch.device) -> None:
-    """Stage evaluate, with the evaluator that ships."""
+    """Print what the evaluator that ships makes of model.bin and the validation stream beside it."""
     make_deterministic()
     model = load_artifact(path, device)
     config = model.config
     validation = load_validation(path.parent, seq_len=config.seq_len, vocab_size=config.vocab_size)
-    evaluator = make_evaluator(params.compress.evaluator, params)
+    alone = World(rank=0, size=1, local_rank=0, device=device)
+    tokens_N1 = validation.tokens.to(device)
     with Progress("evaluate", len(validation.bytes), unit="tokens") as progress:
-        nats_N = evaluator.score(model, validation.tokens.to(device), progress.update)
-    print(f"val_loss: {float(nats_N.mean()):.8f}")
-    print(f"val_bpb: {bpb(nats_N, validation.bytes):.8f}")
+        evaluation = make_evaluator(params.compress.evaluator, params).begin(model, tokens_N1, alone)
+        scores = collect(evaluation, tokens_N1, alone, scored=lambda positions, nats: progress.update(len(nats)))
+    figures = measure(scores, validation.bytes)
+    print(f"val_loss: {figures['val_loss']:.8f}")
+    print(f"val_bpb: {figures['val_bpb']:.8f}")
 
 
 def _folder() -> Path:

@@ -237,7 +237,7 @@ class Adapt(Section):
     batch_rows: int = Field(gt=0)
     grad_clip: float = Field(gt=0)
     freeze_blocks: int = Field(ge=0)
-    # What stays fixed in those blocks: everything, or only vectors and scalars (PR #1958, whose matrices lie elsewhere).
+    # What stays fixed in those blocks: everything, or only vectors and scalars (PR #1958, matrices being elsewhere).
     freeze: Literal["blocks", "vectors"] = "blocks"
     freeze_tokens: bool = False
     # Shares of the rows that are trained on side by side: the GPUs of a record. Processes do not change the result.
@@ -308,6 +308,8 @@ class Quantize(Section):
     clip_sigmas: Sigmas | None = None
     gptq: Gptq | None = None
     lqer: Lqer | None = None
+    # Bits of a scale's mantissa: 10 is float16. Few are enough, since codes are formed with the scale as rounded.
+    scale_mantissa_bits: int = Field(default=10, ge=2, le=10)
     # Widen all steps until model.bin has this size.
     target_bytes: int | None = Field(default=None, gt=0)
 
@@ -535,7 +537,10 @@ def load_params(path: str | Path) -> Params:
 def _first_fault(error: ValidationError) -> str:
     """The first fault as `key.path: what is wrong (found value)`; the number of further ones behind it."""
     fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"] if part not in ("sdists", "file", "hub") or fault["loc"][0] != "fetch")
+    # Of a section that comes in kinds, pydantic names the kind behind the section: not a key of the file.
+    kinds = {("fetch", 1), ("loader", 2)}
+    places = zip(range(len(fault["loc"])), ("", *fault["loc"]), fault["loc"], strict=False)
+    key = ".".join(str(part) for i, before, part in places if (before, i) not in kinds)
     message = {
         "extra_forbidden": "unknown key",
         "missing": "missing key",

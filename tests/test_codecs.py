@@ -14,6 +14,7 @@ from stages.compress import byte_codecs
 from stages.compress.byte_codecs import Brotli, ByteCodec, Lrzip, Lzma, Shuffled, Zstd
 from stages.compress.codecs import CODECS
 from stages.compress.entropy import MAX_BUCKETS, PREFIX, RowColumnAns
+from stages.compress.similar import find_references, restore, subtract
 from stages.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -89,6 +90,12 @@ def test_ans_brings_back_any_codes(seed: int, shapes: Shapes, sigma: float, spre
         np.testing.assert_array_equal(matrix, found)
 
 
+@pytest.mark.parametrize("code", [-128, 0, 127])
+def test_ans_brings_back_a_single_value(code: int) -> None:
+    matrix = np.full((3, 5), code, np.int8)
+    np.testing.assert_array_equal(RowColumnAns().decode(RowColumnAns().encode([matrix]), [(3, 5)])[0], matrix)
+
+
 def test_ans_covers_the_whole_range_of_int8() -> None:
     matrix = np.arange(-128, 128).astype(np.int8).reshape(4, 64)
     np.testing.assert_array_equal(RowColumnAns().decode(RowColumnAns().encode([matrix]), [(4, 64)])[0], matrix)
@@ -107,6 +114,31 @@ def test_ans_makes_use_of_scales_that_differ(transpose: bool) -> None:
     packed = RowColumnAns().encode([matrix])
     assert 8 * len(packed) < 0.97 * _histogram_bits(matrix)
     assert len(packed) < len(CODECS["brotli"].encode([matrix]))
+
+
+def test_rows_that_are_alike_cost_what_they_differ() -> None:
+    rng = np.random.default_rng(6)
+    matrix = next(_gaussian([(200, 256)], seed=6, sigma=20.0)).clip(-60, 60)
+    alone = len(RowColumnAns().encode([matrix]))
+    matrix[100:] = matrix[0] + rng.integers(-1, 2, (100, 256))
+    assert len(RowColumnAns().encode([matrix])) < 0.7 * alone
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 60), columns=st.integers(1, 8), noise=st.integers(0, 40))
+def test_differences_of_rows_are_undone_exactly(seed: int, rows: int, columns: int, noise: int) -> None:
+    rng = np.random.default_rng(seed)
+    few = rng.integers(-100, 101, (3, columns))[rng.integers(0, 3, rows)]
+    matrix = (few + rng.integers(-noise, noise + 1, (rows, columns))).clip(-127, 127).astype(np.int8)
+    references = find_references(matrix)
+    np.testing.assert_array_equal(restore(subtract(matrix, references), references), matrix)
+
+
+def test_references_that_cannot_be_are_refused() -> None:
+    ones = np.full((3, 4), 100, np.int8)
+    for references, message in [([0, 3, 0], "later"), ([1, 0, 0], "later"), ([0, 1, 2], "beyond int8")]:
+        with pytest.raises(ValueError, match=message):
+            restore(ones, np.array(references, np.uint16))
 
 
 def test_ans_models_that_cannot_be_are_refused() -> None:

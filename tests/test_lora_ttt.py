@@ -126,7 +126,7 @@ def test_in_order_of_visits_nothing_is_seen_early() -> None:
     """One document a batch, longest first, is the order of this stream: then it is causal, phases and all."""
     evaluator = LoraTttEvaluator(params.LoraTtt(**(SMALL | {"batch_documents": 1})))
     model, tokens = lively_network("r1958"), _stream()
-    for cut in (5, 31, 45, 62, 75):
+    for cut in (31, 45, 72):
         changed = tokens.clone()
         later = torch.arange(77) >= cut
         changed[later & (tokens != BOS)] = random_stream(4, 76)[later & (tokens != BOS)]

@@ -49,6 +49,8 @@ def test_the_laptop_default_loads() -> None:
         ("quantize.bits.mlp", 9, "quantize.bits.mlp: Input should be less than or equal to 8 (found 9)"),
         ("evaluators", ["sliding", "sliding"], "repeats a name"),
         ("evaluators", ["beam"], "evaluators.0: Input should be"),
+        ("fetch.path", 3, "fetch.path: Input should be a valid string (found 3)"),
+        ("train.loader.bucket", 64, "train.loader.bucket: unknown key (found 64)"),
     ],
 )
 def test_a_fault_is_one_line_naming_file_and_key(tmp_path: Path, key: str, value: Any, expected: str) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stages.errors import UserError
 from stages.params import Quantize
 from stages.quantize.classes import tensor_class
-from stages.quantize.clip import percentile_scales, plain_rows, searched_rows, sigma_scales
+from stages.quantize.clip import coarse_scales, percentile_scales, plain_rows, searched_rows
 from stages.quantize.codes import Quantized, code_histogram, dequantize, entropy_bits, load_codes, save_codes
 from stages.quantize.state import quantize_state
 
@@ -131,6 +131,29 @@ def test_tables_of_tiny_weights_keep_usable_scales(magnitude: float) -> None:
     matrix = _plain(weight, percentile=1.0, min_clip=0.0)
     assert bool((matrix.scale > 0).all())
     assert float((weight - matrix.dequantize()).abs().max()) <= max(magnitude / 2, 2.0**-24)
+
+
+@settings(max_examples=60, deadline=None)
+@given(scale=st.floats(2.0**-20, 2.0**13, width=32), bits=st.integers(2, 9))
+def test_coarse_scales_are_near_and_few(scale: float, bits: int) -> None:
+    octave = coarse_scales(torch.linspace(1.0, 2.0, 5000), bits)
+    assert len(octave.unique()) == 2**bits + 1
+    assert float(coarse_scales(torch.tensor(scale), bits)) == pytest.approx(scale, rel=2.0 ** -(bits + 1))
+
+
+def test_codes_of_coarse_scales_are_as_good() -> None:
+    """Same bits, same error but for a percent: and only a handful of different scales to pack."""
+    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(4))
+    sigmas = {"attn": 10.0, "mlp": 10.0, "embed": 10.0, "other": 10.0}
+    found = {}
+    for bits in (3, 10):
+        state, report = quantize_state(
+            {"layer0.mlp.up": weight}, _settings(clip_sigmas=sigmas, scale_mantissa_bits=bits)
+        )
+        found[bits] = state["layer0.mlp.up"], report["layer0.mlp.up"]
+    assert len(found[3][0].scale.unique()) < 8 < len(found[10][0].scale.unique())  # type: ignore[union-attr]
+    assert found[3][1]["entropy_bits"] == pytest.approx(found[10][1]["entropy_bits"], abs=0.02)
+    assert found[3][1]["mse"] == pytest.approx(found[10][1]["mse"], rel=0.05)
 
 
 def test_more_bits_never_cost_accuracy() -> None:

@@ -20,13 +20,11 @@ EPS = tl.constexpr(2.0**-23)
 
 
 @triton.jit
-def _place(
-    block, n_tokens, BLOCK: tl.constexpr, SLOTS: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr
-):
-    n = block * BLOCK + tl.arange(0, BLOCK)[:, None, None]
-    head = tl.arange(0, SLOTS)[None, :, None]
-    e = tl.arange(0, WIDTH)[None, None, :]
-    return n, head, e, (n < n_tokens) & (head < S) & (e < E)
+def _tile(n_tokens, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr, E2: tl.constexpr):
+    n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None, None]
+    k = tl.arange(0, K2)[None, :, None]
+    e = tl.arange(0, E2)[None, None, :]
+    return n, k, e, (n < n_tokens) & (k < K) & (e < E)
 
 
 @triton.jit
@@ -42,59 +40,66 @@ def _turn(cos, sin, n, length, e, turned, R: tl.constexpr):
 def _forward(
     qkv, cos, sin, gain, q, k, v, n_tokens, length,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, K2: tl.constexpr, E2: tl.constexpr,
 ):  # fmt: skip
-    S: tl.constexpr = H + 2 * K
-    n, head, e, inside = _place(tl.program_id(0).to(tl.int64), n_tokens, BLOCK, SLOTS, S, WIDTH, E)
-    turned = inside & (head < H + K) & (e < 2 * R)
-    c, s, partner = _turn(cos, sin, n, length, e, turned, R)
-    row = qkv + (n * S + head) * E
-    x = tl.load(row + e, mask=inside, other=0.0).to(tl.float32)
-    paired = tl.load(row + partner, mask=turned, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=2, keep_dims=True) / E + EPS)
-    scale *= tl.load(gain + head, mask=head < H, other=1.0).to(tl.float32)
-    y = tl.where(head < H + K, scale * (x * c + paired * s), x).to(q.dtype.element_ty)
-    tl.store(q + (n * H + head) * E + e, y, mask=inside & (head < H))
-    tl.store(k + (n * K + head - H) * E + e, y, mask=inside & (head >= H) & (head < H + K))
-    tl.store(v + (n * K + head - H - K) * E + e, y, mask=inside & (head >= H + K))
+    n, head, e, has = _tile(n_tokens, K, E, BLOCK, K2, E2)
+    # K heads: of the queries, the keys or the values.
+    part = tl.program_id(1)
+    row = qkv + (n * (H + 2 * K) + part * K + head) * E
+    if part * K == H + K:
+        tl.store(v + (n * K + head) * E + e, tl.load(row + e, mask=has), mask=has)
+    else:
+        turned = has & (e < 2 * R)
+        c, s, partner = _turn(cos, sin, n, length, e, turned, R)
+        x = tl.load(row + e, mask=has, other=0.0).to(tl.float32)
+        paired = tl.load(row + partner, mask=turned, other=0.0).to(tl.float32)
+        g = tl.load(gain + part * K + head, mask=part * K + head < H, other=1.0).to(tl.float32)
+        scale = g * tl.rsqrt(tl.sum(x * x, axis=2, keep_dims=True) / E + EPS)
+        y = (scale * (x * c + paired * s)).to(q.dtype.element_ty)
+        if part * K < H:
+            tl.store(q + (n * H + part * K + head) * E + e, y, mask=has)
+        else:
+            tl.store(k + (n * K + head) * E + e, y, mask=has)
 
 
 @triton.jit
 def _backward(
     dq, dk, dv, qkv, cos, sin, gain, dqkv, dgain, n_tokens, length,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, K2: tl.constexpr, E2: tl.constexpr,
 ):  # fmt: skip
-    S: tl.constexpr = H + 2 * K
-    block = tl.program_id(0).to(tl.int64)
-    n, head, e, inside = _place(block, n_tokens, BLOCK, SLOTS, S, WIDTH, E)
-    is_q, is_k, is_v = head < H, (head >= H) & (head < H + K), head >= H + K
-    turned = inside & (head < H + K) & (e < 2 * R)
-    c, s, partner = _turn(cos, sin, n, length, e, turned, R)
-    q_row, k_row = dq + (n * H + head) * E, dk + (n * K + head - H) * E
-    dy = tl.load(q_row + e, mask=inside & is_q, other=0.0) + tl.load(k_row + e, mask=inside & is_k, other=0.0)
-    dy += tl.load(dv + (n * K + head - H - K) * E + e, mask=inside & is_v, other=0.0)
-    paired = tl.load(q_row + partner, mask=turned & is_q, other=0.0)
-    paired += tl.load(k_row + partner, mask=turned & is_k, other=0.0)
-    t = dy.to(tl.float32) * c - paired.to(tl.float32) * s
-    x = tl.load(qkv + (n * S + head) * E + e, mask=inside, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=2, keep_dims=True) / E + EPS)
-    z = x * rstd
-    along = tl.sum(t * z, axis=2, keep_dims=True)
-    g = tl.load(gain + head, mask=is_q, other=1.0).to(tl.float32)
-    dx = tl.where(is_v, dy.to(tl.float32), g * rstd * (t - z * along / E))
-    tl.store(dqkv + (n * S + head) * E + e, dx.to(dqkv.dtype.element_ty), mask=inside)
-    # One row a block, summed by the caller: the same in every run.
-    tl.store(dgain + block * H + head, tl.sum(along, axis=0, keep_dims=True), mask=is_q)
+    n, head, e, has = _tile(n_tokens, K, E, BLOCK, K2, E2)
+    part = tl.program_id(1)
+    at = (n * (H + 2 * K) + part * K + head) * E + e
+    if part * K == H + K:
+        tl.store(dqkv + at, tl.load(dv + (n * K + head) * E + e, mask=has), mask=has)
+    else:
+        turned = has & (e < 2 * R)
+        c, s, partner = _turn(cos, sin, n, length, e, turned, R)
+        row = dk + (n * K + head) * E
+        if part * K < H:
+            row = dq + (n * H + part * K + head) * E
+        t = tl.load(row + e, mask=has, other=0.0).to(tl.float32) * c
+        t -= tl.load(row + partner, mask=turned, other=0.0).to(tl.float32) * s
+        x = tl.load(qkv + at, mask=has, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(x * x, axis=2, keep_dims=True) / E + EPS)
+        z = x * rstd
+        along = tl.sum(t * z, axis=2, keep_dims=True)
+        g = tl.load(gain + part * K + head, mask=part * K + head < H, other=1.0).to(tl.float32)
+        tl.store(dqkv + at, (g * rstd * (t - z * along / E)).to(dqkv.dtype.element_ty), mask=has)
+        if part * K < H:
+            # One row a block, summed by the caller: the same in every run.
+            partial = dgain + tl.program_id(0) * H + part * K + head
+            tl.store(partial, tl.sum(along, axis=0, keep_dims=True), mask=head < K)
 
 
-def _shape(qkv: Tensor, cos: Tensor, gain: Tensor, kv_heads: int) -> dict[str, int]:
-    """Sizes of the kernels' tiles: BLOCK whole tokens, all heads, padded to powers of two."""
-    heads = gain.numel()
-    slots = heads + 2 * kv_heads
-    width = qkv.size(-1) // slots
-    padded = {"SLOTS": triton.next_power_of_2(slots), "WIDTH": triton.next_power_of_2(width)}
-    return {"H": heads, "K": kv_heads, "E": width, "R": cos.size(-1), "BLOCK": 2} | padded
+def _sizes(qkv: Tensor, cos: Tensor, gain: Tensor, kv_heads: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and sizes of the kernels."""
+    heads, block = gain.numel(), 4
+    width = qkv.size(-1) // (heads + 2 * kv_heads)
+    padded = {"K2": triton.next_power_of_2(kv_heads), "E2": triton.next_power_of_2(width)}
+    grid = triton.cdiv(qkv.size(0) * qkv.size(1), block), heads // kv_heads + 2
+    return grid, {"H": heads, "K": kv_heads, "E": width, "R": cos.size(-1), "BLOCK": block} | padded
 
 
 @torch.library.custom_op("fairway::heads", mutates_args=())
@@ -104,10 +109,8 @@ def heads(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, kv_heads: int) ->
     qkv (B, T, (H + 2K)·E) contiguous, cos and sin (T, 1, R), gain (H,).
     """
     q, k, v = _empty(qkv, gain, kv_heads)
-    sizes = _shape(qkv, cos, gain, kv_heads)
-    n_tokens, length = qkv[..., 0].numel(), qkv.size(1)
-    grid = (triton.cdiv(n_tokens, sizes["BLOCK"]),)
-    _forward[grid](qkv, cos, sin, gain, q, k, v, n_tokens, length, **sizes)
+    grid, sizes = _sizes(qkv, cos, gain, kv_heads)
+    _forward[grid](qkv, cos, sin, gain, q, k, v, qkv.size(0) * qkv.size(1), qkv.size(1), **sizes)
     return q, k, v
 
 
@@ -129,12 +132,11 @@ def heads_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv, in its dtype, and of the gain, float32."""
     dqkv = torch.empty_like(qkv)
-    sizes = _shape(qkv, cos, gain, kv_heads)
-    n_tokens, length = qkv[..., 0].numel(), qkv.size(1)
-    blocks = triton.cdiv(n_tokens, sizes["BLOCK"])
-    dgain = gain.new_empty(blocks, gain.numel(), dtype=torch.float32)
-    arguments = (dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv, cos, sin, gain, dqkv, dgain, n_tokens, length)
-    _backward[(blocks,)](*arguments, **sizes)
+    grid, sizes = _sizes(qkv, cos, gain, kv_heads)
+    dgain = gain.new_empty(grid[0], gain.numel(), dtype=torch.float32)
+    gradients = (dq.contiguous(), dk.contiguous(), dv.contiguous())
+    lengths = qkv.size(0) * qkv.size(1), qkv.size(1)
+    _backward[grid](*gradients, qkv, cos, sin, gain, dqkv, dgain, *lengths, **sizes)
     return dqkv, dgain.sum(0)
 
 

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 EPS = tl.constexpr(2.0**-23)
-# Tokens of a tile; programs that take tiles in turn, so that each sums dc over many tokens in registers.
-BLOCK, PROGRAMS = 4, 528
-AHEAD, WARPS = 2, 4
+# Tokens of a tile. The mix's gradient has larger ones, taken in turn by a few programs, each of which sums dc over many
+# tokens in registers.
+BLOCK, LARGE_BLOCK, PROGRAMS = 4, 8, 264
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _backward_sum(du, dn, u, g, n_tokens, scale, D: tl.constexpr, D2: tl.constex
 @triton.jit
 def _backward_mix(
     du, dn, x0, x1, x2, c, d0, d1, d2, dc, n_tokens, scale,
-    D: tl.constexpr, D2: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, AHEAD: tl.constexpr,
+    D: tl.constexpr, D2: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     w0, w1 = _weights(c, 0, D, D2), _weights(c, 1, D, D2)
@@ -81,7 +81,7 @@ def _backward_mix(
     if x2 is not None:
         w2, sum2 = _weights(c, 2, D, D2), tl.zeros((BLOCK, D2), tl.float32)
     # The next tiles are under way while one is worked on.
-    for tile in tl.range(program, tl.cdiv(n_tokens, BLOCK), PROGRAMS, num_stages=AHEAD):
+    for tile in tl.range(program, tl.cdiv(n_tokens, BLOCK), PROGRAMS, num_stages=3):
         at, has = _tile(tile, n_tokens, D, D2, BLOCK)
         s0 = tl.load(x0 + at, mask=has, other=0.0).to(tl.float32)
         s1 = tl.load(x1 + at, mask=has, other=0.0).to(tl.float32)
@@ -110,8 +110,8 @@ def _backward_mix(
         tl.store(row + 2 * D, tl.sum(sum2, axis=0), mask=d < D)
 
 
-def _like(x: Tensor, count: int) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x) for _ in range(count))
+def _like(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
 
 
 def _sizes(x: Tensor) -> tuple[int, dict[str, int]]:
@@ -122,18 +122,18 @@ def _sizes(x: Tensor) -> tuple[int, dict[str, int]]:
 @torch.library.custom_op("fairway::add_norm", mutates_args=())
 def add_norm(x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """u = x + y and n = scale·norm(u), all (B, T, D), contiguous."""
-    (u, n), (n_tokens, sizes) = _like(x, 2), _sizes(x)
+    (u, n), (n_tokens, sizes) = _like(x), _sizes(x)
     _forward[(triton.cdiv(n_tokens, BLOCK),)](x, y, None, None, u, n, n_tokens, scale, **sizes)
     return u, n
 
 
-add_norm.register_fake(lambda x, y, scale: _like(x, 2))
+add_norm.register_fake(lambda x, y, scale: _like(x))
 
 
 @torch.library.custom_op("fairway::add_norm_backward", mutates_args=())
 def add_norm_backward(du: Tensor, dn: Tensor, u: Tensor, scale: float) -> Tensor:
     """The gradient of either source."""
-    (g,), (n_tokens, sizes) = _like(u, 1), _sizes(u)
+    g, (n_tokens, sizes) = torch.empty_like(u), _sizes(u)
     _backward_sum[(triton.cdiv(n_tokens, BLOCK),)](du.contiguous(), dn.contiguous(), u, g, n_tokens, scale, **sizes)
     return g
 
@@ -157,12 +157,12 @@ add_norm.register_autograd(_gradients_of_sum, setup_context=_save_sum)
 @torch.library.custom_op("fairway::mix_norm", mutates_args=())
 def mix_norm(x0: Tensor, x1: Tensor, x2: Tensor | None, c: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """u = Σ c[j]⊙x_j and n = scale·norm(u), all (B, T, D), contiguous; c (J, D)."""
-    (u, n), (n_tokens, sizes) = _like(x0, 2), _sizes(x0)
+    (u, n), (n_tokens, sizes) = _like(x0), _sizes(x0)
     _forward[(triton.cdiv(n_tokens, BLOCK),)](x0, x1, x2, c, u, n, n_tokens, scale, **sizes)
     return u, n
 
 
-mix_norm.register_fake(lambda x0, x1, x2, c, scale: _like(x0, 2))
+mix_norm.register_fake(lambda x0, x1, x2, c, scale: _like(x0))
 
 
 @torch.library.custom_op("fairway::mix_norm_backward", mutates_args=())
@@ -174,12 +174,13 @@ def mix_norm_backward(
     n_tokens, sizes = _sizes(x0)
     dc = c.new_empty(PROGRAMS, *c.shape, dtype=torch.float32)
     arguments = (du.contiguous(), dn.contiguous(), x0, x1, x2, c, d0, d1, d2, dc, n_tokens, scale)
-    _backward_mix[(PROGRAMS,)](*arguments, **sizes, PROGRAMS=PROGRAMS, AHEAD=AHEAD, num_warps=WARPS)
+    _backward_mix[(PROGRAMS,)](*arguments, **sizes | {"BLOCK": LARGE_BLOCK}, PROGRAMS=PROGRAMS, num_warps=8)
     return d0, d1, d2, dc.sum(0)
 
 
 def _gradients_like(x0: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return *_like(x0, 2), x0.new_empty(0) if x2 is None else torch.empty_like(x2)
+    d0, d1 = _like(x0)
+    return d0, d1, x0.new_empty(0) if x2 is None else torch.empty_like(x2)
 
 
 @mix_norm_backward.register_fake

@@ -18,21 +18,20 @@ from torch import Tensor
 
 
 @triton.jit
-def _loss(z, targets, losses, n_tokens, cap, V: tl.constexpr, V2: tl.constexpr, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
-    v = tl.arange(0, V2)[None, :]
-    has = (n < n_tokens) & (v < V)
-    target = tl.load(targets + n, mask=n < n_tokens, other=0).to(tl.int32)
-    hit = tl.load(z + n * V + target, mask=n < n_tokens, other=0.0).to(tl.float32)
+def _loss(z, targets, losses, n_tokens, cap, V: tl.constexpr, V2: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    v = tl.arange(0, V2)
+    target = tl.load(targets + row).to(tl.int32)
+    hit = tl.load(z + row * V + target).to(tl.float32)
     # The target's score is read by one thread and overwritten by another.
     tl.debug_barrier()
-    tanh = _tanh(tl.load(z + n * V + v, mask=has, other=0.0).to(tl.float32) * (1 / cap))
-    # Logits lie within ±cap, so that subtracting cap does what subtracting the largest would.
-    weights = tl.where(has, tl.exp(cap * tanh - cap), 0.0)
-    total = tl.sum(weights, axis=1, keep_dims=True)
-    tl.store(losses + n, tl.log(total) + cap - cap * _tanh(hit / cap), mask=n < n_tokens)
-    gradient = (weights * (1 / total) - tl.where(v == target, 1.0, 0.0)) * ((1 - tanh * tanh) * (1 / n_tokens))
-    tl.store(z + n * V + v, gradient.to(z.dtype.element_ty), mask=has)
+    tanh = _tanh(tl.load(z + row * V + v, mask=v < V, other=0.0).to(tl.float32) * (1 / cap))
+    # Logits lie within ±cap, so subtracting cap does what subtracting the largest would.
+    weights = tl.where(v < V, tl.exp(cap * tanh - cap), 0.0)
+    total = tl.sum(weights)
+    tl.store(losses + row, tl.log(total) + cap - cap * _tanh(hit * (1 / cap)))
+    gradient = weights * (1 / total) - tl.where(v == target, 1.0, 0.0)
+    tl.store(z + row * V + v, (gradient * (1 - tanh * tanh) * (1 / n_tokens)).to(z.dtype.element_ty), mask=v < V)
 
 
 @triton.jit
@@ -47,10 +46,8 @@ def softcapped_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float)
     n_tokens, vocabulary = z.shape
     losses = z.new_empty(n_tokens, dtype=torch.float32)
     width = triton.next_power_of_2(vocabulary)
-    block = max(1, 4096 // width)
-    _loss[(triton.cdiv(n_tokens, block),)](
-        z, targets, losses, n_tokens, cap, vocabulary, width, block, num_warps=8 if width > 4096 else 4
-    )
+    warps = min(16, max(1, width // 1024))
+    _loss[(n_tokens,)](z, targets, losses, n_tokens, cap, vocabulary, width, num_warps=warps)
     return losses.mean(), z
 
 

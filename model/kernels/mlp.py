@@ -16,12 +16,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-ROWS, COLUMNS, DEPTH = 128, 256, 64
+# A tile of the result and the depth of a step towards it. Two programs share a multiprocessor, so that one multiplies
+# while the other puts out its tile.
+ROWS, COLUMNS, DEPTH, PER_PROCESSOR = 128, 128, 64, 2
 
 
 @triton.jit
-def _finish(total, pre, out, n, f, BACKWARD: tl.constexpr):
-    stored = total.to(out.dtype)
+def _activate(product, pre, out, n, f, BACKWARD: tl.constexpr):
+    """Put out a tile: P and φ(P), or backward, where P is given, the product times φ'(P)."""
+    stored = product.to(out.dtype)
     if BACKWARD:
         p = pre.load([n, f]).to(tl.float32)
         result = stored.to(tl.float32) * tl.where(p > 0, 2 * p, 0.5 * p)
@@ -34,27 +37,75 @@ def _finish(total, pre, out, n, f, BACKWARD: tl.constexpr):
 
 @triton.jit
 def _product(
-    a, b, pre, out, n_tokens, F, DEEP: tl.constexpr, BACKWARD: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr, SPLIT: tl.constexpr, FLATTEN: tl.constexpr,
+    a, b, pre, out, n_tokens, F, D: tl.constexpr, BACKWARD: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of a (N, DEEP) · b (F, DEEP)ᵀ, forward with P and φ(P) as results, backward with P as input too."""
+    """Tiles of a (N, D) · b (F, D)ᵀ, a row of tiles after the other, by PROGRAMS programs in turn."""
     columns = tl.cdiv(F, COLUMNS)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, ROWS) * columns, PROGRAMS, flatten=FLATTEN):
+    # Flattened: the next tile's loads begin before this one is put out.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, ROWS) * columns, PROGRAMS, flatten=True):
         n, f = tile // columns * ROWS, tile % columns * COLUMNS
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for d in range(0, DEEP, DEPTH):
-            total = tl.dot(a.load([n, d]), b.load([f, d]).T, total)
-        if SPLIT == 1:
-            _finish(total, pre, out, n, f, BACKWARD)
-        else:
-            left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-            _finish(left, pre, out, n, f, BACKWARD)
-            _finish(right, pre, out, n, f + COLUMNS // 2, BACKWARD)
+        product = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for d in range(0, D, DEPTH):
+            product = tl.dot(a.load([n, d]), b.load([f, d]).T, product)
+        # In quarters, which take little shared memory: one is worked on while another is under way.
+        left, right = _halves(product, ROWS, COLUMNS // 2)
+        first, second = _halves(left, ROWS, COLUMNS // 4)
+        _activate(first, pre, out, n, f, BACKWARD)
+        _activate(second, pre, out, n, f + COLUMNS // 4, BACKWARD)
+        third, fourth = _halves(right, ROWS, COLUMNS // 4)
+        _activate(third, pre, out, n, f + COLUMNS // 2, BACKWARD)
+        _activate(fourth, pre, out, n, f + COLUMNS // 4 * 3, BACKWARD)
 
 
-def launch(a, b, pre, out, backward, *, rows=ROWS, columns=COLUMNS, depth=DEPTH, stages=3, warps=8, per_sm=1, split=2, flatten=True, **options):
-    n_tokens, deep = a.shape
-    d = lambda x, r, c: TensorDescriptor.from_tensor(x, [r, c])
-    programs = torch.cuda.get_device_properties(a.device).multi_processor_count * per_sm if a.is_cuda else 3
-    _product[(programs,)](d(a, rows, depth), d(b, columns, depth), d(pre, rows, columns // split), d(out, rows, columns // split), n_tokens, b.size(0),
-        deep, backward, rows, columns, depth, programs, split, flatten, num_warps=warps, num_stages=stages, **options)
+@triton.jit
+def _halves(x, ROWS: tl.constexpr, HALF: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
+
+
+def _launch(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, *, backward: bool) -> None:
+    step, quarter = [ROWS, DEPTH], [ROWS, COLUMNS // 4]
+    blocks = ((a, step), (b, step), (pre, quarter), (out, quarter))
+    tiles = [TensorDescriptor.from_tensor(x, block) for x, block in blocks]
+    programs = PER_PROCESSOR * torch.cuda.get_device_properties(a.device).multi_processor_count
+    sizes = (*pre.shape, a.size(1), backward, ROWS, COLUMNS, DEPTH, programs)
+    _product[(programs,)](*tiles, *sizes, num_warps=4, num_stages=3)
+
+
+@torch.library.custom_op("fairway::mlp", mutates_args=())
+def mlp(n: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, D), and P and A (N, F) for the backward pass, from n (N, D), Up (F, D) and Down (D, F); all bfloat16."""
+    pre, out = _hidden(n, up), _hidden(n, up)
+    _launch(n, up, pre, out, backward=False)
+    return out @ down.T, pre, out
+
+
+def _hidden(n: Tensor, up: Tensor) -> Tensor:
+    return n.new_empty(n.size(0), up.size(0))
+
+
+mlp.register_fake(lambda n, up, down: (torch.empty_like(n), _hidden(n, up), _hidden(n, up)))
+
+
+@torch.library.custom_op("fairway::mlp_backward", mutates_args=())
+def mlp_backward(dy: Tensor, down: Tensor, pre: Tensor) -> Tensor:
+    """dP (N, F)."""
+    out = torch.empty_like(pre)
+    _launch(dy.contiguous(), down.T.contiguous(), pre, out, backward=True)
+    return out
+
+
+mlp_backward.register_fake(lambda dy, down, pre: torch.empty_like(pre))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+def _gradients(ctx, dy, *_):
+    n, up, down, pre, out = ctx.saved_tensors
+    dpre = mlp_backward(dy, down, pre)
+    return dpre @ up, dpre.T @ n, dy.T @ out
+
+
+mlp.register_autograd(_gradients, setup_context=_save)

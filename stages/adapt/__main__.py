@@ -16,6 +16,7 @@ from torch import Tensor
 from stages.adapt.adapt import adapt
 from stages.adapt.network import load_network
 from stages.adapt.rows import load_rows
+from stages.command_line import stage_arguments
 from stages.determinism import make_deterministic
 from stages.distributed import World, start_world
 from stages.errors import run_stage
@@ -27,7 +28,7 @@ from stages.weights import load_tensors, save_tensors
 
 def main() -> None:
     """Adapt artifacts/average/<seed>."""
-    seed = int(sys.argv[1])
+    seed, _ = stage_arguments(sys.argv[1:], "adapt")
     params = load_params("params.yaml")
     make_deterministic()
     with start_world() as world:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from stages.average.choose import kept_weights
+from stages.command_line import stage_arguments
 from stages.errors import run_stage
 from stages.files import output_folder
 from stages.params import load_params
@@ -19,7 +20,7 @@ from stages.weights import save_tensors
 
 def main() -> None:
     """Copy the chosen weights of one seed."""
-    seed = int(sys.argv[1])
+    seed, _ = stage_arguments(sys.argv[1:], "average")
     params = load_params("params.yaml")
     weights = kept_weights(Path(f"artifacts/train/{seed}"), params.average, made_by=f"python -m stages.train {seed}")
     with output_folder(Path(f"artifacts/average/{seed}")) as out:

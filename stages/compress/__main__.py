@@ -9,6 +9,7 @@ Source: PR #1172 (Brotli, packed code), #1855 (streams by kind). Ours: checksum,
 import sys
 from pathlib import Path
 
+from stages.command_line import stage_arguments
 from stages.compress.bundle import bundle
 from stages.compress.container import check_round_trip, pack
 from stages.compress.settings import shipped_settings, unused_modules
@@ -20,7 +21,7 @@ from stages.quantize.codes import load_codes
 
 def main() -> None:
     """Pack artifacts/quantize/<seed>."""
-    seed = int(sys.argv[1])
+    seed, _ = stage_arguments(sys.argv[1:], "compress")
     params = load_params("params.yaml")
     state = load_codes(Path(f"artifacts/quantize/{seed}"))
     model = pack(params.model, state, codec=params.compress.codec)

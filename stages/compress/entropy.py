@@ -4,11 +4,12 @@ Codes are noise to a dictionary coder; all that can be known about one is how la
 a product of its row's and its column's scale, both stored on a grid of logarithms. The sum of the two grid indices is
 the code's bucket, and each bucket of a group of matrices has a histogram of its own: no assumption is made about shape,
 and tails are what they are. Codes are then written bucket by bucket by an asymmetric numeral system, which spends what
-the histogram says to a fraction of a percent.
+the histogram says to a fraction of a percent. Before all this, rows that are like another become differences.
 
     buckets u8 | lowest, highest code i8 | bytes of the packed model u32 | model | ANS words, u32 each
 
-The model, packed by Brotli: row indices, column indices (u8, matrix by matrix), histograms (u8 logarithms).
+The model, packed by Brotli: references of rows (u16), row indices, column indices (u8), each matrix by matrix, and the
+histograms (u8 logarithms).
 
 Method: ANS (arXiv:1311.2540) by the constriction library. Legend: R rows, C columns, K buckets, S symbols.
 """
@@ -21,6 +22,7 @@ import constriction
 import numpy as np
 
 from stages.compress.byte_codecs import Brotli
+from stages.compress.similar import find_references, restore, subtract
 
 # constriction's Categorical; the library has no types.
 Distribution = Any
@@ -41,33 +43,34 @@ class RowColumnAns:
 
     def encode(self, matrices: Sequence[np.ndarray]) -> bytes:
         """Compress int8 matrices."""
-        lowest = min(int(matrix.min()) for matrix in matrices)
+        references = [find_references(matrix) for matrix in matrices]
+        matrices = [subtract(matrix, rows) for matrix, rows in zip(matrices, references, strict=True)]
+        lowest = min(126, *(int(matrix.min()) for matrix in matrices))
         highest = max(lowest + 1, *(int(matrix.max()) for matrix in matrices))
         indices = [_scale_indices(matrix) for matrix in matrices]
-        buckets = min(MAX_BUCKETS, 1 + max(int(rows.max()) + int(columns.max()) for rows, columns in indices))
-        counts_KS = np.zeros((buckets, highest - lowest + 1), np.int64)
-        for matrix, (rows, columns) in zip(matrices, indices, strict=True):
-            cells = _buckets(rows, columns, buckets).astype(np.int64) * counts_KS.shape[1] + (matrix.ravel().astype(np.int64) - lowest)
-            counts_KS += np.bincount(cells, minlength=counts_KS.size).reshape(counts_KS.shape)
-        histograms_KS = _logarithms(counts_KS)
-        parts = [*(rows for rows, _ in indices), *(columns for _, columns in indices), histograms_KS]
+        rows, columns = zip(*indices, strict=True)
+        histograms_KS = _logarithms(_counts(matrices, indices, lowest, highest))
+        parts = [*(part.astype("<u2") for part in references), *rows, *columns, histograms_KS]
         model = Brotli().encode(b"".join(part.tobytes() for part in parts))
         words = _encode_words(matrices, indices, _distributions(histograms_KS), lowest)
-        return PREFIX.pack(buckets, lowest, highest, len(model)) + model + words
+        return PREFIX.pack(len(histograms_KS), lowest, highest, len(model)) + model + words
 
     def decode(self, data: bytes, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """The int8 matrices of these shapes. Raises ValueError if that is not what `data` holds."""
         if len(data) < PREFIX.size:
             raise ValueError("the stream ends early")
         buckets, lowest, highest, model_bytes = PREFIX.unpack_from(data)
-        start = PREFIX.size + model_bytes
+        start, n = PREFIX.size + model_bytes, len(shapes)
         if lowest >= highest or start > len(data) or (len(data) - start) % 4:
             raise ValueError("impossible model of the codes")
-        lengths = [*(r for r, _ in shapes), *(c for _, c in shapes), buckets * (highest - lowest + 1)]
+        rows, columns = zip(*shapes, strict=True)
+        lengths = [*(2 * r for r in rows), *rows, *columns, buckets * (highest - lowest + 1)]
         model = np.frombuffer(Brotli().decode(data[PREFIX.size : start], sum(lengths)), np.uint8)
         *parts, histograms = np.split(model, np.cumsum(lengths[:-1]))
-        indices = list(zip(parts[: len(shapes)], parts[len(shapes) :], strict=True))
-        return _decode_words(data[start:], indices, _distributions(histograms.reshape(buckets, -1)), lowest)
+        indices = list(zip(parts[n : 2 * n], parts[2 * n :], strict=True))
+        distributions = _distributions(histograms.reshape(buckets, -1))
+        differences = _decode_words(data[start:], indices, distributions, lowest)
+        return [restore(matrix, part.view("<u2")) for matrix, part in zip(differences, parts[:n], strict=True)]
 
 
 # Row indices and column indices of one matrix, uint8 (R,) and (C,).
@@ -98,6 +101,17 @@ def _buckets(rows: np.ndarray, columns: np.ndarray, buckets: int) -> np.ndarray:
     """The bucket of every code, uint8 (R·C,)."""
     sums = rows[:, None].astype(np.uint16) + columns
     return np.minimum(sums, buckets - 1).astype(np.uint8).ravel()
+
+
+def _counts(matrices: Sequence[np.ndarray], indices: Sequence[Indices], lowest: int, highest: int) -> np.ndarray:
+    """How often each symbol occurs in each bucket, int64 (K, S)."""
+    buckets = min(MAX_BUCKETS, 1 + max(int(rows.max()) + int(columns.max()) for rows, columns in indices))
+    symbols = highest - lowest + 1
+    counts = np.zeros(buckets * symbols, np.int64)
+    for matrix, (rows, columns) in zip(matrices, indices, strict=True):
+        cells = _buckets(rows, columns, buckets).astype(np.int64) * symbols + matrix.ravel() - lowest
+        counts += np.bincount(cells, minlength=len(counts))
+    return counts.reshape(buckets, symbols)
 
 
 def _logarithms(counts_KS: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stages.command_line import stage_arguments
 from stages.determinism import make_deterministic
 from stages.distributed import start_world
 from stages.errors import run_stage
@@ -33,7 +34,7 @@ ARTIFACTS = Path("artifacts")
 
 def main() -> None:
     """Evaluate artifacts/compress/<seed> with <evaluator>."""
-    seed, name = int(sys.argv[1]), sys.argv[2]
+    seed, (name,) = stage_arguments(sys.argv[1:], "evaluate", "evaluator")
     params = load_params("params.yaml")
     evaluator = make_evaluator(name, params)
     make_deterministic()

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from stages.command_line import stage_arguments
 from stages.compress.container import pack
 from stages.determinism import make_deterministic
 from stages.distributed import start_world
@@ -25,7 +26,7 @@ from stages.weights import load_tensors
 
 def main() -> None:
     """Quantize artifacts/adapt/<seed>."""
-    seed = int(sys.argv[1])
+    seed, _ = stage_arguments(sys.argv[1:], "quantize")
     params = load_params("params.yaml")
     path = Path(f"artifacts/adapt/{seed}/weights.safetensors")
     weights = load_tensors(path, f"python -m stages.adapt {seed}")

@@ -43,10 +43,10 @@ def calibrate(
     model = load_network(params.model, weights, path, device).eval()
     with Progress("calibrate", settings.batches, unit="batches") as progress:
         batches_BT = _batches(settings, model, tokens, seed)
-        return collect_hessians(model, _counted(batches_BT, progress), _names(weights, settings))
+        return collect_hessians(model, _counted(batches_BT, progress), calibrated_names(weights, settings))
 
 
-def _names(weights: dict[str, Tensor], settings: Gptq) -> list[str]:
+def calibrated_names(weights: dict[str, Tensor], settings: Gptq) -> list[str]:
     """The projections of the layers, and the token table as output head. Other tables are looked up, not multiplied."""
     return [
         name

@@ -13,12 +13,13 @@ from torch import Tensor
 from stages.errors import UserError
 from stages.params import Lqer, Quantize
 from stages.quantize.classes import stays_float, tensor_class
-from stages.quantize.clip import percentile_scales, plain_rows, searched_rows, sigma_scales
+from stages.quantize.clip import coarse_scales, percentile_scales, plain_rows, searched_rows, sigma_scales
 from stages.quantize.codes import Quantized, QuantizedState, code_histogram, entropy_bits
 from stages.quantize.gptq import gptq
 from stages.quantize.lqer import low_rank
 
 LARGEST_FLOAT16 = torch.finfo(torch.float16).max
+FLOAT16_MANTISSA_BITS = 10
 
 
 def quantize_state(
@@ -40,6 +41,8 @@ def quantize_state(
         name: weight for name, weight in weights.items() if not stays_float(weight, settings.passthrough_elements)
     }
     scales = {name: coarseness * _candidate_scales(name, weight, settings) for name, weight in matrices.items()}
+    if settings.scale_mantissa_bits < FLOAT16_MANTISSA_BITS:
+        scales = {name: coarse_scales(scale, settings.scale_mantissa_bits) for name, scale in scales.items()}
     rounded = _round_with_hessians(matrices, scales, hessians or {}, settings)
     for name in matrices.keys() - rounded.keys():
         rounded[name] = _round_to_nearest(name, matrices[name], scales[name], settings)

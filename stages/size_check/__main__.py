@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from stages.command_line import stage_arguments
 from stages.errors import UserError, run_stage
 from stages.files import output_folder, require_file, write_atomic
 from stages.params import load_params
@@ -17,7 +18,7 @@ from stages.size_check.weigh import over_cap, weigh
 
 def main() -> None:
     """Weigh artifacts/compress/<seed>; size.json is written even when the cap is exceeded."""
-    seed = int(sys.argv[1])
+    seed, _ = stage_arguments(sys.argv[1:], "size_check")
     params = load_params("params.yaml")
     shipped = Path(f"artifacts/compress/{seed}")
     made_by = f"python -m stages.compress {seed}"
