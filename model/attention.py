@@ -69,7 +69,7 @@ def exclude_self(o_BTHE: Tensor, v_BTKE: Tensor, gate_BTH: Tensor | None = None)
     if fused(o_BTHE):
         from model.kernels.exclusive import exclusive
 
-        return exclusive(o_BTHE, v_BTKE, gate_BTH)
+        return exclusive(o_BTHE.contiguous(), v_BTKE.contiguous(), gate_BTH)
     direction_BTK1E = F.normalize(v_BTKE.float(), dim=-1)[:, :, :, None]
     o_BTKGE = o_BTHE.float().unflatten(2, (v_BTKE.size(2), -1))
     along = (o_BTKGE * direction_BTK1E).sum(-1, keepdim=True)

@@ -121,11 +121,11 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:
     rows, length, heads, _ = q.shape
     shape = (rows, heads, length) if segments is None else (heads, rows * length)
-    return torch.empty_like(q), q.new_empty(shape, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

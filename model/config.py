@@ -63,19 +63,19 @@ class Loop(Section):
 
     first: int = Field(ge=0)
     last: int = Field(ge=0)
-    repeats: int = Field(gt=0)
+    repeats: int = Field(gt=0, le=64)
 
 
 class ModelConfig(Section):
     """Everything that decides a network's parameters and forward pass. Raises ValidationError on contradictions."""
 
     vocab_size: int = Field(gt=3, le=65536)
-    layers: int = Field(gt=1)
+    layers: int = Field(gt=1, le=1024)
     width: int = Field(gt=0)
     heads: int = Field(gt=0)
     kv_heads: int = Field(gt=0)
     mlp_hidden: int = Field(gt=0)
-    seq_len: int = Field(gt=1)
+    seq_len: int = Field(gt=1, le=2**20)
     softcap: float = Field(gt=0)
     embed_init_std: float = Field(gt=0)
     # Storage of the token, bigram and value tables, which the records train in bfloat16, and of the skip gates.
@@ -105,7 +105,8 @@ class ModelConfig(Section):
         `looped` repeats the layers of `loop`, where there is one. The halves split the applications, not the layers.
         """
         order = list(range(self.layers))
-        if looped and self.loop:
+        # The compiler cannot tell whether a section is true, but it can tell whether there is one.
+        if looped and self.loop is not None:
             first, end = self.loop.first, self.loop.last + 1
             order = order[:first] + order[first:end] * (self.loop.repeats + 1) + order[end:]
         half = len(order) // 2

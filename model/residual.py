@@ -19,7 +19,8 @@ def join(sources: list[Tensor], weights: Tensor, scale: float) -> tuple[Tensor, 
     if fused(sources[0]):
         from model.kernels.join import mix_norm
 
-        return mix_norm(*sources[:2], sources[2] if len(sources) > 2 else None, weights, scale)
+        first, second, *third = (source.contiguous() for source in sources)
+        return mix_norm(first, second, third[0] if third else None, weights, scale)
     u_BTD = weights[0] * sources[0]
     for weight, source in zip(weights[1:], sources[1:], strict=True):
         u_BTD = u_BTD + weight * source
@@ -31,7 +32,7 @@ def add(x_BTD: Tensor, y_BTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     if fused(x_BTD):
         from model.kernels.join import add_norm
 
-        return add_norm(x_BTD, y_BTD, scale)
+        return add_norm(x_BTD.contiguous(), y_BTD.contiguous(), scale)
     u_BTD = x_BTD + y_BTD
     return u_BTD, scale * rms_norm(u_BTD)
 

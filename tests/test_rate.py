@@ -1,6 +1,7 @@
 """The steps that fill a given number of bytes."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,12 +34,13 @@ def _entropy_bytes(state: QuantizedState) -> int:
     return math.ceil(sum(m.codes.numel() * entropy_bits(code_histogram(m.codes)) for m in matrices) / 8)
 
 
-@pytest.mark.parametrize("clip_sigmas", [None, SIGMAS])
+@pytest.mark.parametrize(
+    "clip", [{}, {"min_clip": 30.0, "scale_mantissa_bits": 3}, {"clip_sigmas": SIGMAS}, {"scale_mantissa_bits": 4}]
+)
 @pytest.mark.parametrize("share", [0.95, 0.7, 0.5])
-def test_the_target_is_filled_and_never_exceeded(clip_sigmas: dict[str, float] | None, share: float) -> None:
-    full = _entropy_bytes(quantize_to_size(_weights(), _settings(clip_sigmas=clip_sigmas), {}, _entropy_bytes)[0])
-    target = int(share * full)
-    settings = _settings(clip_sigmas=clip_sigmas, target_bytes=target)
+def test_the_target_is_filled_and_never_exceeded(clip: dict[str, Any], share: float) -> None:
+    target = int(share * _entropy_bytes(quantize_state(_weights(), _settings(**clip))[0]))
+    settings = _settings(**clip, target_bytes=target)
     state, report = quantize_to_size(_weights(), settings, {}, _entropy_bytes)
     assert 0.999 * target <= _entropy_bytes(state) <= target
     assert report["coarseness"] > 1

@@ -41,8 +41,6 @@ def quantize_state(
         name: weight for name, weight in weights.items() if not stays_float(weight, settings.passthrough_elements)
     }
     scales = {name: coarseness * _candidate_scales(name, weight, settings) for name, weight in matrices.items()}
-    if settings.scale_mantissa_bits < FLOAT16_MANTISSA_BITS:
-        scales = {name: coarse_scales(scale, settings.scale_mantissa_bits) for name, scale in scales.items()}
     rounded = _round_with_hessians(matrices, scales, hessians or {}, settings)
     for name in matrices.keys() - rounded.keys():
         rounded[name] = _round_to_nearest(name, matrices[name], scales[name], settings)
@@ -69,8 +67,12 @@ def _candidate_scales(name: str, weight: Tensor, settings: Quantize) -> Tensor:
     """Float32 (P, R)."""
     bits = _bits(name, settings)
     if settings.clip_sigmas:
-        return sigma_scales(weight, getattr(settings.clip_sigmas, tensor_class(name)), bits=bits)[None]
-    return percentile_scales(weight, _percentiles(name, settings), bits=bits, min_clip=settings.min_clip)
+        scales_PR = sigma_scales(weight, getattr(settings.clip_sigmas, tensor_class(name)), bits=bits)[None]
+    else:
+        scales_PR = percentile_scales(weight, _percentiles(name, settings), bits=bits, min_clip=settings.min_clip)
+    if settings.scale_mantissa_bits == FLOAT16_MANTISSA_BITS:
+        return scales_PR
+    return coarse_scales(scales_PR, settings.scale_mantissa_bits)
 
 
 def _round_to_nearest(name: str, weight: Tensor, scales_PR: Tensor, settings: Quantize) -> tuple[Quantized, int]:
