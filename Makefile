@@ -9,7 +9,7 @@ repro: .venv/installed
 	dvc repro
 
 test: .venv/installed lint
-	pytest -n 2
+	pytest -n 2 --dist loadfile
 
 test-long: .venv/installed
 	pytest -m long

@@ -9,8 +9,10 @@ Usage:  python -m benchmarks.train_step r1958 --steps 10 --looped
 """
 
 import argparse
+import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +111,8 @@ def squared_lengths(batch: Batch) -> int:
     return int(batch.segments.diff().long().square().sum())
 
 
-def timed(work: Step) -> float:
-    """Seconds."""
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that it takes, the GPU's work included."""
     torch.cuda.synchronize()
     started_at = time.perf_counter()
     work()
@@ -121,14 +123,13 @@ def timed(work: Step) -> float:
 def gemm_rate(device: torch.device) -> float:
     """FLOP/s of an 8192 x 8192 x 8192 product in bfloat16, random numbers: the best of ten."""
     x: Tensor = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    return 2 * 8192**3 / min(timed(lambda: x @ x) for _ in range(10))  # type: ignore[arg-type]
+    return 2 * 8192**3 / min(timed(lambda: x @ x) for _ in range(10))
 
 
 def process_age_s() -> float:
     """Seconds since the kernel started this process (Linux)."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    clock_hz = 100
-    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / clock_hz
+    started_ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return float(Path("/proc/uptime").read_text().split()[0]) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def report(record: str, step: Step, times_ms: list[float], first_s: float) -> None:

@@ -25,7 +25,8 @@ def mean_cross_entropy(hid_BTD: Tensor, table_VD: Tensor, targets_BT: Tensor, *,
     """Mean cross-entropy of the softcapped logits in nats per token, a float32 scalar."""
     hid_ND, targets_N = hid_BTD.flatten(0, 1), targets_BT.flatten()
     if fused(hid_BTD):
-        from model.kernels.loss import softcapped_loss
+        from model.kernels.loss import LARGEST_CAP, softcapped_loss
 
-        return softcapped_loss(hid_ND, table_VD.to(hid_ND.dtype), targets_N, cap)[0]
+        if cap <= LARGEST_CAP:
+            return softcapped_loss(hid_ND, table_VD.to(hid_ND.dtype), targets_N, cap)[0]
     return F.cross_entropy(logits(hid_ND, table_VD, cap=cap), targets_N)

@@ -19,7 +19,7 @@ def join(sources: list[Tensor], weights: Tensor, scale: float) -> tuple[Tensor, 
     if fused(sources[0]):
         from model.kernels.join import mix_norm
 
-        first, second, *third = (source.contiguous() for source in sources)
+        first, second, *third = [source.contiguous() for source in sources]
         return mix_norm(first, second, third[0] if third else None, weights, scale)
     u_BTD = weights[0] * sources[0]
     for weight, source in zip(weights[1:], sources[1:], strict=True):

@@ -64,9 +64,9 @@ class Tokenize(Section):
     # A given SentencePiece model, or null to train one on the training split.
     model: str | None
     # How one is trained: lossless, or published with the challenge's folding of text (tokenize/trainer.py).
-    trainer: Literal["lossless", "published"]
+    trainer: Literal["lossless", "published"] = "lossless"
     # none, or caseops: capitals as operators (tokenize/caseops.py).
-    transform: Literal["none", "caseops"]
+    transform: Literal["none", "caseops"] = "none"
     vocab_size: int = Field(gt=259, le=65536)
     val_documents: int = Field(gt=0)
     shard_tokens: int = Field(gt=0, lt=2**31)
@@ -84,11 +84,11 @@ class Muon(Section):
     ns_steps: int = Field(gt=0)
     row_normalize: bool
     # Storage of the momentum and of the gradients that the processes exchange.
-    momentum_dtype: Literal["float32", "bfloat16"]
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     # How the quadratic term of Newton-Schulz is formed: c(AA), or (cA)A as PR #1488; equal but for rounding.
-    ns_association: Literal["square_first", "scale_first"]
+    ns_association: Literal["square_first", "scale_first"] = "square_first"
     # Whether bigram.proj and ve.proj are stepped by Muon (PR #1488) or, as scalars are, by AdamW.
-    side_matrices: bool
+    side_matrices: bool = False
 
     @model_validator(mode="after")
     def _steps(self) -> "Muon":
@@ -117,7 +117,7 @@ class Schedule(Section):
     warmdown: float = Field(gt=0)
     floor: float = Field(ge=0, lt=1)
     # Share of the run after which model.loop is applied; null applies it from the start.
-    loop_from: float | None = Field(gt=0, lt=1)
+    loop_from: float | None = Field(default=None, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _fraction(self) -> "Schedule":
@@ -191,14 +191,14 @@ class Train(Section):
     reserve_s: float = Field(ge=0)
     batch_tokens: int = Field(gt=0)
     micro_batch_tokens: int = Field(gt=0)
-    loader: Loader
+    loader: Loader = SequentialLoader(kind="sequential")
     muon: Muon
     adamw: AdamW
     schedule: Schedule
     grad_clip: float = Field(gt=0)
     clip: Literal["micro_batch", "step"]
     ema_decays: list[float] = Field(min_length=1)
-    qat: Qat | None
+    qat: Qat | None = None
     swa: Swa
     log_every: int = Field(gt=0)
     val_every: int = Field(gt=0)

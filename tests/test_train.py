@@ -67,7 +67,7 @@ def change(experiment: Experiment, **train: Any) -> Params:
     """Change keys of the train section (sections by one level of merging)."""
     params = experiment.params
     for key, value in train.items():
-        params["train"][key] = params["train"].get(key, {}) | value if isinstance(value, dict) else value
+        params["train"][key] = (params["train"].get(key) or {}) | value if isinstance(value, dict) else value
     experiment.set_params(params)
     return load_params(experiment.folder / "params.yaml")
 

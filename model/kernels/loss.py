@@ -8,13 +8,15 @@ Legend: N tokens, D width, V vocabulary, c the softcap.
     backward    dh = dz·W·dloss;  dW = dzᵀ·h·dloss
 
 The gradient of the scores costs nothing extra where they are read anyway. After the fused cross-entropy of PR #1855,
-which recomputes it from z in a second pass.
+which recomputes it from z in a second pass. For softcaps up to LARGEST_CAP: e^(−2c) must be a float32 number.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+LARGEST_CAP = 40.0
 
 
 @triton.jit
@@ -47,7 +49,7 @@ def softcapped_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float)
     losses = z.new_empty(n_tokens, dtype=torch.float32)
     width = triton.next_power_of_2(vocabulary)
     warps = min(16, max(1, width // 1024))
-    _loss[(n_tokens,)](z, targets, losses, n_tokens, cap, vocabulary, width, num_warps=warps)
+    _loss[(n_tokens,)](z, targets.contiguous(), losses, n_tokens, cap, vocabulary, width, num_warps=warps)
     return losses.mean(), z
 
 
@@ -62,7 +64,6 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dloss, _):
     hidden, weight, dz = ctx.saved_tensors
-    dloss = dloss.to(hidden.dtype)
     return dloss * (dz @ weight), dloss * (dz.T @ hidden), None, None
 
 
