@@ -119,7 +119,7 @@ class Attention(nn.Module):
         """Attend within the rows (or segments) of the normed and scaled input; times `scale` (D,)."""
         q_BTHE, k_BTKE, v_BTKE = self._project(n_BTD, shared.rope)
         v_BTKE = self._values(v_BTKE, shared)
-        o_BTHE = attend(q_BTHE, k_BTKE, v_BTKE, shared.segments, longest=shared.longest)
+        o_BTHE = self._attend(q_BTHE, k_BTKE, v_BTKE, shared)
         gate_BTH = None
         if self.gate_w is not None:
             gate_BTH = torch.sigmoid(self.gate_scale * linear(n_BTD[..., : self.gate_w.size(1)], self.gate_w))
@@ -128,6 +128,10 @@ class Attention(nn.Module):
         elif gate_BTH is not None:
             o_BTHE = gate_BTH[..., None] * o_BTHE
         return linear(o_BTHE.flatten(2), self.o, scale)
+
+    def _attend(self, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, shared: Shared) -> Tensor:
+        """Attention itself; what remembers earlier keys and values puts its own in this place."""
+        return attend(q_BTHE, k_BTKE, v_BTKE, shared.segments, longest=shared.longest)
 
     def _project(self, n_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, normed, rotated and gained, keys, normed and rotated, and raw values, by head."""

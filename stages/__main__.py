@@ -17,6 +17,7 @@ from model.gpt import GPT
 from stages.adapt.adapt import adapt
 from stages.adapt.network import load_network
 from stages.adapt.rows import load_rows
+from stages.average.choose import kept_kind
 from stages.compress.artifact import load_artifact
 from stages.compress.container import check_round_trip, pack
 from stages.compress.settings import read_settings
@@ -80,8 +81,7 @@ def trained_weights(params: Params, seed: int, folder: Path, world: World) -> di
             progress.update(step - progress.done, loss=figures["train_loss"])
 
         trained = train(model, loader, validation, params.train, world, log=lambda step, figures: None, tick=tick)
-    average = params.average
-    kind = f"ema_{average.ema_decay}" if average.method == "ema" else average.method
+    kind = kept_kind(params.average)
     if kind not in trained.weights:
         raise UserError(f"average.method: {kind}: training kept only {', '.join(trained.weights)}")
     return trained.weights[kind]

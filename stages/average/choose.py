@@ -9,10 +9,14 @@ from stages.params import Average
 from stages.weights import load_tensors
 
 
+def kept_kind(settings: Average) -> str:
+    """What training calls the chosen weights: "last", "ema_<decay>" or "swa"."""
+    return f"ema_{settings.ema_decay}" if settings.method == "ema" else settings.method
+
+
 def kept_weights(folder: Path, settings: Average, *, made_by: str) -> dict[str, Tensor]:
     """The chosen weights by name, in the dtypes of training. Raises UserError if that run did not keep them."""
-    kind = f"ema_{settings.ema_decay}" if settings.method == "ema" else settings.method
-    path = folder / f"{kind}.safetensors"
+    path = folder / f"{kept_kind(settings)}.safetensors"
     if not path.is_file() and (folder / "last.safetensors").is_file():
         kept = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors")))
         raise UserError(f"params.yaml: average.method: {settings.method} needs {path}; training kept only {kept}")

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import Attention, Shared, attend, exclude_self
+from model.attention import Attention, Shared, attend
 from model.gpt import GPT
-from model.precision import linear, rms_norm
+from model.precision import rms_norm
 from model.residual import Block
 from model.rope import frequencies
 from stages.evaluate.scoring import compiled
@@ -74,22 +74,12 @@ class RememberingNetwork:
         return hid_BCD, *self._left
 
     def _replace_attention(self, attn: Attention) -> None:
-        """Attention.forward but for where its keys and values come from and go."""
+        """Take the attention of a layer from here, and nothing else of it."""
 
-        def forward(n_BCD: Tensor, scale_D: Tensor, shared: Shared) -> Tensor:
-            q_BCHE, k_BCKE, v_BCKE = attn._project(n_BCD, shared.rope)
-            v_BCKE = attn._values(v_BCKE, shared)
-            o_BCHE = self._attend(q_BCHE, k_BCKE, v_BCKE)
-            gate_BCH = None
-            if attn.gate_w is not None:
-                gate_BCH = torch.sigmoid(attn.gate_scale * linear(n_BCD[..., : attn.gate_w.size(1)], attn.gate_w))
-            if attn.exclusive:
-                o_BCHE = exclude_self(o_BCHE, v_BCKE, gate_BCH)
-            elif gate_BCH is not None:
-                o_BCHE = gate_BCH[..., None] * o_BCHE
-            return linear(o_BCHE.flatten(2), attn.o, scale_D)
+        def attend(q_BCHE: Tensor, k_BCKE: Tensor, v_BCKE: Tensor, shared: Shared) -> Tensor:
+            return self._attend(q_BCHE, k_BCKE, v_BCKE)
 
-        setattr(attn, "forward", forward)  # noqa: B010
+        setattr(attn, "_attend", attend)  # noqa: B010
 
     def _attend(self, q_BCHE: Tensor, k_BCKE: Tensor, v_BCKE: Tensor) -> Tensor:
         """Attend to what is remembered and to the new tokens, and leave the last P of both to be remembered."""
