@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from model.backends import attention_backend
+from model.compiler import compiled
 from model.config import ModelConfig
 from model.gpt import GPT, param_groups
 from stages.distributed import World, start_world
@@ -56,7 +57,7 @@ class Step:
         self.network = GPT(model)
         self.network.init_weights(1)
         self.network.to_device(world.device)
-        self.forward = torch.compile(self.network, dynamic=False)
+        self.forward = compiled(self.network)
         groups = param_groups(self.network, side_matrices=train.muon.side_matrices)
         self.optimizer = Optimizer(groups, train, world)
         self.ema = Ema(dict(self.network.named_parameters()), 0.997)

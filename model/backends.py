@@ -19,7 +19,6 @@ aten = torch.ops.aten
 CUDNN_MULTIPLE = 128
 
 
-@torch.compiler.assume_constant_result
 def attention_backend(device: torch.device, dtype: torch.dtype, *, length: int, packed: bool) -> str:
     """What attends on that device, for rows of `length` tokens, or for packed documents.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model import attention, head, residual
 from model.backends import attention_backend
+from model.compiler import compiled
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.mlp import Mlp
@@ -169,14 +170,14 @@ def gradients(model: GPT, forward: Callable[..., Tensor], record: str, device: t
 
 
 @EVERY_RECORD
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_network_on_the_gpu_learns_what_it_learns_on_the_cpu(record: str, compiled: bool) -> None:
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_network_on_the_gpu_learns_what_it_learns_on_the_cpu(record: str, graph: bool) -> None:
     """Loss and gradient of the fused bfloat16 path against float32; the direction must be that of the gradient."""
     model = network(record)
     expected_loss, expected = gradients(model, model, record, torch.device("cpu"))
     model.to_device(CUDA)
     torch.compiler.reset()
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    forward = compiled(model) if graph else model
     loss, found = gradients(model, forward, record, CUDA)
     assert loss == pytest.approx(expected_loss, rel=5e-3)
     assert F.cosine_similarity(found, expected, dim=0) > 0.99

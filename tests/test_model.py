@@ -1,17 +1,21 @@
 """The network's promises that need no golden numbers: sizes, starting point, causality, documents, dtypes."""
 
 import math
+import subprocess
+import sys
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
 from model.attention import attend
+from model.compiler import compiled
 from model.config import ModelConfig, Rope
 from model.embedding import BOS, bigram_bucket
 from model.gpt import GPT, param_groups
@@ -257,9 +261,16 @@ def test_the_network_is_one_graph_for_the_compiler(record: str, looped: bool) ->
     model, tokens = small_network(record), random_tokens(4)
     segments = torch.tensor([0, 5, 32], dtype=torch.int32) if record == "r1958" else None
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    found = compiled(tokens, tokens.roll(-1), segments=segments, looped=looped)
+    graph = compiled(model, fullgraph=True, backend="eager")
+    found = graph(tokens, tokens.roll(-1), segments=segments, looped=looped)
     torch.testing.assert_close(found, model(tokens, tokens.roll(-1), segments=segments, looped=looped))
+
+
+def test_on_a_cpu_the_compiler_is_not_even_imported() -> None:
+    """Its import takes a second, in every stage."""
+    code = "import sys, stages.train.__main__, stages.certify.__main__; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize(

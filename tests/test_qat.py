@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 from model.gpt import GPT
 from stages import params
-from stages.train.forwards import Forwards, compiled
+from stages.train.forwards import Forwards, compiled_forward
 from stages.train.qat import Rounded, row_scales, soft_round, straight_through
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "gptq_rtn.npz")
@@ -80,7 +80,7 @@ def test_rounding_takes_effect_at_every_step(kind: str, graph: bool) -> None:
     """The published switch did nothing once compiled: here the loss differs, and follows a change of sharpness."""
     model, inputs, targets = network()
     rounded = Rounded(model, qat(kind), CPU)
-    forward = compiled(rounded.forward, backend="eager") if graph else rounded.forward
+    forward = compiled_forward(rounded.forward, backend="eager") if graph else rounded.forward
     plain = model(inputs, targets).item()
     losses = []
     for steps in (0, 5, 10):
@@ -120,7 +120,7 @@ def test_packed_rows_of_any_number_of_documents_share_one_graph() -> None:
     """Otherwise training would stop to compile whenever a row has more documents than any before."""
     model, inputs, targets = network()
     counter = CompileCounter()
-    forward = compiled(model, backend=counter)
+    forward = compiled_forward(model, backend=counter)
     for documents in (3, 9, 17):
         bounds = torch.linspace(0, inputs.numel(), documents).int()
         row = inputs.reshape(1, -1), targets.reshape(1, -1)

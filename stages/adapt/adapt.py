@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
+from model.compiler import compiled_on_gpu
 from model.gpt import GPT
 from stages import params
 from stages.adapt.exchange import alone, sum_gradients, sum_over_ranks
@@ -83,7 +84,7 @@ class Trainer:
         self.mine = range(world.rank, settings.lanes, world.size)
         self.optimizers = {lane: adamw(self.parameters) for lane in self.mine}
         loss = loss_with(model, settings.fake_quantize)
-        self.loss: Loss = torch.compile(loss, dynamic=False) if world.device.type == "cuda" else loss
+        self.loss: Loss = compiled_on_gpu(loss, world.device)
         self.total = torch.zeros((), dtype=torch.float64, device=world.device)
 
     def epoch_of_steps(self, rows_RT1: Tensor, lr: float) -> None:

@@ -42,9 +42,10 @@ def main() -> None:
     make_deterministic()
     # Most of the time goes into steps of a few tokens, which several threads only slow down.
     torch.set_num_threads(1)
-    # What is compared has equal shapes; compiling, anew for each run, would serve nothing.
-    torch.compiler.set_stance("force_eager")
     device = start_world().device
+    if device.type == "cuda":
+        # What is compared has equal shapes; compiling, anew for each run, would serve nothing.
+        torch.compiler.set_stance("force_eager")
     _, validation = load_inputs(ARTIFACTS, seed, device)
     evaluation = load_evaluation(ARTIFACTS, seed, name, len(validation.bytes))
     with Progress(f"certify {seed} {name}", params.certify.tokens, unit="tokens decoded") as progress:

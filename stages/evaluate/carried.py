@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from model.compiler import compiled_on_gpu
 from model.gpt import GPT
 from model.head import softcap
 from stages import params
@@ -15,7 +16,7 @@ from stages.adapt.exchange import sum_over_ranks
 from stages.distributed import World
 from stages.evaluate.offsets import Offsets, gradient, products, step_lr
 from stages.evaluate.passes import Prediction, State
-from stages.evaluate.scoring import Batch, WindowPass, compiled
+from stages.evaluate.scoring import Batch, WindowPass
 from stages.evaluate.windows import Windows, in_groups
 
 # Batches that the offset scores between two fits: what eight GPUs score at a time.
@@ -30,7 +31,7 @@ class CarriedPass(WindowPass):
         sizes = {"batch_windows": settings.batch_windows, "width": settings.stride}
         super().__init__(model, tokens_N1, chunks, world, head=self._head, **sizes)
         self.settings = settings
-        self._gradient = compiled(gradient, tokens_N1.device)
+        self._gradient = compiled_on_gpu(gradient, tokens_N1.device)
         self.offsets = Offsets(model, 1, settings)
         # U (M, V) and targets (M,) of this process's batches of the chunk last predicted.
         self._scored: list[tuple[Tensor, Tensor]] = []

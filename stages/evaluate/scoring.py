@@ -7,7 +7,6 @@ batch, V vocabulary.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,11 +72,6 @@ def make_batch(tokens_N1: Tensor, windows: Windows, *, seq_len: int, width: int 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the device, from memory of which the host need not wait until the device has reached the copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """The function compiled for a GPU; on a CPU as it is, where compiling takes longer than it saves."""
-    return torch.compile(function, dynamic=False) if device.type == "cuda" else function
 
 
 class WindowPass(Pass):

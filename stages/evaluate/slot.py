@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.compiler import compiled_on_gpu
 from model.gpt import GPT
 from model.head import softcap
 from stages import params
@@ -29,7 +30,7 @@ from stages.evaluate.carried import CarriedPass
 from stages.evaluate.evaluator import Evaluator
 from stages.evaluate.offsets import Offsets, gradient, products, step_lr
 from stages.evaluate.passes import Pass
-from stages.evaluate.scoring import Batch, WindowPass, compiled, in_chunks, stream_windows
+from stages.evaluate.scoring import Batch, WindowPass, in_chunks, stream_windows
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class OffsetHead:
 
     def __init__(self, settings: params.SlotFit, device: torch.device) -> None:
         self.settings, self.places = settings, FITTED_ON[settings.fitted_on]
-        self._gradient = compiled(gradient, device)
+        self._gradient = compiled_on_gpu(gradient, device)
 
     def __call__(self, model: GPT, batch: Batch, hid_BXD: Tensor) -> Tensor:
         """Logits (M, V) float32 of the scored places."""

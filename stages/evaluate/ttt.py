@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from model.compiler import compiled_on_gpu
 from model.gpt import GPT
 from stages import params
 from stages.adapt.exchange import sum_gradients
@@ -27,7 +28,7 @@ from stages.distributed import World
 from stages.errors import UserError
 from stages.evaluate.evaluator import Evaluator
 from stages.evaluate.passes import Pass, State
-from stages.evaluate.scoring import WindowPass, compiled, plain_head, stream_windows
+from stages.evaluate.scoring import WindowPass, plain_head, stream_windows
 from stages.evaluate.slot import OffsetHead
 from stages.evaluate.windows import Windows, by_chunk
 
@@ -63,7 +64,7 @@ class TttPass(WindowPass):
         super().__init__(model, tokens_N1, chunks, world, batch_windows=settings.batch_windows, head=head, width=width)
         self.settings, self.free, self._rounded = settings, dict(free), RoundedWeights(model)
         self._optimizer = torch.optim.SGD(self.free.values(), lr=settings.lr, momentum=settings.momentum)
-        self._loss = compiled(loss_with(model, settings.fake_quantize), tokens_N1.device)
+        self._loss = compiled_on_gpu(loss_with(model, settings.fake_quantize), tokens_N1.device)
 
     def learn(self, chunk: int) -> None:
         """Train on the chunk's rows, settings.epochs times over, in steps of at most batch_rows rows."""

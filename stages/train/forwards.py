@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.compiler import compiled
 from model.gpt import GPT
 from stages import params
 from stages.train.qat import Rounded
@@ -20,8 +21,8 @@ class Forwards:
         self.plain: Forward = model
         self.rounded: Forward | None = self.rounding.forward if self.rounding else None
         if settings.compile:
-            self.plain = compiled(self.plain)
-            self.rounded = compiled(self.rounded) if self.rounded else None
+            self.plain = compiled_forward(self.plain)
+            self.rounded = compiled_forward(self.rounded) if self.rounded else None
 
     def begins(self, step: int, lr_scale: float) -> bool:
         """Whether rounding may begin at the step with that 0-based index and learning-rate multiplier."""
@@ -35,9 +36,9 @@ class Forwards:
         return self.rounded
 
 
-def compiled(forward: Forward, backend: Any = "inductor") -> Forward:
+def compiled_forward(forward: Forward, backend: Any = "inductor") -> Forward:
     """A forward pass compiled for fixed shapes, except that the number of a packed row's bounds may vary."""
-    graph = torch.compile(forward, dynamic=False, backend=backend)
+    graph = compiled(forward, backend=backend)
 
     def call(inputs_BT: Tensor, targets_BT: Tensor, *, segments: Tensor | None, looped: bool) -> Tensor:
         if segments is not None:
