@@ -6,12 +6,16 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from filelock import FileLock
+
+from stages.files import output_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -58,7 +62,11 @@ class Experiment:
     """A folder with the project's code and a params.yaml of its own, in which stages run as a user would run them."""
 
     def __init__(self, folder: Path) -> None:
+        """Made of an empty folder, or found there."""
         self.folder = folder
+        if (folder / "params.yaml").exists():
+            self.params: dict[str, Any] = yaml.safe_load((folder / "params.yaml").read_text())
+            return
         for name in ("model", "records", "stages"):
             shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
@@ -102,35 +110,52 @@ def experiment(tmp_path: Path) -> Experiment:
     return Experiment(tmp_path)
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Experiment], None]) -> Experiment:
+    """An experiment that all processes of pytest-xdist share: the first that asks for it makes it."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(base / f"{name}.lock"):
+        if not (base / name).exists():
+            with output_folder(base / name) as folder:
+                make(Experiment(folder))
+    return Experiment(base / name)
+
+
 @pytest.fixture(scope="session")
 def tokenized(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     """An experiment whose fetch and tokenize stages have run (shared: do not change it, copy from it)."""
-    made = Experiment(tmp_path_factory.mktemp("tokenized"))
-    made.stage("fetch")
-    made.stage("tokenize")
-    return made
+
+    def make(made: Experiment) -> None:
+        made.stage("fetch")
+        made.stage("tokenize")
+
+    return once(tmp_path_factory, "tokenized", make)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, tokenized: Experiment) -> Experiment:
     """An experiment with every stage up to compress run once (shared: do not change it, copy from it)."""
-    made = Experiment(tmp_path_factory.mktemp("finished"))
-    for name in ("data", "artifacts"):
-        shutil.copytree(tokenized.folder / name, made.folder / name)
-    for stage in ("train", "average", "adapt", "quantize", "compress"):
-        made.stage(stage, "1337")
-    return made
+
+    def make(made: Experiment) -> None:
+        for name in ("data", "artifacts"):
+            shutil.copytree(tokenized.folder / name, made.folder / name)
+        for stage in ("train", "average", "adapt", "quantize", "compress"):
+            made.stage(stage, "1337")
+
+    return once(tmp_path_factory, "finished", make)
 
 
 @pytest.fixture(scope="session")
 def evaluated(tmp_path_factory: pytest.TempPathFactory, finished: Experiment) -> Experiment:
     """An experiment weighed and scored by three evaluators as well (shared: do not change it, copy from it)."""
-    made = Experiment(tmp_path_factory.mktemp("evaluated"))
-    shutil.copytree(finished.folder / "artifacts", made.folder / "artifacts")
-    made.stage("size_check", "1337")
-    for evaluator in made.params["evaluators"]:
-        made.stage("evaluate", "1337", evaluator)
-    return made
+
+    def make(made: Experiment) -> None:
+        shutil.copytree(finished.folder / "artifacts", made.folder / "artifacts")
+        made.stage("size_check", "1337")
+        for evaluator in made.params["evaluators"]:
+            made.stage("evaluate", "1337", evaluator)
+
+    return once(tmp_path_factory, "evaluated", make)
 
 
 @pytest.fixture

@@ -137,8 +137,10 @@ def _acts_on(statement: ast.stmt) -> str | None:
 def _inherited(tree: ast.Module, classes: dict[str, ast.ClassDef]) -> Any:
     """A function: whether a method of a class stands in for one of a base outside the program."""
     outside: dict[str, Any] = {}
+    bases = [base for owner in classes.values() for base in owner.bases]
+    needed = {node.id for base in bases for node in ast.walk(base) if isinstance(node, ast.Name)}
     for statement in statements(tree):
-        if isinstance(statement, ast.Import | ast.ImportFrom):
+        if isinstance(statement, ast.Import | ast.ImportFrom) and bound_names([statement]) & needed:
             try:
                 exec(ast.unparse(statement), outside)
             except ImportError:
