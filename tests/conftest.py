@@ -100,8 +100,8 @@ class Experiment:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest first, so that two workers end together."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    """The files that take longest first, so that two workers end together."""
+    items.sort(key=lambda item: item.path.name not in ("test_pipeline.py", "test_train.py"))
 
 
 @pytest.fixture

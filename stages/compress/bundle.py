@@ -86,7 +86,6 @@ def _fold(tree: ast.Module, settings: Any, classes: dict[type, str], made: set[s
     knowledge.parameters = constant_parameters(tree)
     fold = Fold(knowledge, made=made)
     fold.visit(tree)
-    ast.fix_missing_locations(tree)
     return drop_unread(tree) or fold.changed
 
 

@@ -112,28 +112,6 @@ def parameters(arguments: ast.arguments) -> list[ast.arg]:
     return [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *stars]
 
 
-def bound_names(body: Iterable[ast.AST]) -> set[str]:
-    """Names that these statements or targets bind in their own scope."""
-    return {name for part in body for node in own_nodes(part) for name in binds(node)}
-
-
-def declared(body: Iterable[ast.AST], kind: type[ast.Global] | type[ast.Nonlocal]) -> set[str]:
-    """Names of the `global` or `nonlocal` statements of a scope."""
-    return {name for part in body for node in own_nodes(part) if isinstance(node, kind) for name in node.names}
-
-
-def global_names(node: ast.AST) -> set[str]:
-    """The module-level names that a statement mentions, bound or read."""
-    found: set[str] = set()
-
-    def note(name: str) -> str:
-        found.add(name)
-        return name
-
-    GlobalNames(note).visit(node)
-    return found
-
-
 def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
     """The node and what belongs to its scope, in order; of functions and classes inside only the definition itself."""
     waiting = [node]
@@ -148,6 +126,33 @@ def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
             inside = (part for child in children for part in ast.walk(child))
             children = [part.target for part in inside if isinstance(part, ast.NamedExpr)]
         waiting += reversed(children)
+
+
+def scope_nodes(body: Iterable[ast.AST]) -> list[ast.AST]:
+    """Every node that belongs to the scope of these statements, in order."""
+    return [node for part in body for node in own_nodes(part)]
+
+
+def bound_names(body: Iterable[ast.AST]) -> set[str]:
+    """Names that these statements or targets bind in their own scope."""
+    return {name for node in scope_nodes(body) for name in binds(node)}
+
+
+def declared(body: Iterable[ast.AST], kind: type[ast.Global] | type[ast.Nonlocal]) -> set[str]:
+    """Names of the `global` or `nonlocal` statements of a scope."""
+    return {name for node in scope_nodes(body) if isinstance(node, kind) for name in node.names}
+
+
+def global_names(node: ast.AST) -> set[str]:
+    """The module-level names that a statement mentions, bound or read."""
+    found: set[str] = set()
+
+    def note(name: str) -> str:
+        found.add(name)
+        return name
+
+    GlobalNames(note).visit(node)
+    return found
 
 
 def is_harmless(value: ast.expr) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stages.compress.program.names import binds, bound_names, declared, own_nodes, parameters, statements
+from stages.compress.program.names import binds, bound_names, parameters, scope_nodes, statements
 
 SCALARS = (type(None), bool, int, float, str)
 
@@ -73,11 +73,11 @@ class Knowledge:
             for kind in type(found).__mro__:
                 if kind in classes and not any(found is other for other in self.of_class[classes[kind]]):
                     self.of_class[classes[kind]].append(found)
-        self.constants = _module_constants(tree)
+        self.constants = _module_constants(tree, nodes)
         # {(identity of a function, parameter): value} of parameters that are always given the same.
         self.parameters: dict[tuple[int, str], Value] = {}
-        self.tables = _tables(tree)
-        self.stores, self.foreign_stores = _attribute_stores(tree)
+        self.tables = _tables(tree, nodes)
+        self.stores, self.foreign_stores = _attribute_stores(nodes)
         self._attributes: dict[tuple[str, str], Value] = {}
 
     def of_annotation(self, annotation: ast.expr | None) -> Value:
@@ -184,8 +184,10 @@ class Knowledge:
         """What is known of the local names of a function inside `outer` ones; `owner`: the class it is a method of."""
         body = function.body if isinstance(function.body, list) else [function.body]
         arguments = parameters(function.args)
-        names: Names = dict(outer) | dict.fromkeys(bound_names(body) - declared(body, ast.Global))
-        counts = Counter(name for part in body for node in own_nodes(part) for name in binds(node))
+        own = scope_nodes(body)
+        counts = Counter(name for node in own for name in binds(node))
+        elsewhere = {name for node in own if isinstance(node, ast.Global) for name in node.names}
+        names: Names = dict(outer) | dict.fromkeys(counts.keys() - elsewhere)
         kept = {name for node in ast.walk(function) if isinstance(node, ast.Nonlocal) for name in node.names}
         stars = (function.args.vararg, function.args.kwarg)
         for argument in arguments:
@@ -195,22 +197,21 @@ class Knowledge:
         if owner and arguments and not _decorated(function, "staticmethod", "classmethod"):
             found = self.of_class.get(owner, [])
             names[arguments[0].arg] = Known(found[0]) if len(found) == 1 else Instance(owner)
-        for name, value in _assignments(body):
+        for name, value in _assignments(own):
             if counts[name] == 1 and name not in kept:
                 names[name] = self.of(value, names)
         return names
 
 
-def _assignments(body: list[Any]) -> Iterator[tuple[str, ast.expr]]:
-    """Every `name = value` of a scope, pairs of tuples taken apart."""
-    for part in body:
-        for node in own_nodes(part):
-            if isinstance(node, ast.Assign) and len(node.targets) == 1:
-                for target, value in pairs(node.targets[0], node.value):
-                    if isinstance(target, ast.Name):
-                        yield target.id, value
-            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
-                yield node.target.id, node.value
+def _assignments(own: list[ast.AST]) -> Iterator[tuple[str, ast.expr]]:
+    """Every `name = value` among the nodes of a scope, pairs of tuples taken apart."""
+    for node in own:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            for target, value in pairs(node.targets[0], node.value):
+                if isinstance(target, ast.Name):
+                    yield target.id, value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            yield node.target.id, node.value
 
 
 def pairs(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
@@ -222,42 +223,43 @@ def pairs(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
     return []
 
 
-def _module_constants(tree: ast.Module) -> Names:
+def _module_constants(tree: ast.Module, nodes: list[ast.AST]) -> Names:
     """Names set once, to a constant, at module level."""
-    counts = Counter(name for part in tree.body for node in own_nodes(part) for name in binds(node))
-    changed = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+    own = scope_nodes(tree.body)
+    counts = Counter(name for node in own for name in binds(node))
+    changed = {name for node in nodes if isinstance(node, ast.Global) for name in node.names}
     found: Names = {}
-    for name, value in _assignments(tree.body):
+    for name, value in _assignments(own):
         if counts[name] == 1 and name not in changed and isinstance(value, ast.Constant):
             found[name] = Known(value.value) if isinstance(value.value, SCALARS) else None
     return found
 
 
-def _tables(tree: ast.Module) -> dict[str, dict[str, ast.expr]]:
+def _tables(tree: ast.Module, nodes: list[ast.AST]) -> dict[str, dict[str, ast.expr]]:
     """Dictionaries of constant strings at module level that are only looked up."""
     found: dict[str, dict[str, ast.expr]] = {}
-    for name, value in _assignments(tree.body):
+    for name, value in _assignments(scope_nodes(tree.body)):
         keys = value.keys if isinstance(value, ast.Dict) else []
         if isinstance(value, ast.Dict) and keys and all(isinstance(k, ast.Constant) for k in keys):
             found[name] = {ast.literal_eval(k): v for k, v in zip(keys, value.values, strict=True) if k}
     quiet = Counter[str]()
-    for node in ast.walk(tree):
+    for node in nodes:
         looked_up = node.value if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) else None
         if isinstance(node, ast.Compare):
             looked_up = node.comparators[0]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "join":
             looked_up = node.args[0]
         quiet[getattr(looked_up, "id", "")] += 1
-    mentions = Counter(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
+    mentions = Counter(node.id for node in nodes if isinstance(node, ast.Name))
     # Once where it is set.
     return {name: table for name, table in found.items() if mentions[name] == quiet[name] + 1}
 
 
-def _attribute_stores(tree: ast.Module) -> tuple[Any, set[str]]:
+def _attribute_stores(nodes: list[ast.AST]) -> tuple[Any, set[str]]:
     """{(class, attribute): [(method, value)]} of what methods set on self, and attributes set on anything else."""
     stores: defaultdict[tuple[str, str], list[tuple[ast.FunctionDef, ast.expr | None]]] = defaultdict(list)
     ours: set[int] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if not isinstance(node, ast.ClassDef):
             continue
         for method in node.body:
@@ -265,9 +267,9 @@ def _attribute_stores(tree: ast.Module) -> tuple[Any, set[str]]:
                 for target, value in _self_stores(method):
                     stores[node.name, target.attr].append((method, value))
                     ours.add(id(target))
-    every = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    every = [node for node in nodes if isinstance(node, ast.Attribute)]
     foreign = {node.attr for node in every if not isinstance(node.ctx, ast.Load) and id(node) not in ours}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr":
             name = node.args[1]
             foreign |= {str(name.value)} if isinstance(name, ast.Constant) else {node.attr for node in every}
