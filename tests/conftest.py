@@ -37,6 +37,7 @@ def tiny_params(corpus: Path) -> dict[str, Any]:
     params["train"] |= {"max_steps": 12, "batch_tokens": 512, "micro_batch_tokens": 256}
     params["train"] |= {"log_every": 2, "val_every": 6, "checkpoint_every": 3}
     params["train"]["swa"] |= {"below_lr": 0.9, "every": 2}
+    params["average"] |= {"method": "ema"}
     params["quantize"]["passthrough_elements"] = 256
     params["ttt"] |= {"chunk_tokens": 1024, "stride": 16}
     params["slot"] |= {"stride": 16}

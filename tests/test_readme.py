@@ -51,7 +51,7 @@ PIPELINE = {
     "dvc exp run --queue -S slot.steps=2,4,8 -S slot.lr=3.0e-3,1.0e-2": r"(?s)(Queued experiment.*){6}",
     "dvc queue start": "Started",
     "dvc queue status": "Running|Success|Queued",
-    "dvc exp show --only-changed": r"slot\.steps",
+    "dvc exp show --only-changed --drop '^(artifacts|model|stages)'": r"slot\.steps",
     "dvc remote add --default store ../store": "",
     "dvc push --run-cache": "pushed",
 }
