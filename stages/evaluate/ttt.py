@@ -32,9 +32,8 @@ from stages.evaluate.scoring import WindowPass, plain_head, stream_windows
 from stages.evaluate.slot import OffsetHead
 from stages.evaluate.windows import Windows, by_chunk
 
-
-# Parts of a step's rows that go through the network on their own, the GPUs of the records. In bfloat16 a gradient depends
-# on which rows it is of: with parts that do not depend on the processes, neither does the result.
+# Parts of a step's rows that go through the network on their own, as on the GPUs of the records. In bfloat16 a gradient
+# depends on which rows it is of: with parts that do not depend on the processes, neither does the result.
 LANES = 8
 
 
