@@ -14,6 +14,7 @@ from streams import lively_network, random_stream
 from torch import Tensor
 
 from model.embedding import BOS
+from model.gpt import GPT
 from stages import params
 from stages.adapt.exchange import alone
 from stages.evaluate.collect import Scores, collect
@@ -36,6 +37,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "sliding": SlidingEvaluator(params.Sliding(**WINDOWS)),
     "published": SlidingEvaluator(params.Sliding(**WINDOWS, published_window_list=True)),
     "ttt": TttEvaluator(params.Ttt(**TTT)),
+    "ttt_bfloat16": TttEvaluator(params.Ttt(**TTT)),
     "ttt_slot": TttEvaluator(params.Ttt(**TTT, slot=params.SlotFit(steps=2, lr=0.01))),
     "slot": SlotEvaluator(params.Slot(**WINDOWS, steps=3, lr=0.01)),
     "carried": SlotEvaluator(params.Slot(**WINDOWS, steps=3, lr=0.01, bias=True, carried=True)),
@@ -43,6 +45,13 @@ EVALUATORS: dict[str, Evaluator] = {
     "lora_ttt": LoraTttEvaluator(params.LoraTtt(**LORA)),
 }
 EVERY = pytest.mark.parametrize("name", EVALUATORS)
+
+
+def network(name: str) -> GPT:
+    """What the evaluator of that name scores with; in bfloat16, a gradient depends on which rows it is taken of."""
+    model = lively_network()
+    model.compute_dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
+    return model
 
 
 def stream() -> Tensor:
@@ -58,7 +67,7 @@ class Interruption(Exception):
 
 def _run(name: str, points: ResumePoints | None = None, *, batches: int | None = None) -> tuple[Scores, int]:
     """Scores of one evaluator and the number of batches seen; interrupted behind that many `batches`."""
-    model, tokens, seen = lively_network(), stream(), 0
+    model, tokens, seen = network(name), stream(), 0
 
     def scored(positions: Tensor, nats: Tensor) -> None:
         nonlocal seen
@@ -101,8 +110,7 @@ RANKS = """
 import sys
 import torch
 sys.path[:0] = {paths}
-from test_collect import EVALUATORS, stream
-from streams import lively_network
+from test_collect import EVALUATORS, network, stream
 from stages.distributed import start_world
 from stages.evaluate.collect import collect
 
@@ -110,7 +118,7 @@ torch.set_num_threads(1)
 with start_world() as world:
     tokens = stream()
     for name, evaluator in EVALUATORS.items():
-        evaluation = evaluator.begin(lively_network(), tokens, world)
+        evaluation = evaluator.begin(network(name), tokens, world)
         scores = collect(evaluation, tokens, world, scored=lambda positions, nats: None)
         if world.rank == 0:
             torch.save((scores.nats_N, scores.times_N), f"{{sys.argv[1]}}/{{name}}.pt")
