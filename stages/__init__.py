@@ -1,5 +1,5 @@
 """The stages of the pipeline, in the order of the DAG: fetch, tokenize, train, average, adapt, quantize, compress,
-size_check, evaluate, report."""
+size_check, evaluate, certify, report, submission."""
 
 import os
 

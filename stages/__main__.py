@@ -20,7 +20,7 @@ from stages.average.choose import kept_kind
 from stages.compress.artifact import load_artifact
 from stages.compress.container import check_round_trip, pack
 from stages.determinism import make_deterministic
-from stages.distributed import World, start_world
+from stages.distributed import World, alone, start_world
 from stages.errors import UserError, run_stage
 from stages.evaluate.collect import collect
 from stages.evaluate.metrics import measure
@@ -122,11 +122,10 @@ def print_score(params: Params, path: Path, device: torch.device) -> None:
     model = load_artifact(path, device)
     config = model.config
     validation = load_validation(path.parent, seq_len=config.seq_len, vocab_size=config.vocab_size)
-    alone = World(rank=0, size=1, local_rank=0, device=device)
-    tokens_N1 = validation.tokens.to(device)
+    tokens_N1, world = validation.tokens.to(device), alone(device)
     with Progress("evaluate", len(validation.bytes), unit="tokens") as progress:
-        evaluation = make_evaluator(params.compress.evaluator, params).begin(model, tokens_N1, alone)
-        scores = collect(evaluation, tokens_N1, alone, scored=lambda positions, nats: progress.update(len(nats)))
+        evaluation = make_evaluator(params.compress.evaluator, params).begin(model, tokens_N1, world)
+        scores = collect(evaluation, tokens_N1, world, scored=lambda positions, nats: progress.update(len(nats)))
     figures = measure(scores, validation.bytes)
     print(f"val_loss: {figures['val_loss']:.8f}")
     print(f"val_bpb: {figures['val_bpb']:.8f}")

@@ -4,11 +4,13 @@ import os
 
 import torch
 
+# cuBLAS reads this once, when its first handle is made, which may be in training; without it torch refuses
+# deterministic matrix products later.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 def make_deterministic() -> None:
-    """Have torch choose kernels whose sums have a fixed order, in this process. Call before any work on CUDA."""
-    # cuBLAS reads this once, when its first handle is made; without it torch refuses deterministic matrix products.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    """Have torch choose kernels whose sums have a fixed order, in this process."""
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)
     else:

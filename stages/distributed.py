@@ -44,7 +44,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -90,6 +89,11 @@ class World:
             dist.destroy_process_group()
 
 
+def alone(device: torch.device) -> World:
+    """One process."""
+    return World(rank=0, size=1, device=device)
+
+
 def start_world() -> World:
     """Join the processes that torchrun started (its RANK, WORLD_SIZE and LOCAL_RANK), or stand alone without it.
 
@@ -105,7 +109,7 @@ def start_world() -> World:
         dist.init_process_group("nccl", device_id=device)
     elif size > 1:
         dist.init_process_group("gloo")
-    return World(rank, size, local_rank, device)
+    return World(rank, size, device)
 
 
 def _device(local_rank: int) -> torch.device:

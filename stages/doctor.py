@@ -70,7 +70,12 @@ def machine_lines() -> list[str]:
 def record_checks(params: Params) -> list[Check]:
     """All needs of a record, in the order of the table."""
     checks = [*_programs(params), *_sources(params), *_sizes(params)]
-    return checks + (_gpu_checks(params) if params.processes > 1 else [])
+    return checks + (_gpu_checks(params) if _wants_gpus(params) else [])
+
+
+def _wants_gpus(params: Params) -> bool:
+    """Whether several processes mean GPUs: of those that are here each takes one; nobody compiles for a CPU."""
+    return params.processes > 1 and (bool(_gpus()) or params.train.compile)
 
 
 def _programs(params: Params) -> list[Check]:
@@ -98,7 +103,7 @@ def _sources(params: Params) -> list[Check]:
 
 
 def _sizes(params: Params) -> list[Check]:
-    on_gpus = params.processes > 1
+    on_gpus = _wants_gpus(params)
     ram = params.processes * (GPU_PROCESS_RAM if on_gpus else CPU_PROCESS_RAM)
     shards = params.fetch.train_shards + 1 if isinstance(params.fetch, FetchHub) else 0
     disk = COPIES * shards * SHARD_BYTES + len(params.seeds) * (SEED_BYTES if on_gpus else SEED_BYTES // 20)
@@ -110,13 +115,8 @@ def _sizes(params: Params) -> list[Check]:
 
 def _gpu_checks(params: Params) -> list[Check]:
     gpus, memory = _gpus(), GPU_MEMORY_LOOPED if params.model.loop else GPU_MEMORY
-    few = max(len(gpus), 1)
-    longer = (params.train.max_wallclock_s or 0) * params.processes / few
-    fewer = (
-        f"{len(gpus)} are here; on {few}, processes: {few} and train.max_wallclock_s: {longer:.1f} give as many steps"
-    )
     return [
-        Check(f"{params.processes} GPUs", len(gpus) >= params.processes, fewer),
+        Check(f"{params.processes} GPUs", len(gpus) >= params.processes, fewer_processes(params, len(gpus))),
         Check(
             "GPU memory",
             bool(gpus) and min(gpus) >= memory,
@@ -124,6 +124,18 @@ def _gpu_checks(params: Params) -> list[Check]:
         ),
         Check("fast attention", _attention(packed=False) != "plain", "a CUDA GPU and a PyTorch built for it"),
     ]
+
+
+def fewer_processes(params: Params, gpus: int) -> str:
+    """What to set where there are only so many GPUs: as many processes as divide a step, and as long as that takes."""
+    train = params.train
+    micro_batches = train.batch_tokens // train.micro_batch_tokens
+    few = max(n for n in range(1, max(gpus, 1) + 1) if micro_batches % n == 0)
+    remedy = f"{gpus} are here; on {few}, processes: {few}"
+    if train.max_wallclock_s is None:
+        return f"{remedy} takes as many steps"
+    longer = (train.max_wallclock_s - train.reserve_s) * params.processes / few + train.reserve_s
+    return f"{remedy} and train.max_wallclock_s: {longer:.1f} give as many steps"
 
 
 def _attention(*, packed: bool) -> str:
@@ -134,7 +146,8 @@ def _attention(*, packed: bool) -> str:
 def table(checks: dict[str, list[Check]]) -> list[str]:
     """Lines of needs by records; a variant that needs what its record needs has no column of its own."""
     records = {name: name.partition("-")[0] for name in checks}
-    columns = [name for name, record in records.items() if name == record or checks[name] != checks[record]]
+    marked = {name: {check.need: check.met for check in found} for name, found in checks.items()}
+    columns = [name for name, record in records.items() if name == record or marked[name] != marked[record]]
     needs = list(dict.fromkeys(check.need for found in checks.values() for check in found))
     width = max(map(len, needs))
     lines = [f"{'':{width}}  " + "  ".join(columns)]

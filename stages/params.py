@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from model.config import ModelConfig, Section
 from stages.errors import UserError
 
-# What a seed or an evaluator may be called: both become parts of stage and folder names.
+# What an evaluator may be called: it becomes part of stage and folder names.
 EvaluatorName = Literal["sliding", "ttt", "slot", "lora_ttt", "streaming"]
 SectionT = TypeVar("SectionT", bound=Section)
+# What stages write and replace.
+PIPELINES_OWN = ("data/docs", "artifacts")
 
 
 class Sdist(Section):
@@ -41,6 +43,14 @@ class FetchFile(Section):
 
     source: Literal["file"]
     path: str
+
+    @field_validator("path")
+    @classmethod
+    def _outside(cls, path: str) -> str:
+        for folder in PIPELINES_OWN:
+            if Path(path).resolve().is_relative_to(Path(folder).resolve()):
+                raise ValueError(f"{path} lies in {folder}, which is the pipeline's own: keep the documents elsewhere")
+        return path
 
 
 class FetchHub(Section):
@@ -204,6 +214,7 @@ class Train(Section):
     log_every: int = Field(gt=0)
     val_every: int = Field(gt=0)
     checkpoint_every: int = Field(gt=0)
+    # To compile in, so 0 without `compile`.
     warmup_steps: int = Field(ge=0)
     compile: bool
 
@@ -217,6 +228,8 @@ class Train(Section):
             raise ValueError(f"ema_decays {self.ema_decays}: each must lie between 0 and 1")
         if self.max_wallclock_s is not None and self.max_wallclock_s <= self.reserve_s:
             raise ValueError(f"max_wallclock_s ({self.max_wallclock_s}) must exceed reserve_s ({self.reserve_s})")
+        if self.warmup_steps and not self.compile:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) are run to compile: expected 0 with compile: false")
         return self
 
 
@@ -450,8 +463,8 @@ class LoraTtt(Section):
     grad_clip: float = Field(gt=0)
     # Batches of documents under way at a time: the GPUs of a record. Processes do not change the result.
     lanes: int = Field(gt=0)
-    # Of the adapters' first factors.
-    seed: int
+    # Of the adapters' first factors; the generator's seed is this times 10^9 and a bit (evaluate/lora_ttt.py).
+    seed: int = Field(ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _phases(self) -> "LoraTtt":
@@ -472,7 +485,7 @@ class Streaming(Section):
 class Params(Section):
     """The whole of params.yaml."""
 
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(min_length=1)
     evaluators: list[EvaluatorName] = Field(min_length=1)
     processes: int = Field(gt=0)
     fetch: Annotated[FetchSdists | FetchFile | FetchHub, Field(discriminator="source")]
@@ -494,49 +507,83 @@ class Params(Section):
     streaming: Streaming | None = None
 
     @model_validator(mode="after")
-    def _agree(self) -> "Params":
-        def need(ok: bool, message: str) -> None:
-            if not ok:
-                raise ValueError(message)
-
-        seq_len = self.model.seq_len
-        need(len(set(self.seeds)) == len(self.seeds), f"seeds {self.seeds} repeats a seed")
-        need(len(set(self.evaluators)) == len(self.evaluators), f"evaluators {self.evaluators} repeats a name")
-        need(
+    def _training_agrees(self) -> "Params":
+        seq_len, train = self.model.seq_len, self.train
+        _need(len(set(self.seeds)) == len(self.seeds), f"seeds {self.seeds} repeats a seed")
+        _need(
             self.model.vocab_size == self.tokenize.vocab_size,
             f"model.vocab_size ({self.model.vocab_size}) must equal tokenize.vocab_size ({self.tokenize.vocab_size})",
         )
-        need(
-            self.train.micro_batch_tokens % seq_len == 0,
-            f"model.seq_len ({seq_len}) must divide train.micro_batch_tokens ({self.train.micro_batch_tokens})",
+        _need(
+            train.micro_batch_tokens % seq_len == 0,
+            f"model.seq_len ({seq_len}) must divide train.micro_batch_tokens ({train.micro_batch_tokens})",
         )
-        micro_steps = self.train.batch_tokens // self.train.micro_batch_tokens
-        need(
+        micro_steps = train.batch_tokens // train.micro_batch_tokens
+        _need(
             micro_steps % self.processes == 0,
             f"processes ({self.processes}) must divide the {micro_steps} micro-batches of a step "
             "(train.batch_tokens / train.micro_batch_tokens)",
         )
-        need(
-            self.train.schedule.loop_from is None or self.model.loop is not None,
+        _need(
+            train.schedule.loop_from is None or self.model.loop is not None,
             "train.schedule.loop_from needs a model.loop to switch on (found null)",
         )
-        if self.average.method == "ema":
-            need(
-                self.average.ema_decay in self.train.ema_decays,
-                f"average.ema_decay ({self.average.ema_decay}) must be one of train.ema_decays {self.train.ema_decays}",
-            )
-        need(
+        _need(
+            self.average.method != "ema" or self.average.ema_decay in train.ema_decays,
+            f"average.ema_decay ({self.average.ema_decay}) must be one of train.ema_decays {train.ema_decays}",
+        )
+        _need(
+            not self.adapt.epochs or self.processes <= self.adapt.lanes,
+            f"adapt.lanes ({self.adapt.lanes}) is less than the {self.processes} processes",
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluators_exist(self) -> "Params":
+        _need(len(set(self.evaluators)) == len(self.evaluators), f"evaluators {self.evaluators} repeats a name")
+        _need(
+            self.compress.evaluator in self.evaluators,
+            f"compress.evaluator ({self.compress.evaluator}) must be one of evaluators {self.evaluators}",
+        )
+        for name in self.evaluators:
+            _need(getattr(self, name) is not None, f"{name}: missing section, which the evaluator of that name needs")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluators_agree(self) -> "Params":
+        seq_len, lora, streaming = self.model.seq_len, self.lora_ttt, self.streaming
+        _need(
             self.certify.stream_tokens >= seq_len,
             f"certify.stream_tokens ({self.certify.stream_tokens}) is less than model.seq_len ({seq_len})",
         )
         for name in ("sliding", "ttt", "slot"):
             stride = getattr(self, name).stride
-            need(stride <= seq_len, f"{name}.stride ({stride}) exceeds model.seq_len ({seq_len})")
-        need(
+            _need(stride <= seq_len, f"{name}.stride ({stride}) exceeds model.seq_len ({seq_len})")
+        _need(
             self.ttt.chunk_tokens % seq_len == 0 and self.ttt.chunk_tokens % self.ttt.stride == 0,
             f"ttt.chunk_tokens ({self.ttt.chunk_tokens}) must be a multiple of model.seq_len and of ttt.stride",
         )
+        if streaming:
+            _need(
+                self.processes <= streaming.lanes,
+                f"streaming.lanes ({streaming.lanes}) is less than the {self.processes} processes",
+            )
+        if lora:
+            _need(
+                lora.chunk_tokens <= seq_len,
+                f"lora_ttt.chunk_tokens ({lora.chunk_tokens}) exceeds model.seq_len ({seq_len})",
+            )
+            _need(
+                lora.global_chunk_tokens % (lora.lanes * seq_len) == 0,
+                f"lora_ttt.global_chunk_tokens ({lora.global_chunk_tokens}) must be a multiple of "
+                f"lora_ttt.lanes * model.seq_len ({lora.lanes * seq_len})",
+            )
         return self
+
+
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
 
 
 class _Loader(yaml.SafeLoader):
@@ -572,8 +619,11 @@ def load_section(path: Path, kind: type[SectionT]) -> SectionT:
 
 
 def _first_fault(error: ValidationError) -> str:
-    """The first fault as `key.path: what is wrong (found value)`; the number of further ones behind it."""
-    fault = error.errors()[0]
+    """The first fault as `key.path: what is wrong (found value)`; the number of further ones behind it.
+
+    Unknown keys go first: where one is misspelt, the right one is missing too.
+    """
+    fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     # Of a section that comes in kinds, pydantic names the kind behind the section: not a key of the file.
     kinds = {("fetch", 1), ("loader", 2)}
     places = zip(range(len(fault["loc"])), ("", *fault["loc"]), fault["loc"], strict=False)

@@ -99,6 +99,13 @@ class Experiment:
         assert lines[0].startswith("error: "), done.stderr
         return lines[0]
 
+    def printed_as_sources_change(self, code: str, *sources: str) -> list[str]:
+        """The line that `code` prints at first, and again after a comment is added to each of these files in turn."""
+        lines = [f"code = {code!r}", "exec(code)"]
+        for source in sources:
+            lines += [f"with open({source!r}, 'a') as file: file.write('# changed\\n')", "exec(code)"]
+        return self.run("python", "-c", "\n".join(lines)).stdout.split()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first, so that two workers end together."""

@@ -178,7 +178,7 @@ def test_two_processes_give_the_result_of_one(coupling: str, of_two_processes: P
 
 
 def test_more_processes_than_lanes_are_refused() -> None:
-    world = World(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
+    world = World(rank=0, size=2, device=torch.device("cpu"))
     with pytest.raises(UserError, match=r"adapt.lanes \(1\) is less than the 2 processes"):
         adapt(lively_network(), _rows(random_stream(2, 64), 16), _settings(), _silent, world=world)
 

@@ -221,7 +221,7 @@ class BetterOfTwo(SlidingEvaluator):
 
     def score(self, model: GPT, tokens_N1: Tensor, progress: Callable[[int], None]) -> Tensor:
         best = torch.full((len(tokens_N1) - 1,), math.inf, dtype=torch.float64)
-        for positions, logits in self.begin(model, tokens_N1, World(0, 1, 0, tokens_N1.device)).predict(0):
+        for positions, logits in self.begin(model, tokens_N1, World(0, 1, tokens_N1.device)).predict(0):
             nats = -logits.double().log_softmax(-1)[range(len(positions)), tokens_N1[positions + 1]]
             best[positions] = torch.minimum(best[positions], nats)
         return best

@@ -1,6 +1,8 @@
 """The stage certify, run as a user runs it, and the coder beneath it."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,11 @@ import torch
 from conftest import Experiment
 from hypothesis import given
 from hypothesis import strategies as st
+from reports import Figures
 
 from stages.certify.coder import PRECISION, Decoder, Encoder, counts
+from stages.certify.inputs import read_figures, read_nats
+from stages.errors import UserError
 
 CONDITIONS = ["causality", "normalisation", "score_first", "single_pass", "decoder", "accounting"]
 
@@ -36,6 +41,52 @@ def test_an_artifact_trained_on_the_validation_text_fails_whatever_scores_it(fin
 
 def test_a_missing_evaluation_names_the_stage_that_makes_it(finished_copy: Experiment) -> None:
     assert "`python -m stages.evaluate 1337 sliding` makes it" in finished_copy.fails("certify", "1337", "sliding")
+
+
+@pytest.mark.parametrize("kept", [0, 3, 40, -5, -100])
+def test_damaged_nats_are_told_in_one_line(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "nats.npz"
+    np.savez(path, nats=np.arange(50.0))
+    assert read_nats(path, "evaluate").tolist() == list(range(50))
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"nats\.npz: not the nats of an evaluation; run `evaluate` again$"):
+        read_nats(path, "evaluate")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a JSON object"),
+        (b'{"split": ', "not a JSON object"),
+        (b"\xff", "not a JSON object"),
+        (b"[1]", "not a JSON object"),
+        (b"{}", "no split"),
+    ],
+)
+def test_damaged_figures_are_told_in_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "adapt.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"adapt\.json: {message}; run `adapt` again$"):
+        read_figures(tmp_path / "adapt.json", "adapt", ("split",))
+
+
+@pytest.mark.parametrize(
+    ("file", "made_by"),
+    [
+        ("train/1337/train.json", "train 1337"),
+        ("train/1337/live/plots/metrics/val_bpb.tsv", "train 1337"),
+        ("evaluate/1337/slot/metrics.json", "evaluate 1337 slot"),
+        ("evaluate/1337/slot/nats.npz", "evaluate 1337 slot"),
+    ],
+)
+def test_a_damaged_file_in_a_report_names_the_command_that_makes_it(
+    file: str, made_by: str, tmp_path: Path, evaluated: Experiment
+) -> None:
+    figures = Figures(tmp_path, evaluated)
+    path = tmp_path / "artifacts" / file
+    # A table is cut behind the first field of a line.
+    path.write_bytes(path.read_bytes()[:-9] if path.suffix != ".tsv" else path.read_bytes() + b"12")
+    with pytest.raises(UserError, match=rf"{re.escape(file)}: .*; run `python -m stages\.{made_by}` again$"):
+        figures.facts()
 
 
 @given(st.lists(st.integers(0, 59), min_size=1, max_size=60), st.integers(0, 99))

@@ -16,7 +16,7 @@ from torch import Tensor
 from model.embedding import BOS
 from model.gpt import GPT
 from stages import params
-from stages.adapt.exchange import alone
+from stages.distributed import alone
 from stages.evaluate.collect import Scores, collect
 from stages.evaluate.evaluator import Evaluator
 from stages.evaluate.lora_ttt import LoraTttEvaluator

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Experiment
 
-from stages.doctor import Check, remedies, table
+from stages.doctor import Check, fewer_processes, remedies, table
+from stages.params import load_params
 
 # Nothing listens on the port that discards what it is sent.
 NOWHERE = "http://127.0.0.1:9"
@@ -91,9 +92,34 @@ def test_what_is_there_is_ticked(experiment: Experiment, hub: str) -> None:
     assert "✗ lrzip" not in output
 
 
+def test_several_processes_without_a_compiler_need_no_gpu_where_there_is_none(experiment: Experiment) -> None:
+    experiment.set_params(experiment.params | {"processes": 2})
+    output = doctor(experiment, NOWHERE)
+    assert marks(output, "8 GPUs") == ["·", *"✗✗✗✗"]
+    assert "2 GPUs" not in output
+
+
+@pytest.mark.parametrize(
+    ("record", "gpus", "remedy"),
+    [
+        # (600 - 192) * 8 / 2 + 192
+        ("r1488-train-ttt", 2, "2 are here; on 2, processes: 2 and train.max_wallclock_s: 1824.0 give as many steps"),
+        ("r1150", 0, "0 are here; on 1, processes: 1 and train.max_wallclock_s: 4800.0 give as many steps"),
+        ("r1150", 7, "7 are here; on 4, processes: 4 and train.max_wallclock_s: 1200.0 give as many steps"),
+    ],
+)
+def test_fewer_gpus_take_longer_but_reserve_no_more(record: str, gpus: int, remedy: str) -> None:
+    assert fewer_processes(load_params(REPOSITORY / f"records/{record}.yaml"), gpus) == remedy
+
+
+def test_a_run_without_a_time_limit_only_needs_fewer_processes() -> None:
+    remedy = fewer_processes(load_params(REPOSITORY / "params.yaml"), 1)
+    assert remedy == "1 are here; on 1, processes: 1 takes as many steps"
+
+
 def test_variants_share_the_column_of_their_record_unless_they_need_more() -> None:
     disk, more = Check("disk", True, ""), Check("lrzip", False, "install it")
-    checks = {"r1": [disk], "r1-same": [disk], "r1-other": [disk, more]}
+    checks = {"r1": [disk], "r1-same": [Check("disk", True, "delete")], "r1-other": [disk, more]}
     assert table(checks)[0].split() == ["r1", "r1-other"]
     assert table(checks)[-1] == "r1-same: as r1"
     assert remedies(checks) == ["✗ lrzip (r1-other): install it"]

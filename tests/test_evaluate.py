@@ -21,6 +21,7 @@ from stages.files import write_atomic
 from stages.params import load_params
 from stages.quantize.state import quantize_state
 from stages.tokenize.validation import load_validation
+from stages.train.checkpoint import ResumePoints
 
 
 @pytest.fixture
@@ -113,6 +114,20 @@ def test_points_belong_to_artifact_tokens_and_settings(compressed: Experiment) -
     assert again == first
     (artifacts / "compress/1337/model.bin").write_bytes(b"another")
     assert mark() != first
+
+
+def test_points_belong_to_the_code_that_made_them(compressed: Experiment) -> None:
+    code = (
+        "from pathlib import Path; from stages.params import load_params;"
+        "from stages.evaluate.inputs import fingerprint;"
+        "print(fingerprint(Path('artifacts'), 1337, 'ttt', load_params('params.yaml')))"
+    )
+    sources = ("stages/train/loop.py", "model/attention.py", "stages/evaluate/ttt.py", "stages/adapt/trainable.py")
+    before, train, *others = compressed.printed_as_sources_change(code, *sources)
+    assert len({before, *others}) == 4
+    ResumePoints(compressed.folder / "resume", before).save(3, {"nats": torch.ones(2)}, {"step": 3})
+    assert ResumePoints(compressed.folder / "resume", train).load() is not None
+    assert all(ResumePoints(compressed.folder / "resume", other).load() is None for other in others)
 
 
 def test_a_missing_section_is_told_in_one_line(compressed: Experiment) -> None:

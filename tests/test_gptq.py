@@ -236,8 +236,26 @@ def test_hessians_change_only_the_classes_that_have_one() -> None:
 
 def test_a_group_that_does_not_divide_is_told_in_one_line() -> None:
     weights = {"layer0.attn.q": torch.randn(32, 66)}
-    with pytest.raises(UserError, match=r"quantize\.lqer\.group \(64\) must divide rank \* 66 of layer0\.attn\.q"):
+    with pytest.raises(
+        UserError, match=r"quantize\.lqer\.group \(64\) must divide 4 \* 66, the rank and columns of layer0\.attn\.q"
+    ):
         quantize_state(weights, _settings(passthrough_elements=64, lqer={"rank": 4, "tensors": 1, "group": 64}))
+
+
+@pytest.mark.parametrize("shape", [(3, 96), (96, 3), (1, 32)])
+def test_a_correction_has_no_more_rank_than_its_matrix(shape: tuple[int, int]) -> None:
+    weights = {"layer0.attn.q": torch.randn(shape, generator=torch.Generator().manual_seed(1))}
+    lqer = {"rank": 8, "tensors": 1, "group": 3 if 3 in shape else 32}
+    plain, corrected = (
+        quantize_state(weights, _settings(passthrough_elements=0, lqer=settings))[0]["layer0.attn.q"]
+        for settings in (None, lqer)
+    )
+    assert isinstance(plain, Quantized)
+    assert isinstance(corrected, Quantized)
+    assert corrected.correction is not None
+    assert corrected.correction.b.shape == (min(shape), shape[1])
+    errors = [float((weights["layer0.attn.q"] - matrix.dequantize()).norm()) for matrix in (plain, corrected)]
+    assert errors[1] < errors[0]
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from model.embedding import BOS
 from stages import params
-from stages.adapt.exchange import alone
+from stages.distributed import alone
 from stages.errors import UserError
 from stages.evaluate.documents import Document, by_length, documents, phase_ends
-from stages.evaluate.lora import SITES, AdaptedNetwork, Adapters, Factors, draw_factors
+from stages.evaluate.lora import AdaptedNetwork, Adapters, Factors, draw_factors
 from stages.evaluate.lora_ttt import LoraTttEvaluator, LoraTttPass
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_losses_and_weights_match_pr_1855() -> None:
 
     def draw(chunk: int, lane: int, rows: int) -> Factors:
         index = next(draws)
-        return {site: torch.from_numpy(arrays[f"draw{index}/A_{site}"]) for site in SITES}
+        return {site: torch.from_numpy(arrays[f"draw{index}/A_{site}"]) for site in ("q", "k", "v", "o", "mlp", "head")}
 
     model = golden_network("r1958", 24)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from stages import params
-from stages.distributed import World
+from stages.distributed import World, alone
 from stages.train.gradients import Gradients, Stack, clip_factor
 from stages.train.muon import Muon, coefficients, normalize_rows, orthogonalize
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "muon.npz")
 CONFIG = json.loads(GOLDEN["config_json"].tobytes())
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = alone(torch.device("cpu"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -188,7 +188,7 @@ def test_momentum_survives_a_change_of_the_number_of_ranks() -> None:
     state = {name: torch.full((4, 2), float(i + 1)) for i, name in enumerate(names)}
     shares = []
     for rank in (0, 1):
-        world = World(rank=rank, size=2, local_rank=rank, device=torch.device("cpu"))
+        world = World(rank=rank, size=2, device=torch.device("cpu"))
         muon = Muon([Stack(members, world)], muon_settings("r1150"), world, compute_dtype=torch.float32)
         muon.load_state_dict(state)
         shares.append(muon.momenta[0])

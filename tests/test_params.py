@@ -2,25 +2,32 @@
 
 import copy
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import REPOSITORY, tiny_params
 
 from stages.errors import UserError
 from stages.params import Params, load_params
 
+LORA = yaml.safe_load((REPOSITORY / "records/r1958-lora-ttt.yaml").read_text())["lora_ttt"]
+
 
 def _changed(path: str, value: Any) -> dict[str, Any]:
     params = copy.deepcopy(tiny_params(Path("corpus.jsonl")))
-    *parents, key = path.split(".")
-    section = params
-    for parent in parents:
-        section = section[parent]
-    section[key] = value
+    _set(params, path, value)
     return params
+
+
+def _set(params: dict[str, Any], path: str, value: Any) -> None:
+    *parents, key = path.split(".")
+    for parent in parents:
+        params = params[parent]
+    params[key] = value
 
 
 def _load(tmp_path: Path, params: dict[str, Any]) -> Params:
@@ -51,6 +58,20 @@ def test_the_laptop_default_loads() -> None:
         ("evaluators", ["beam"], "evaluators.0: Input should be"),
         ("fetch.path", 3, "fetch.path: Input should be a valid string (found 3)"),
         ("train.loader.bucket", 64, "train.loader.bucket: unknown key (found 64)"),
+        ("fetch.path", "data/docs/docs.jsonl", "fetch.path: data/docs/docs.jsonl lies in data/docs, which is"),
+        ("fetch.path", "data/../artifacts/docs.jsonl", "docs.jsonl lies in artifacts, which is the pipeline's own"),
+        ("fetch.path", str(Path("artifacts/x.jsonl").resolve()), "x.jsonl lies in artifacts, which is the pipeline's"),
+        ("seeds", [-1], "seeds.0: Input should be greater than or equal to 0 (found -1)"),
+        ("seeds", [1, 2**70], "seeds.1: Input should be less than 9223372036854775808"),
+        ("train.max_wallclock_s", float("inf"), "train.max_wallclock_s: Input should be a finite number (found inf)"),
+        ("adapt.lr", float("nan"), "adapt.lr: Input should be a finite number (found nan)"),
+        ("train.warmup_steps", 20, "train: warmup_steps (20) are run to compile: expected 0 with compile: false"),
+        ("compress.evaluator", "streaming", "compress.evaluator (streaming) must be one of evaluators ['sliding',"),
+        ("evaluators", ["sliding", "streaming"], "streaming: missing section, which the evaluator of that name needs"),
+        ("lora_ttt", LORA | {"chunk_tokens": 65}, "lora_ttt.chunk_tokens (65) exceeds model.seq_len (64)"),
+        ("lora_ttt", LORA | {"lanes": 3}, "a multiple of lora_ttt.lanes * model.seq_len (192)"),
+        ("lora_ttt", LORA | {"seed": -1}, "lora_ttt.seed: Input should be greater than or equal to 0 (found -1)"),
+        ("lora_ttt", LORA | {"seed": 2**32}, "lora_ttt.seed: Input should be less than 4294967296"),
     ],
 )
 def test_a_fault_is_one_line_naming_file_and_key(tmp_path: Path, key: str, value: Any, expected: str) -> None:
@@ -58,6 +79,29 @@ def test_a_fault_is_one_line_naming_file_and_key(tmp_path: Path, key: str, value
         _load(tmp_path, _changed(key, value))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "params.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"streaming": {"block_tokens": 8, "lanes": 1}}, "streaming.lanes (1) is less than the 2 processes"),
+        ({"adapt.epochs": 1}, "adapt.lanes (1) is less than the 2 processes"),
+        ({"adapt.epochs": 1, "adapt.lanes": 2}, None),
+        ({}, None),
+    ],
+)
+def test_lanes_are_enough_for_the_processes(tmp_path: Path, changes: dict[str, Any], expected: str | None) -> None:
+    params = _changed("processes", 2)
+    for path, value in changes.items():
+        _set(params, path, value)
+    with pytest.raises(UserError, match=re.escape(expected)) if expected else nullcontext():
+        _load(tmp_path, params)
+
+
+def test_the_largest_seeds_fit_the_generators() -> None:
+    """Of the adapters, whose chunks, lanes and batches have each at most three digits."""
+    torch.Generator().manual_seed(2**63 - 1)
+    torch.Generator().manual_seed((((2**32 - 1) * 1000 + 999) * 1000 + 999) * 1000 + 999)
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
@@ -85,3 +129,10 @@ def test_floats_read_as_dvc_reads_them(tmp_path: Path, text: str) -> None:
 
 def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
     assert isinstance(_load(tmp_path, _changed("train.max_steps", 7)).train.max_steps, int)
+
+
+def test_a_misspelt_key_is_named_before_the_one_that_is_missing(tmp_path: Path) -> None:
+    params = _changed("train.max_step", 300)
+    del params["train"]["max_steps"]
+    with pytest.raises(UserError, match=re.escape("train.max_step: unknown key (found 300); and 1 more")):
+        _load(tmp_path, params)

@@ -156,6 +156,13 @@ def test_codes_of_coarse_scales_are_as_good() -> None:
     assert found[3][1]["mse"] == pytest.approx(found[10][1]["mse"], rel=0.05)
 
 
+def test_rows_of_one_weight_are_clipped_by_its_distance_from_zero() -> None:
+    weight = torch.tensor([[0.5], [-3.0], [0.0]])
+    sigmas = {"attn": 4.0, "mlp": 4.0, "embed": 4.0, "other": 4.0}
+    state, _ = quantize_state({"layer0.mlp.up": weight}, _settings(clip_sigmas=sigmas, passthrough_elements=0))
+    assert float((dequantize(state)["layer0.mlp.up"] - weight).abs().max()) < 3.0 / 31 * 4
+
+
 def test_more_bits_never_cost_accuracy() -> None:
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(2))
     errors = []
@@ -212,7 +219,7 @@ def test_codes_survive_the_disk(tmp_path: Path) -> None:
 
 
 def test_a_damaged_codes_file_is_told_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"codes.safetensors: no such file; `python -m stages.quantize` makes it"):
+    with pytest.raises(UserError, match=r"codes.safetensors: no such file; `python -m stages.quantize \S+` makes it"):
         load_codes(tmp_path)
     state, _ = quantize_state({"layer0.attn.q": torch.randn(80, 80)}, _settings())
     save_codes(tmp_path, state)

@@ -34,9 +34,7 @@ def _entropy_bytes(state: QuantizedState) -> int:
     return math.ceil(sum(m.codes.numel() * entropy_bits(code_histogram(m.codes)) for m in matrices) / 8)
 
 
-@pytest.mark.parametrize(
-    "clip", [{}, {"min_clip": 30.0, "scale_mantissa_bits": 3}, {"clip_sigmas": SIGMAS}, {"scale_mantissa_bits": 4}]
-)
+@pytest.mark.parametrize("clip", [{}, {"min_clip": 30.0}, {"clip_sigmas": SIGMAS}, {"scale_mantissa_bits": 4}])
 @pytest.mark.parametrize("share", [0.95, 0.7, 0.5])
 def test_the_target_is_filled_and_never_exceeded(clip: dict[str, Any], share: float) -> None:
     target = int(share * _entropy_bytes(quantize_state(_weights(), _settings(**clip))[0]))
@@ -44,6 +42,27 @@ def test_the_target_is_filled_and_never_exceeded(clip: dict[str, Any], share: fl
     state, report = quantize_to_size(_weights(), settings, {}, _entropy_bytes)
     assert 0.999 * target <= _entropy_bytes(state) <= target
     assert report["coarseness"] > 1
+
+
+@pytest.mark.parametrize("share", [0.95, 0.7, 0.5])
+def test_where_all_steps_jump_at_once_the_target_is_nearly_filled(share: float) -> None:
+    """One scale for all rows, and 8 to choose from in an octave: at most an eighth of an octave, in bits, is lost."""
+    clip = {"min_clip": 30.0, "scale_mantissa_bits": 3}
+    target = int(share * _entropy_bytes(quantize_state(_weights(), _settings(**clip))[0]))
+    state, report = quantize_to_size(_weights(), _settings(**clip, target_bytes=target), {}, _entropy_bytes)
+    assert 0.9 * target <= _entropy_bytes(state) <= target
+    assert report["coarseness"] > 1
+
+
+@pytest.mark.parametrize("bits", [2, 3, 6])
+def test_scales_keep_their_few_bits_however_wide_the_steps(bits: int) -> None:
+    settings = _settings(clip_sigmas=SIGMAS, scale_mantissa_bits=bits)
+    for coarseness in (1.0, 1.234, 1.7):
+        state, _ = quantize_state(_weights(), settings, coarseness=coarseness)
+        for value in state.values():
+            assert isinstance(value, Quantized)
+            mantissa, _ = torch.frexp(value.scale.float())
+            assert torch.equal(mantissa * 2 ** (bits + 1), (mantissa * 2 ** (bits + 1)).round())
 
 
 def test_few_compressions_are_enough() -> None:
@@ -74,6 +93,12 @@ def test_without_a_target_nothing_is_measured() -> None:
 def test_a_size_below_everything_is_refused_in_one_line() -> None:
     with pytest.raises(UserError, match=r"quantize\.target_bytes: 10 bytes cannot be met, the last try took \d+"):
         quantize_to_size(_weights(), _settings(target_bytes=10), {}, lambda state: 100 + _entropy_bytes(state))
+
+
+def test_a_target_below_what_stays_float16_is_refused_in_one_line() -> None:
+    settings = _settings(target_bytes=10, passthrough_elements=10**6)
+    with pytest.raises(UserError, match=r"passthrough_elements \(1000000\), they stay float16 and take 77$"):
+        quantize_to_size(_weights(), settings, {}, lambda state: 77)
 
 
 def test_doubling_the_steps_saves_a_bit_a_weight() -> None:

@@ -126,9 +126,20 @@ def test_the_sidecar_replaces_the_table(folder: Path) -> None:
     assert validation.bytes.tolist() == list(range(1, 11))
 
 
-def test_a_sidecar_shorter_than_the_stream_is_refused(folder: Path) -> None:
-    write_shard(folder / "val_bytes_000000.bin", np.arange(10, dtype=np.uint16))
-    with pytest.raises(UserError, match="the byte sidecar has 10 entries for 11 tokens"):
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ((6, 4), r"val_bytes_000001\.bin: 4 entries, expected 5 as .*/val_000001\.bin has tokens"),
+        ((6, 6), r"val_bytes_000001\.bin: 6 entries, expected 5 as .*/val_000001\.bin has tokens"),
+        ((5, 6), r"val_bytes_000000\.bin: 5 entries, expected 6 as .*/val_000000\.bin has tokens"),
+        ((11,), "1 byte sidecars, expected 2"),
+        ((6, 5, 5), "3 byte sidecars, expected 2"),
+    ],
+)
+def test_a_sidecar_that_does_not_fit_its_shard_is_refused(lengths: tuple[int, ...], message: str, folder: Path) -> None:
+    for index, length in enumerate(lengths):
+        write_shard(folder / f"val_bytes_{index:06d}.bin", np.arange(length, dtype=np.uint16))
+    with pytest.raises(UserError, match=message):
         load_validation(folder, seq_len=5, vocab_size=VOCAB_SIZE)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.gpt import GPT
 from stages import params
-from stages.adapt.exchange import alone
+from stages.distributed import alone
 from stages.errors import UserError
 from stages.evaluate.bpb import bpb
 from stages.evaluate.collect import collect

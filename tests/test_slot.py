@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.gpt import GPT
 from stages import params
-from stages.adapt.exchange import alone
+from stages.distributed import alone
 from stages.evaluate.carried import CarriedPass
 from stages.evaluate.offsets import Offsets, step_lr
 from stages.evaluate.scoring import Batch, make_batch

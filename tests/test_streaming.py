@@ -14,7 +14,7 @@ from torch import Tensor
 import model.attention
 from model.attention import attend_recent
 from stages import params
-from stages.adapt.exchange import alone
+from stages.distributed import alone
 from stages.errors import UserError
 from stages.evaluate.memory import RememberingNetwork
 from stages.evaluate.sliding import SlidingEvaluator

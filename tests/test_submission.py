@@ -120,12 +120,6 @@ def test_requirements_are_what_the_program_imports() -> None:
     assert {line for line in lines if not line.startswith(("triton", "flash"))} <= set(pinned)
 
 
-def test_only_the_evaluator_that_ships_can_be_submitted(scored: Experiment, tmp_path: Path) -> None:
-    copy = Experiment(tmp_path)
-    copy.set_params(copy.params | {"evaluators": ["ttt"]})
-    assert "params.yaml: compress.evaluator: sliding ships" in copy.fails("submission")
-
-
 def test_a_missing_certificate_names_the_stage_that_makes_it(scored: Experiment, tmp_path: Path) -> None:
     copy = Experiment(tmp_path)
     shutil.copytree(scored.folder / "artifacts", copy.folder / "artifacts")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.gpt import GPT
 from stages.command_line import stage_arguments
-from stages.distributed import World
+from stages.distributed import World, alone
 from stages.errors import UserError
 from stages.params import Params, load_params
 from stages.tokenize.shards import shard_paths
@@ -34,7 +34,7 @@ from stages.train.run import Figures
 from stages.weights import load_tensors
 
 SEED = "1337"
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = alone(torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -223,6 +223,21 @@ def test_a_changed_experiment_does_not_see_the_resume_point(ready: Experiment) -
     assert all(ResumePoints(ready.folder / "resume", other).load() is None for other in others)
 
 
+def test_changed_code_does_not_see_the_resume_point(ready: Experiment) -> None:
+    code = (
+        "from pathlib import Path; from stages.params import load_params;"
+        "from stages.train.checkpoint import fingerprint;"
+        "print(fingerprint(load_params('params.yaml'), 1, Path('artifacts/tokens')))"
+    )
+    sources = ("stages/report/page.py", "model/attention.py", "stages/train/loop.py")
+    before, report, model, train = ready.printed_as_sources_change(code, *sources)
+    assert len({before, model, train}) == 3
+    ResumePoints(ready.folder / "resume", before).save(3, {"model/w": torch.ones(2)}, {"step": 3})
+    assert ResumePoints(ready.folder / "resume", report).load() is not None
+    assert ResumePoints(ready.folder / "resume", model).load() is None
+    assert ResumePoints(ready.folder / "resume", train).load() is None
+
+
 def test_the_same_seed_gives_the_same_weights_again(ready: Experiment) -> None:
     params = load_params(ready.folder / "params.yaml")
     one, other = (run_loop(ready, params)[0].weights["last"] for _ in range(2))
@@ -304,7 +319,7 @@ def test_a_wrong_command_line_is_refused(arguments: list[str]) -> None:
 @given(st.integers(1, 9))
 def test_processes_must_divide_the_micro_batches(size: int) -> None:
     settings = Params.model_validate(tiny_params(Path("corpus.jsonl"))).train
-    world = World(rank=0, size=size, local_rank=0, device=torch.device("cpu"))
+    world = World(rank=0, size=size, device=torch.device("cpu"))
     if size in (1, 2):
         check_world(settings, world)
     else:
@@ -358,3 +373,11 @@ def test_compiled_training_is_undone_before_it_counts(ready: Experiment) -> None
     compiled = run_loop(ready, change(ready, compile=True, warmup_steps=2))[1]
     for one, other in zip(eager, compiled, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-3)
+
+
+def test_a_resume_point_without_its_tensors_is_told_in_one_line(tmp_path: Path) -> None:
+    points = ResumePoints(tmp_path, "this one")
+    points.save(3, {"weight": torch.zeros(2)}, {"step": 3})
+    next(tmp_path.glob("*.safetensors")).write_bytes(b"half")
+    with pytest.raises(UserError, match=f"step_00000003.safetensors: not readable .*; remove {tmp_path} to begin anew"):
+        points.load()

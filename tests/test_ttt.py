@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream
 
 from stages import params
-from stages.adapt.exchange import alone
+from stages.distributed import alone
 from stages.errors import UserError
 from stages.evaluate.sliding import SlidingEvaluator
 from stages.evaluate.ttt import TttEvaluator, TttPass, cosine

@@ -7,12 +7,12 @@ import pytest
 import torch
 from streams import golden, golden_network, golden_tokens
 
-from stages.distributed import World
+from stages.distributed import alone
 from stages.tokenize.validation import Validation
 from stages.train.packing import document_bounds
 from stages.train.validate import validate
 
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = alone(torch.device("cpu"))
 
 
 def _from_table(tokens: np.ndarray) -> np.ndarray:

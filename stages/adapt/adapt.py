@@ -25,11 +25,11 @@ from torch.nn.utils import clip_grad_norm_
 from model.compiler import compiled_on_gpu
 from model.gpt import GPT
 from stages import params
-from stages.adapt.exchange import alone, sum_gradients, sum_over_ranks
+from stages.adapt.exchange import sum_gradients, sum_over_ranks
 from stages.adapt.fake_quantize import Loss, loss_with
 from stages.adapt.rounding import RoundedWeights
 from stages.adapt.trainable import trainable
-from stages.distributed import World
+from stages.distributed import World, alone
 from stages.errors import UserError
 
 

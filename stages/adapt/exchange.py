@@ -9,11 +9,6 @@ from torch.nn import Parameter
 from stages.distributed import World
 
 
-def alone(device: torch.device) -> World:
-    """One process."""
-    return World(rank=0, size=1, local_rank=0, device=device)
-
-
 def sum_over_ranks(tensors: Sequence[Tensor], world: World) -> None:
     """Replace every tensor by its sum over the processes, added up in float32."""
     if world.size == 1:

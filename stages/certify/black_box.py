@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.gpt import GPT
-from stages.adapt.exchange import alone
+from stages.distributed import alone
 from stages.errors import UserError
 from stages.evaluate.evaluator import Evaluator
 from stages.evaluate.passes import Pass, State

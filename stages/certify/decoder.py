@@ -47,12 +47,7 @@ def decoder(
     span = slice_around(order.learned_from(base), len(order.positions), tokens)
     coded = order.positions[span.start : span.stop]
     words, gap_nats = _encode(box, base, coded)
-    right, found = 0, _decode(fresh, base, order, span, words)
-    for token, expected in zip(found, base.tokens_N1[coded + 1].tolist(), strict=True):
-        if token != expected:
-            break
-        right += 1
-        decoded(1)
+    right = _right(_decode(fresh, base, order, span, words), base.tokens_N1[coded + 1].tolist(), decoded)
     claimed_bits = float(base.claims_N[coded].sum()) / math.log(2)
     excess_bits = 32 * len(words) - claimed_bits
     evidence = {
@@ -78,6 +73,17 @@ def decoder(
         return Finding("fail", f"{evidence['given_tokens']} tokens must be given before it decodes", evidence)
     given = f", given {evidence['given_tokens']} tokens of the stream" if evidence["given_tokens"] else ""
     return Finding("pass", f"{right} tokens came back from the artifact and a code as long as claimed{given}", evidence)
+
+
+def _right(found: Iterator[int], expected: list[int], decoded: Callable[[int], None]) -> int:
+    """How many tokens came back before the first wrong one; `decoded` is told of each."""
+    right = 0
+    for token, true in zip(found, expected, strict=True):
+        if token != true:
+            break
+        right += 1
+        decoded(1)
+    return right
 
 
 def slice_around(learned: int, targets: int, tokens: int) -> range:

@@ -2,7 +2,7 @@
 
 Reads:  artifacts/quantize/<seed>/codes.safetensors; the code of model/ and stages/
 Writes: artifacts/compress/<seed>/model.bin (compress/container.py), train_gpt.py (compress/bundle.py)
-Method: a stream of codes per class of tensor, Brotli; code cut to the record's settings, minified, compressed
+Method: a stream of codes per class of tensor, by compress.codec; code cut to the record's settings, minified, packed
 Source: PR #1172 (Brotli, packed code), #1855 (streams by kind). Ours: checksum, bounded reading, checked round trip.
 """
 

@@ -18,7 +18,7 @@ def load_artifact(path: Path, device: torch.device) -> GPT:
 
     Raises UserError naming the file if it is missing or damaged, or if its tensors are not those of its network.
     """
-    data = require_file(path, "python -m stages.compress").read_bytes()
+    data = require_file(path, f"python -m stages.compress {path.parent.name}").read_bytes()
     try:
         config, state = unpack(data)
         weights = dequantize(state)

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from model.gpt import GPT
-from stages.adapt.exchange import alone
-from stages.distributed import World
+from stages.distributed import World, alone
 from stages.evaluate.collect import collect, distributions
 from stages.evaluate.passes import Pass
 

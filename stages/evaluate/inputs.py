@@ -11,6 +11,7 @@ from stages.compress.artifact import load_artifact
 from stages.errors import UserError
 from stages.files import require_file
 from stages.params import Params
+from stages.sources import sources_sha256
 from stages.tokenize.validation import Validation, load_validation
 
 
@@ -32,8 +33,10 @@ def load_inputs(artifacts: Path, seed: int, device: torch.device) -> tuple[GPT, 
 
 
 def fingerprint(artifacts: Path, seed: int, name: str, params: Params) -> str:
-    """SHA-256 over what decides an evaluation: the artifact, the tokens' meta.json, the evaluator and its section."""
+    """SHA-256 over what decides an evaluation: the code of model/, stages/evaluate/ and stages/adapt/, the artifact,
+    the tokens' meta.json, the evaluator and its section."""
     evaluation = {
+        "code": sources_sha256("model", "stages/evaluate", "stages/adapt"),
         "model": hashlib.sha256((artifacts / "compress" / str(seed) / "model.bin").read_bytes()).hexdigest(),
         "tokens": hashlib.sha256((artifacts / "tokens" / "meta.json").read_bytes()).hexdigest(),
         "evaluator": name,

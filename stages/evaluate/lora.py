@@ -19,8 +19,6 @@ from model.precision import linear, rms_norm
 from model.residual import Block
 from model.rope import rotate
 
-SITES = ("q", "k", "v", "o", "mlp", "head")
-
 
 def site_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Applications and outputs of every site; all read D channels."""

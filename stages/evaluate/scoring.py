@@ -95,7 +95,7 @@ class WindowPass(Pass):
     ) -> None:
         self.model, self.tokens_N1, self.world = model, tokens_N1, world
         self.windows, self.batch_windows, self.head = chunks, batch_windows, head
-        seq_len, begin = model.config.seq_len, chunks[0].start
+        seq_len, begin = model.config.seq_len, torch.cat([windows.start for windows in chunks])
         self.chunks, self.width = len(chunks), width or seq_len
         self.spacing = int(begin[1] - begin[0]) if len(begin) > 1 else seq_len
         hidden = partial(overlapping_hidden, model, spacing=self.spacing, last=width)

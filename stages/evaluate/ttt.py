@@ -1,9 +1,9 @@
 """Score-first test-time training: each chunk of the stream is scored, then trained on with SGD.
 
-The targets that a chunk scores are exactly those it then trains on, so every target is scored by weights that have not
-seen it. The last chunk is not trained on. One optimizer serves the whole stream: its momentum carries over from chunk
-to chunk, while the learning rate falls by a cosine over the chunks. With a section `slot`, chunks are scored with SLOT;
-training never sees its offsets.
+A chunk is trained on when all its targets are scored (exactly those, where the stride divides the window), so every
+target is scored by weights that have not seen it. The last chunk is not trained on. One optimizer serves the whole
+stream: its momentum carries over from chunk to chunk, while the learning rate falls by a cosine over the chunks. With a
+section `slot`, chunks are scored with SLOT; training never sees its offsets.
 Source: PR #549 and #1150 (lr 0.002), #1493 (0.005), after #461. Ours: the list of windows that scores each target once.
 
 Legend: N targets, R rows of a training step, T tokens of a row.

@@ -31,9 +31,12 @@ def percentile_scales(weight: Tensor, percentiles: Sequence[float], *, bits: int
 def sigma_scales(weight: Tensor, sigmas: float, *, bits: int) -> Tensor:
     """Float32 scales (R,): `sigmas` standard deviations of the row become the largest code.
 
-    From 10 on nothing is clipped, and the number sets the rate: a step is sigmas/Q standard deviations.
+    From 10 on nothing is clipped, and the number sets the rate: a step is sigmas/Q standard deviations. A row of one
+    weight has none; it deviates from zero.
     """
-    return (sigmas * weight.float().std(dim=1) / largest_code(bits)).clamp(min=SMALLEST_SCALE)
+    weight = weight.float()
+    deviation_R = weight.std(dim=1) if weight.size(1) > 1 else weight[:, 0].abs()
+    return (sigmas * deviation_R / largest_code(bits)).clamp(min=SMALLEST_SCALE)
 
 
 def coarse_scales(scales: Tensor, mantissa_bits: int) -> Tensor:

@@ -107,7 +107,8 @@ def save_codes(folder: Path, state: QuantizedState) -> None:
 def load_codes(folder: Path) -> QuantizedState:
     """Read what save_codes wrote. Raises UserError when the file is missing or its tensors do not belong together."""
     path = folder / FILE_NAME
-    tensors = load_tensors(path, "python -m stages.quantize")
+    made_by = f"python -m stages.quantize {folder.name}"
+    tensors = load_tensors(path, made_by)
     state: QuantizedState = {}
     for key, value in tensors.items():
         name, _, part = key.partition("/")
@@ -118,7 +119,7 @@ def load_codes(folder: Path) -> QuantizedState:
                 bits, correction = int(tensors[f"{name}/bits"]), _correction(tensors, name)
                 state[name] = Quantized(value, tensors[f"{name}/scale"], bits, correction)
             except (KeyError, ValueError) as error:
-                raise UserError(f"{path}: {name}: {error}; run `python -m stages.quantize` again") from None
+                raise UserError(f"{path}: {name}: {error}; run `{made_by}` again") from None
     return state
 
 

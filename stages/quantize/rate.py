@@ -20,6 +20,8 @@ from stages.quantize.state import quantize_state
 # A size within this share below the target is near enough.
 TOLERANCE = 1e-3
 MAX_ROUNDS = 16
+# Steps nearer than this should give sizes nearer than TOLERANCE; but scales of few bits may all move at once.
+NEAREST = 1.001
 # By then every weight is rounded to zero.
 COARSEST = 100.0
 
@@ -32,13 +34,14 @@ def quantize_to_size(
 ) -> tuple[QuantizedState, dict[str, Any]]:
     """quantize_state, all steps widened by the factor that brings `packed_bytes` just below settings.target_bytes.
 
-    Steps are not narrowed: codes that fit the target as they are stay so, as they do without a target. Returns the
-    codes and a report: the calibration text, coarseness (the factor), and figures by tensor. Raises UserError when no
-    factor is found.
+    Steps are not narrowed: codes that fit the target as they are stay so, as they do without a target. Where the size
+    jumps over the target, the largest below it is taken. Returns the codes and a report: the calibration text,
+    coarseness (the factor), and figures by tensor. Raises UserError when no factor is found.
     """
     calibration = settings.gptq.calibration if settings.gptq else None
     coarseness, target = 1.0, settings.target_bytes
     too_fine, too_coarse = 1.0, math.inf
+    fitting: tuple[QuantizedState, dict[str, Any]] | None = None
     for attempt in range(MAX_ROUNDS):
         state, tensors = quantize_state(weights, settings, hessians=hessians, coarseness=coarseness)
         report = {"calibration": calibration, "coarseness": coarseness, "tensors": tensors}
@@ -47,7 +50,13 @@ def quantize_to_size(
         size = packed_bytes(state)
         if (1 - TOLERANCE) * target <= size <= target or (coarseness == 1 and size < target):
             return state, report
-        too_fine, too_coarse = (coarseness, too_coarse) if size > target else (too_fine, coarseness)
+        _require_matrices(state, settings, size)
+        if size > target:
+            too_fine = coarseness
+        else:
+            too_coarse, fitting = coarseness, (state, report)
+        if too_coarse < NEAREST * too_fine:
+            break
         coarseness *= wider_by(state, round((1 - TOLERANCE / 2) * target) - size)
         # Below a bit and a half per weight the formula errs; halving the interval does not.
         if attempt > 4 or not too_fine < coarseness < too_coarse:
@@ -55,7 +64,17 @@ def quantize_to_size(
         if too_fine >= COARSEST:
             break
         coarseness = min(coarseness, COARSEST)
+    if fitting:
+        return fitting
     raise UserError(f"quantize.target_bytes: {target} bytes cannot be met, the last try took {size}")
+
+
+def _require_matrices(state: QuantizedState, settings: Quantize, size: int) -> None:
+    if not any(isinstance(value, Quantized) for value in state.values()):
+        raise UserError(
+            f"quantize.target_bytes: {settings.target_bytes} bytes cannot be met: as all matrices have at most "
+            f"passthrough_elements ({settings.passthrough_elements}), they stay float16 and take {size}"
+        )
 
 
 def wider_by(state: QuantizedState, more_bytes: int) -> float:

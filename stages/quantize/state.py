@@ -40,7 +40,7 @@ def quantize_state(
     matrices = {
         name: weight for name, weight in weights.items() if not stays_float(weight, settings.passthrough_elements)
     }
-    scales = {name: coarseness * _candidate_scales(name, weight, settings) for name, weight in matrices.items()}
+    scales = {name: _candidate_scales(name, weight, settings, coarseness) for name, weight in matrices.items()}
     rounded = _round_with_hessians(matrices, scales, hessians or {}, settings)
     for name in matrices.keys() - rounded.keys():
         rounded[name] = _round_to_nearest(name, matrices[name], scales[name], settings)
@@ -63,13 +63,14 @@ def _percentiles(name: str, settings: Quantize) -> list[float]:
     return settings.clip_percentiles if tensor_class(name) in ("attn", "mlp") else [settings.embed_percentile]
 
 
-def _candidate_scales(name: str, weight: Tensor, settings: Quantize) -> Tensor:
-    """Float32 (P, R)."""
+def _candidate_scales(name: str, weight: Tensor, settings: Quantize, coarseness: float) -> Tensor:
+    """Float32 (P, R), of scale_mantissa_bits once they are widened."""
     bits = _bits(name, settings)
     if settings.clip_sigmas:
         scales_PR = sigma_scales(weight, getattr(settings.clip_sigmas, tensor_class(name)), bits=bits)[None]
     else:
         scales_PR = percentile_scales(weight, _percentiles(name, settings), bits=bits, min_clip=settings.min_clip)
+    scales_PR = coarseness * scales_PR
     if settings.scale_mantissa_bits == FLOAT16_MANTISSA_BITS:
         return scales_PR
     return coarse_scales(scales_PR, settings.scale_mantissa_bits)
@@ -105,17 +106,22 @@ def _round_with_hessians(
 
 
 def _corrected(matrices: dict[str, Tensor], found: dict[str, Quantized], settings: Lqer) -> dict[str, Quantized]:
-    """The few matrices with the largest error (Frobenius norm, as PR #1855 ranks them), with a low-rank correction."""
+    """The few matrices with the largest error (Frobenius norm, as PR #1855 ranks them), with a low-rank correction.
+
+    No rank exceeds the rows or columns of its matrix.
+    """
     errors = {name: matrices[name].float() - matrix.dequantize() for name, matrix in found.items()}
     worst = sorted(errors, key=lambda name: float(errors[name].norm()), reverse=True)[: settings.tensors]
-    for name in worst:
-        if settings.rank * errors[name].size(1) % settings.group:
+    ranks = {name: min(settings.rank, *errors[name].shape) for name in worst}
+    for name, rank in ranks.items():
+        if rank * errors[name].size(1) % settings.group:
             raise UserError(
-                f"quantize.lqer.group ({settings.group}) must divide rank * {errors[name].size(1)} of {name}"
+                f"quantize.lqer.group ({settings.group}) must divide {rank} * {errors[name].size(1)}, the rank and "
+                f"columns of {name}"
             )
     return {
-        name: replace(found[name], correction=low_rank(errors[name], rank=settings.rank, group=settings.group))
-        for name in worst
+        name: replace(found[name], correction=low_rank(errors[name], rank=rank, group=settings.group))
+        for name, rank in ranks.items()
     }
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from stages.certify.accounting import EVAL_S
 from stages.report.runs import Run
 
-# Seconds on 8xH100 for training (rules of the track), as for evaluation; the bytes are size_check.cap_bytes.
-TRAIN_S = 600.0
+# Bytes of code and model, and seconds on 8xH100 for training (rules of the track), as for evaluation. A run may set
+# itself another cap, size_check.cap_bytes.
+LIMIT_BYTES, TRAIN_S = 16_000_000, 600.0
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,11 @@
 """What the stages left behind, gathered per seed."""
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from stages.certify.inputs import read_figures, read_nats
 from stages.errors import UserError
 from stages.files import require_file
 from stages.report.certificates import Certificate, load_certificate
@@ -45,7 +43,7 @@ class Run:
 
 
 def collect(artifacts: Path, seeds: list[int], evaluators: list[str]) -> list[Run]:
-    """Read every seed's figures from `artifacts`. Raises UserError naming the stage whose output is missing."""
+    """Every seed's figures. Raises UserError naming the stage whose output in `artifacts` is missing or damaged."""
     return [_run(artifacts, seed, evaluators) for seed in seeds]
 
 
@@ -53,25 +51,22 @@ def _run(artifacts: Path, seed: int, evaluators: list[str]) -> Run:
     logged = artifacts / f"train/{seed}/live/plots/metrics"
     return Run(
         seed=seed,
-        train=_json(artifacts / f"train/{seed}/train.json", f"python -m stages.train {seed}"),
-        adapt=_json(artifacts / f"adapt/{seed}/adapt.json", f"python -m stages.adapt {seed}"),
-        quantize=_json(artifacts / f"quantize/{seed}/quantize.json", f"python -m stages.quantize {seed}"),
-        size=_json(artifacts / f"size_check/{seed}/size.json", f"python -m stages.size_check {seed}"),
-        scores={name: _json(*_made(artifacts, "evaluate", seed, name, "metrics.json")) for name in evaluators},
+        train=read_figures(artifacts / f"train/{seed}/train.json", f"python -m stages.train {seed}"),
+        adapt=read_figures(artifacts / f"adapt/{seed}/adapt.json", f"python -m stages.adapt {seed}"),
+        quantize=read_figures(artifacts / f"quantize/{seed}/quantize.json", f"python -m stages.quantize {seed}"),
+        size=read_figures(artifacts / f"size_check/{seed}/size.json", f"python -m stages.size_check {seed}"),
+        scores={name: read_figures(*_made(artifacts, "evaluate", seed, name, "metrics.json")) for name in evaluators},
         certificates={name: _certificate(artifacts, seed, name) for name in evaluators},
         curves={name: _curve(logged / f"{name}.tsv", name, f"python -m stages.train {seed}") for name in CURVES},
-        profiles={name: _profile(*_made(artifacts, "evaluate", seed, name, "nats.npz")) for name in evaluators},
+        profiles={
+            name: profile(read_nats(*_made(artifacts, "evaluate", seed, name, "nats.npz"))) for name in evaluators
+        },
     )
 
 
 def _made(artifacts: Path, stage: str, seed: int, evaluator: str, file: str) -> tuple[Path, str]:
     """A file of a stage by evaluator, and the command that makes it."""
     return artifacts / f"{stage}/{seed}/{evaluator}/{file}", f"python -m stages.{stage} {seed} {evaluator}"
-
-
-def _json(path: Path, made_by: str) -> dict[str, Any]:
-    figures: dict[str, Any] = json.loads(require_file(path, made_by).read_text(encoding="utf-8"))
-    return figures
 
 
 def _certificate(artifacts: Path, seed: int, evaluator: str) -> Certificate:
@@ -81,9 +76,7 @@ def _certificate(artifacts: Path, seed: int, evaluator: str) -> Certificate:
 
 def _curve(path: Path, name: str, made_by: str) -> list[tuple[float, float]]:
     with require_file(path, made_by).open(newline="", encoding="utf-8") as file:
-        return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file, delimiter="\t")]
-
-
-def _profile(path: Path, made_by: str) -> list[float]:
-    with np.load(require_file(path, made_by)) as arrays:
-        return profile(arrays["nats"])
+        try:
+            return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file, delimiter="\t")]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: not a table of step and {name}; run `{made_by}` again") from None

@@ -11,15 +11,16 @@ from stages.fetch.hub import link_or_copy
 from stages.params import Tokenize
 from stages.tokenize.bytes import byte_table
 from stages.tokenize.encode import RESERVED
-from stages.tokenize.shards import file_sha256, open_shard, shard_paths, sidecar_paths
+from stages.tokenize.shards import file_sha256, open_shard, shard_paths
 from stages.tokenize.tokenizer import BOS, check_tokenizer
+from stages.tokenize.validation import open_sidecars
 
 
 def adopt_export(fetched: Path, folder: Path, settings: Tokenize) -> dict[str, Any]:
     """Link the shards and the tokenizer of a fetched export into `folder`; return what meta.json says of them.
 
     How many bytes the published text has before folding is not known: `*_text_bytes` are null. Raises UserError if the
-    `tokenize` section disagrees with the export, or a file with its checksum or the manifest's counts.
+    `tokenize` section disagrees with the export, or a file with its checksum, its sidecar or the manifest's counts.
     """
     about = json.loads((fetched / "hub.json").read_text(encoding="utf-8"))
     _require_agreement(about, settings)
@@ -63,8 +64,8 @@ def _count(folder: Path, split: Any, vocab_size: int) -> tuple[int, int]:
 
 def _validation_bytes(folder: Path, settings: Tokenize) -> int:
     """Bytes over all validation targets, by the sidecar if there is one, else by the byte table."""
-    if sidecars := sidecar_paths(folder):
-        return sum(int(open_shard(path, vocab_size=None).sum(dtype=np.int64)) for path in sidecars)
+    if sidecars := open_sidecars(folder):
+        return sum(int(sidecar.sum(dtype=np.int64)) for sidecar in sidecars)
     tokens = np.concatenate([open_shard(path, vocab_size=None) for path in shard_paths(folder, "val")])
     table = byte_table(folder / "tokenizer.model", settings.vocab_size)
     return int(table.count(tokens[:-1], tokens[1:]).sum(dtype=np.int64))

@@ -33,18 +33,15 @@ def load_validation(folder: Path, *, seq_len: int, vocab_size: int) -> Validatio
     """The validation stream of a token folder, cut to whole rows of seq_len.
 
     Bytes come from the sidecar (val_bytes_*.bin) where there is one, otherwise from tokenizer.model's byte table.
-    Raises UserError on a damaged shard, a stream shorter than one row, or a sidecar shorter than the stream.
+    Raises UserError on a damaged shard, a stream shorter than one row, or a sidecar of another length than its shard.
     """
     tokens = np.concatenate([open_shard(path, vocab_size=vocab_size) for path in shard_paths(folder, "val")])
     targets = (len(tokens) - 1) // seq_len * seq_len
     if targets <= 0:
         raise UserError(f"{folder}: {len(tokens)} validation tokens, expected more than model.seq_len = {seq_len}")
     tokens = tokens[: targets + 1]
-    if sidecars := sidecar_paths(folder):
-        counts = np.concatenate([open_shard(path, vocab_size=None) for path in sidecars])
-        if len(counts) <= targets:
-            raise UserError(f"{folder}: the byte sidecar has {len(counts)} entries for {targets + 1} tokens")
-        target_bytes = counts[1 : targets + 1]
+    if sidecars := open_sidecars(folder):
+        target_bytes = np.concatenate(sidecars)[1 : targets + 1]
     else:
         tokenizer = require_file(folder / "tokenizer.model", MADE_BY)
         target_bytes = byte_table(tokenizer, vocab_size).count(tokens[:-1], tokens[1:])
@@ -52,6 +49,21 @@ def load_validation(folder: Path, *, seq_len: int, vocab_size: int) -> Validatio
         tokens=torch.from_numpy(tokens.astype(np.int64)),
         bytes=torch.from_numpy(target_bytes.astype(np.int64)),
     )
+
+
+def open_sidecars(folder: Path) -> list[np.ndarray]:
+    """The byte sidecars (n,) uint16 of the validation shards, in order; empty where there are none.
+
+    Raises UserError unless every shard has one, with an entry for each of its tokens.
+    """
+    paths, shards = sidecar_paths(folder), shard_paths(folder, "val")
+    if paths and len(paths) != len(shards):
+        raise UserError(f"{folder}: {len(paths)} byte sidecars, expected {len(shards)} as there are validation shards")
+    sidecars = [open_shard(path, vocab_size=None) for path in paths]
+    for path, sidecar, shard in zip(paths, sidecars, shards, strict=False):
+        if len(sidecar) != (tokens := len(open_shard(shard, vocab_size=None))):
+            raise UserError(f"{path}: {len(sidecar)} entries, expected {tokens} as {shard} has tokens")
+    return sidecars
 
 
 def verify_tokens(folder: Path, *, vocab_size: int) -> None:

@@ -2,7 +2,7 @@
 
 A point is a safetensors file (weights, averages, momentum, moments) and latest.json, which names it and holds the
 rest. latest.json is written last, so a run killed while saving goes on from the point before. A point carries the
-fingerprint of its experiment; a run of any other experiment does not see it.
+fingerprint of its experiment, code included; a run of any other experiment does not see it.
 """
 
 import fcntl
@@ -14,17 +14,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stages.errors import UserError
 from stages.files import write_atomic
 from stages.params import Params
-from stages.weights import load_tensors, save_tensors
+from stages.sources import sources_sha256
+from stages.weights import save_tensors
 
 
 def fingerprint(params: Params, seed: int, tokens: Path) -> str:
-    """SHA-256 over what decides a run: the model and train sections, the seed, and the tokens' meta.json."""
+    """SHA-256 over what decides a run: the code of model/ and stages/train/, their sections of params.yaml, the seed,
+    and the tokens' meta.json."""
     experiment = {
+        "code": sources_sha256("model", "stages/train"),
         "model": params.model.model_dump(),
         "train": params.train.model_dump(),
         "seed": seed,
@@ -74,10 +79,17 @@ class ResumePoints:
                 old.unlink()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors (on the CPU) and state of the latest point of this experiment, or None."""
+        """Tensors (on the CPU) and state of the latest point of this experiment, or None.
+
+        Raises UserError if its tensors are missing or damaged.
+        """
         if not self.latest.is_file():
             return None
         point = json.loads(self.latest.read_text(encoding="utf-8"))
         if point["fingerprint"] != self.fingerprint:
             return None
-        return load_tensors(self.folder / point["tensors"], "python -m stages.train"), point["state"]
+        path = self.folder / point["tensors"]
+        try:
+            return load_file(path), point["state"]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not readable ({error}); remove {self.folder} to begin anew") from None

@@ -48,7 +48,7 @@ class Gradients:
             for index, members in enumerate(groups.values())
             for dtype in dict.fromkeys(p.dtype for _, p in members)
         ]
-        # L2 norm by group before clipping, mean over the micro-batches.
+        # L2 norm by group before clipping: this rank's share of the mean over the micro-batches of all ranks.
         self.norms = torch.zeros(len(groups), device=self.flat.device)
 
     def clear(self) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from stages.distributed import World
+from stages.distributed import World, alone
 from stages.errors import UserError
 from stages.params import CoprimeLoader, PackedLoader, Params, SequentialLoader, ShuffledLoader, Train
 from stages.tokenize.shards import shard_paths
@@ -15,7 +15,7 @@ from stages.train.loader import Order, Sequential, Stream, Tokens
 from stages.train.packing import PackedRows, document_bounds
 from stages.train.windows import CoprimeWindows, ShuffledWindows, name_seed
 
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = alone(torch.device("cpu"))
 
 
 def check_inputs(params: Params, seed: int, tokens: Path, resume: Path) -> None:

@@ -94,13 +94,19 @@ def train(
             if world.rank == 0:
                 points.save(run.now.step, tensors, run.state())
 
-    bpb = {"last": val_bpb}
     weights = run.weights()
+    bpb = {"last": val_bpb} | _averages_bpb(run, weights, validation)
+    return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, run.now.clock_s, stopped_by)
+
+
+def _averages_bpb(run: Run, weights: dict[str, dict[str, Tensor]], validation: Validation) -> dict[str, float]:
+    """Bits per byte of every kind of weights but the last, which the network has again in the end."""
+    bpb = {}
     for kind in list(weights)[1:]:
         run.load_weights(weights[kind])
         bpb[kind] = _validate(run, validation)[1]
     run.load_weights(weights["last"])
-    return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, run.now.clock_s, stopped_by)
+    return bpb
 
 
 def _step(run: Run, clock: Clock) -> Figures:
@@ -119,7 +125,9 @@ def _step(run: Run, clock: Clock) -> Figures:
 
     # One exchange tells all ranks rank 0's clock, the mean loss, and whether anything went wrong anywhere.
     rows = run.world.gather(torch.cat([torch.full_like(norms[:1], clock.read()), loss.double()[None], norms]))
-    train_loss, *group_norms = (math.fsum(column) / run.world.size for column in list(zip(*rows, strict=True))[1:])
+    _, losses, *norm_columns = zip(*rows, strict=True)
+    # Ranks hold means of their losses, but shares of the mean norms.
+    train_loss, group_norms = math.fsum(losses) / run.world.size, [math.fsum(column) for column in norm_columns]
     _demand_finite(run, train_loss, group_norms)
     run.now = Moment(step + 1, rows[0][0])
     return {

@@ -7,10 +7,8 @@ of a shard that is too short for a whole step is dropped.
 import numpy as np
 
 from stages.errors import UserError
+from stages.tokenize.tokenizer import BOS
 from stages.train.loader import State, Tokens
-
-# The token before every document.
-BOS = 1
 
 
 def segment_bounds(starts: np.ndarray, total: int, *, cut: int, bucket: int) -> np.ndarray:

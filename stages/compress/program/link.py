@@ -30,7 +30,7 @@ def link(root: Path, entry: str) -> Linked:
     Modules imported inside functions alone run at the start of the program as well, if what they import is installed:
     Triton's kernels are the case in point. Raises ValueError on an import that this cannot express.
     """
-    linker = _Linker(root)
+    linker = Linker(root)
     eager = linker.closure([entry])
     lazy = linker.closure(list(linker.inner_imports(eager)), eager)
     tree = ast.Module([statement for name in eager for statement in linker.text(name)], [])
@@ -41,7 +41,9 @@ def link(root: Path, entry: str) -> Linked:
     return Linked(ast.fix_missing_locations(tree), linker.names)
 
 
-class _Linker:
+class Linker:
+    """The modules of a program: what they import, and their texts for one namespace."""
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.modules: dict[str, _Module] = {}
@@ -147,7 +149,7 @@ class _Linker:
 class _Replace(GlobalNames):
     """Puts the meaning of a module's names in their place."""
 
-    def __init__(self, linker: _Linker, module: _Module) -> None:
+    def __init__(self, linker: Linker, module: _Module) -> None:
         super().__init__(self._new)
         self.linker, self.module = linker, module
 
