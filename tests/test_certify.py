@@ -75,7 +75,7 @@ def _stream(targets: int) -> Tensor:
 
 def _certify(make: Make, tokens: int) -> dict[str, Finding]:
     settings = params.Certify(tokens=tokens, stream_tokens=tokens + 1000)
-    return certify(make, _network, _stream(tokens + 1000), settings, lambda _: None)
+    return certify(make, _network(), _network, _stream(tokens + 1000), settings, lambda _: None)
 
 
 def _failed(findings: dict[str, Finding]) -> set[str]:
@@ -268,15 +268,16 @@ def test_training_before_scoring_is_caught() -> None:
 
 def test_nothing_is_proven_about_learning_where_nothing_is_learned() -> None:
     settings = params.Certify(tokens=40, stream_tokens=128)
-    findings = certify(LEGAL["ttt"], _network, _stream(600), settings, lambda _: None)
+    findings = certify(LEGAL["ttt"], _network(), _network, _stream(600), settings, lambda _: None)
     assert {name for name, f in findings.items() if f.verdict == "unproven"} == {"causality", "score_first", "decoder"}
     assert legal(findings.values()) == "unproven"
 
 
 def test_a_piece_too_short_for_the_evaluator_is_told() -> None:
     evaluator = StreamingEvaluator(params.Streaming(block_tokens=32, lanes=20))
+    settings = params.Certify(tokens=40, stream_tokens=64)
     with pytest.raises(UserError, match=r"certify.stream_tokens \(64\): too few for this evaluator"):
-        certify(lambda: evaluator, _network, _stream(600), params.Certify(tokens=40, stream_tokens=64), lambda _: None)
+        certify(lambda: evaluator, _network(), _network, _stream(600), settings, lambda _: None)
 
 
 CLEAN = Provenance(adapt_split="train", adapt_epochs=3, adapt_s=50.0, calibration="train")

@@ -46,11 +46,12 @@ def main() -> None:
     if device.type == "cuda":
         # What is compared has equal shapes; compiling, anew for each run, would serve nothing.
         torch.compiler.set_stance("force_eager")
-    _, validation = load_inputs(ARTIFACTS, seed, device)
+    model, validation = load_inputs(ARTIFACTS, seed, device)
     evaluation = load_evaluation(ARTIFACTS, seed, name, len(validation.bytes))
     with Progress(f"certify {seed} {name}", params.certify.tokens, unit="tokens decoded") as progress:
         findings = certify(
             lambda: make_evaluator(name, params),
+            model,
             lambda: load_artifact(ARTIFACTS / f"compress/{seed}/model.bin", device),
             validation.tokens.to(device),
             params.certify,

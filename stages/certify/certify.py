@@ -23,17 +23,18 @@ from stages.evaluate.evaluator import Evaluator
 
 def certify(
     make: Callable[[], Evaluator],
+    model: GPT,
     load: Callable[[], GPT],
     tokens_N1: Tensor,
     settings: params.Certify,
     decoded: Callable[[int], None],
 ) -> dict[str, Finding]:
-    """A finding per condition. `make` and `load` give a new evaluator and the network of the artifact, each time.
+    """A finding per condition. `make` gives a new evaluator; `model` is the artifact's network, which `load` reads anew.
 
     `tokens_N1` int64 is the validation stream, on the network's device. `decoded` is told how many more tokens came
     back from the decoder. Raises UserError if the evaluator's settings do not fit the stream.
     """
-    box = BlackBox(make, load())
+    box = BlackBox(make, model)
     N = piece_length(box, tokens_N1, settings)
     base = baseline(box, tokens_N1[: N + 1])
     if missed := int((base.times_N == 0).sum()):

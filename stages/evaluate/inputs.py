@@ -12,6 +12,7 @@ from stages.errors import UserError
 from stages.files import require_file
 from stages.params import Params
 from stages.sources import sources_sha256
+from stages.tokenize.shards import file_sha256
 from stages.tokenize.validation import Validation, load_validation
 
 
@@ -37,8 +38,8 @@ def fingerprint(artifacts: Path, seed: int, name: str, params: Params) -> str:
     the tokens' meta.json, the evaluator and its section."""
     evaluation = {
         "code": sources_sha256("model", "stages/evaluate", "stages/adapt"),
-        "model": hashlib.sha256((artifacts / "compress" / str(seed) / "model.bin").read_bytes()).hexdigest(),
-        "tokens": hashlib.sha256((artifacts / "tokens" / "meta.json").read_bytes()).hexdigest(),
+        "model": file_sha256(artifacts / "compress" / str(seed) / "model.bin"),
+        "tokens": file_sha256(artifacts / "tokens" / "meta.json"),
         "evaluator": name,
         "settings": getattr(params, name).model_dump(),
     }

@@ -16,7 +16,8 @@ from pathlib import Path
 from stages.errors import run_stage
 from stages.files import output_folder, require_file, write_atomic
 from stages.params import load_params
-from stages.submission.figures import collect, submission_json, verdict
+from stages.report.runs import collect
+from stages.submission.figures import submission_json
 from stages.submission.log import train_log
 from stages.submission.readme import readme
 from stages.submission.requirements import requirements
@@ -27,7 +28,8 @@ ARTIFACTS = Path("artifacts")
 def main() -> None:
     """Write artifacts/submission."""
     params = load_params("params.yaml")
-    runs, evaluator = collect(ARTIFACTS, params), params.compress.evaluator
+    evaluator = params.compress.evaluator
+    runs = collect(ARTIFACTS, params.seeds, [evaluator])
     shipped = runs[0].seed
     program = require_file(ARTIFACTS / f"compress/{shipped}/train_gpt.py", f"python -m stages.compress {shipped}")
     tokenizer = require_file(ARTIFACTS / "tokens/tokenizer.model", "python -m stages.tokenize")
@@ -41,7 +43,7 @@ def main() -> None:
         write_atomic(out / "requirements.txt", requirements(Path(), "stages.__main__"))
         shutil.copyfile(program, out / "train_gpt.py")
         shutil.copyfile(tokenizer, out / "tokenizer.model")
-    print(f"artifacts/submission: val_bpb {submission['val_bpb']:.6f}, {verdict(runs, evaluator)}")
+    print(f"artifacts/submission: val_bpb {submission['val_bpb']:.6f}, {submission['certificate']['verdict']}")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,14 @@
-"""What the stages found out about each seed, and submission.json, which is made of it."""
+"""submission.json, made of what the stages found out about each seed."""
 
-from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from stages.params import Params
 from stages.report.budgets import LIMIT_BYTES, budgets, eval_s, train_s
-from stages.report.certificates import Standing, standing
+from stages.report.certificates import standing
 from stages.report.runs import Run
-from stages.report.runs import collect as collect_runs
+from stages.report.significance import spread
 
 TRACK = "track_10min_16mb"
-
-
-def collect(artifacts: Path, params: Params) -> list[Run]:
-    """The figures of every seed. Raises UserError if something is not there, naming the stage that makes it."""
-    return collect_runs(artifacts, params.seeds, [params.compress.evaluator])
-
-
-def verdict(runs: list[Run], evaluator: str) -> Standing:
-    """The certificates' word on an evaluator, over all seeds."""
-    return standing([run.certificates[evaluator] for run in runs])
 
 
 def submission_json(params: Params, runs: list[Run], *, date: str) -> dict[str, Any]:
@@ -30,8 +18,9 @@ def submission_json(params: Params, runs: list[Run], *, date: str) -> dict[str, 
     """
     evaluator = params.compress.evaluator
     environment, person = runs[0].train["environment"], params.submission
-    bpb, loss = ([run.scores[evaluator][key] for run in runs] for key in ("val_bpb", "val_loss"))
-    spread = {"val_bpb_std": stdev(bpb), "val_loss_std": stdev(loss)} if len(runs) > 1 else {}
+    verdict = standing([run.certificates[evaluator] for run in runs])
+    bpb, loss = (spread([run.scores[evaluator][key] for run in runs]) for key in ("val_bpb", "val_loss"))
+    deviations = {"val_bpb_std": bpb.std, "val_loss_std": loss.std} if len(runs) > 1 else {}
     size, training, evaluation = budgets(runs, evaluator)
     largest = max(runs, key=lambda run: run.size["total_bytes"]).size
     return {
@@ -41,9 +30,9 @@ def submission_json(params: Params, runs: list[Run], *, date: str) -> dict[str, 
         "blurb": person.blurb,
         "date": date,
         "track": TRACK,
-        "val_loss": mean(loss),
-        "val_bpb": mean(bpb),
-        **spread,
+        "val_loss": loss.mean,
+        "val_bpb": bpb.mean,
+        **deviations,
         "bytes_total": largest["total_bytes"],
         "bytes_code": largest["train_gpt_bytes"],
         "seeds": [run.seed for run in runs],
@@ -53,7 +42,7 @@ def submission_json(params: Params, runs: list[Run], *, date: str) -> dict[str, 
         "cuda_version": environment["cuda"],
         "certificate": {
             "evaluator": evaluator,
-            "verdict": verdict(runs, evaluator),
+            "verdict": verdict,
             "conditions": {
                 str(run.seed): {name: found.verdict for name, found in run.certificates[evaluator].conditions.items()}
                 for run in runs
@@ -64,7 +53,7 @@ def submission_json(params: Params, runs: list[Run], *, date: str) -> dict[str, 
             "eval_under_600s": evaluation.within,
             "artifact_under_16mb": size.used <= LIMIT_BYTES,
             "three_seeds": len(runs) >= 3,
-            "certified_legal": verdict(runs, evaluator) == "legal",
+            "certified_legal": verdict == "legal",
         },
     }
 

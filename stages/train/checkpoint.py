@@ -22,6 +22,7 @@ from stages.errors import UserError
 from stages.files import write_atomic
 from stages.params import Params
 from stages.sources import sources_sha256
+from stages.tokenize.shards import file_sha256
 from stages.weights import save_tensors
 
 
@@ -33,7 +34,7 @@ def fingerprint(params: Params, seed: int, tokens: Path) -> str:
         "model": params.model.model_dump(),
         "train": params.train.model_dump(),
         "seed": seed,
-        "tokens": hashlib.sha256((tokens / "meta.json").read_bytes()).hexdigest(),
+        "tokens": file_sha256(tokens / "meta.json"),
     }
     return hashlib.sha256(json.dumps(experiment, sort_keys=True).encode()).hexdigest()
 
