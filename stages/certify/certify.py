@@ -29,7 +29,7 @@ def certify(
     settings: params.Certify,
     decoded: Callable[[int], None],
 ) -> dict[str, Finding]:
-    """A finding per condition. `make` gives a new evaluator; `model` is the artifact's network, which `load` reads anew.
+    """A finding per condition. `make` makes an evaluator; `model` is the artifact's network, which `load` reads anew.
 
     `tokens_N1` int64 is the validation stream, on the network's device. `decoded` is told how many more tokens came
     back from the decoder. Raises UserError if the evaluator's settings do not fit the stream.
