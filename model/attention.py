@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from model.backends import attention_backend, cudnn_attention, flash2_attention, flash4_attention, recent_attention
 from model.config import ModelConfig
-from model.kernels import fused, in_place
+from model.kernels import fused, powers_of_two
+from model.norm import Normed
 from model.precision import linear, rms_norm
 from model.rope import rotate
 
@@ -87,7 +88,7 @@ def exclude_self(o_BTHE: Tensor, v_BTKE: Tensor, gate_BTH: Tensor | None = None)
     Then times the gate, if there is one. In float32 and returned in the dtype of `o`. Nothing is detached: the gradient
     also flows through the direction.
     """
-    if fused(o_BTHE):
+    if fused(o_BTHE) and powers_of_two(*o_BTHE.shape[2:], v_BTKE.size(2)):
         from model.kernels.exclusive import exclusive
 
         return exclusive(o_BTHE.contiguous(), v_BTKE.contiguous(), gate_BTH)
@@ -142,18 +143,18 @@ class Attention(nn.Module):
         self.gate_scale = gate.scale if gate else 1.0
         self.gate_w = nn.Parameter(torch.empty(config.heads, gate.window)) if gate else None
 
-    def forward(self, n_BTD: Tensor, scale: Tensor, shared: Shared, onto: Tensor | None = None) -> Tensor:
+    def forward(self, n: Normed, scale: Tensor, shared: Shared, onto: Tensor | None = None) -> Tensor:
         """Attend within the rows (or segments) of the normed and scaled input; times `scale` (D,), at wanted places.
 
-        `onto`: see linear.
+        `onto`: see linear; it may be what `n` is the norm of.
         """
-        q_BTHE, k_BTKE, v_BTKE = self._project(n_BTD, shared.rope)
+        q_BTHE, k_BTKE, v_BTKE = self._project(n, shared.rope)
         v_BTKE = self._values(v_BTKE, shared)
         o_BTHE = self._attend(shared.wanted(q_BTHE), k_BTKE, v_BTKE, shared)
-        n_BTD, v_BTKE = shared.wanted(n_BTD), shared.wanted(v_BTKE)
-        gate_BTH = None
+        v_BTKE, gate_BTH = shared.wanted(v_BTKE), None
         if self.gate_w is not None:
-            gate_BTH = torch.sigmoid(self.gate_scale * linear(n_BTD[..., : self.gate_w.size(1)], self.gate_w))
+            read = shared.wanted(n.tensor(self.gate_w.size(1)))
+            gate_BTH = torch.sigmoid(self.gate_scale * linear(read, self.gate_w))
         if self.exclusive:
             o_BTHE = exclude_self(o_BTHE, v_BTKE, gate_BTH)
         elif gate_BTH is not None:
@@ -166,18 +167,17 @@ class Attention(nn.Module):
             return attend_recent(q_BTHE, k_BTKE, v_BTKE, window=k_BTKE.size(1))
         return attend(q_BTHE, k_BTKE, v_BTKE, shared.segments, longest=shared.longest)
 
-    def _project(self, n_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, n: Normed, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, normed, rotated and gained, keys, normed and rotated, and raw values, by head."""
-        gain, by_head = self.q_gain.to(n_BTD.dtype), (-1, self.head_dim)
-        if fused(n_BTD):
-            from model.kernels.heads import heads, queries_and_keys
+        gain, by_head = self.q_gain.to(n.x.dtype), (-1, self.head_dim)
+        if fused(n.x):
+            from model.kernels.heads import fits, heads
 
-            qkv, kv_heads = linear(n_BTD, torch.cat([self.q, self.k, self.v])), self.k.size(0) // self.head_dim
-            # Exclusion would copy them after all.
-            if in_place(n_BTD) and not self.exclusive:
-                values = qkv[..., -self.v.size(0) :].unflatten(2, by_head)
-                return *queries_and_keys(qkv, *rope, gain, kv_heads), values
-            return heads(qkv, *rope, gain, kv_heads)
+            kv_heads = self.k.size(0) // self.head_dim
+            if fits(gain.numel(), kv_heads, self.head_dim, rope[0].size(-1)):
+                weight = torch.cat([self.q, self.k, self.v]).to(n.x.dtype)
+                return heads(n.x, n.factors, weight, *rope, gain, kv_heads)[:3]
+        n_BTD = n.tensor()
         q_BTHE = rotate(rms_norm(linear(n_BTD, self.q).unflatten(2, by_head)), rope) * gain[:, None]
         k_BTKE = rotate(rms_norm(linear(n_BTD, self.k).unflatten(2, by_head)), rope)
         return q_BTHE, k_BTKE, linear(n_BTD, self.v).unflatten(2, by_head)

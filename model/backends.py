@@ -101,18 +101,18 @@ def flash4_attention_backward(
     return dq.view_as(q), dk.view_as(k), dv.view_as(v)
 
 
-@torch.library.custom_op("fairway::recent_attention", mutates_args=())
 def recent_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attention of the last positions to the `window` up to each, by FlashAttention-2; fewer queries than keys."""
+    """Attention of the last positions to the `window` up to each, by FlashAttention-2; fewer queries than keys.
+
+    No gradient, and not for the compiler.
+    """
     lengths, causal = (None, None, q.size(1), k.size(1)), (0.0, True, False)
     q, k, v = (x.contiguous() for x in (q, k, v))
     # It counts the positions before a query's own, and aligns the last query with the last key.
-    o, *_ = aten._flash_attention_forward(q, k, v, *lengths, *causal, window_size_left=window - 1, window_size_right=0)
-    result: Tensor = o
-    return result
-
-
-recent_attention.register_fake(lambda q, k, v, window: q.new_empty(q.shape))
+    o: Tensor = aten._flash_attention_forward(
+        q, k, v, *lengths, *causal, window_size_left=window - 1, window_size_right=0
+    )[0]
+    return o
 
 
 def _packed(segments: Tensor | None, *tensors: Tensor) -> list[Tensor]:

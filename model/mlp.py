@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.kernels import fused
+from model.norm import Normed
 from model.precision import linear, scaled
 
 
@@ -20,14 +21,15 @@ class Mlp(nn.Module):
         self.up = nn.Parameter(torch.empty(config.mlp_hidden, config.width))
         self.down = nn.Parameter(torch.empty(config.width, config.mlp_hidden))
 
-    def forward(self, n_BTD: Tensor, scale: Tensor, onto: Tensor | None = None) -> Tensor:
+    def forward(self, n: Normed, scale: Tensor, onto: Tensor | None = None) -> Tensor:
         """From the normed and scaled input, (B, T, D) to (B, T, D), times `scale` (D,); `onto`: see linear."""
-        if fused(n_BTD) and self.up.size(0) % 8 == 0 and self.up.size(1) % 8 == 0:
+        if fused(n.x) and self.up.size(0) % 8 == 0:
             from model.kernels.mlp import activated, mlp
 
-            n_ND, up = n_BTD.flatten(0, 1), self.up.to(n_BTD.dtype)
+            n_ND, up = n.x.flatten(0, 1), self.up.to(n.x.dtype)
             if not torch.is_grad_enabled():
-                return linear(activated(n_ND, up).view(*n_BTD.shape[:-1], -1), self.down, scale, onto)
-            return mlp(n_ND, up, scaled(self.down, scale, n_BTD.dtype))[0].view_as(n_BTD)
-        hidden_BTF = F.leaky_relu(linear(n_BTD, self.up), negative_slope=0.5).square()
+                hidden_NF = activated(n_ND, n.factors, up)
+                return linear(hidden_NF.view(*n.x.shape[:-1], -1), self.down, scale, onto)
+            return mlp(n_ND, up, scaled(self.down, scale, n.x.dtype))[0].view_as(n.x)
+        hidden_BTF = F.leaky_relu(linear(n.tensor(), self.up), negative_slope=0.5).square()
         return linear(hidden_BTF, self.down, scale, onto)

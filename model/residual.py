@@ -9,41 +9,9 @@ from torch import Tensor, nn
 from model.attention import Attention, Shared
 from model.config import ModelConfig
 from model.embedding import storage
-from model.kernels import fused, in_place
+from model.kernels import in_place
 from model.mlp import Mlp
-from model.precision import rms_norm
-
-
-def join(sources: list[Tensor], weights: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """u = Σ weights[j]⊙sources[j], and scale·norm(u): two or three sources (B, T, D), weights (J, D) of their dtype."""
-    if fused(sources[0]):
-        from model.kernels.join import mix_norm
-
-        first, second, *third = [source.contiguous() for source in sources]
-        return mix_norm(first, second, third[0] if third else None, weights, scale)
-    u_BTD = weights[0] * sources[0]
-    for weight, source in zip(weights[1:], sources[1:], strict=True):
-        u_BTD = u_BTD + weight * source
-    return u_BTD, scale * rms_norm(u_BTD)
-
-
-def add(x_BTD: Tensor, y_BTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """u = x + y, and scale·norm(u)."""
-    if fused(x_BTD):
-        from model.kernels.join import add_norm
-
-        return add_norm(x_BTD.contiguous(), y_BTD.contiguous(), scale)
-    u_BTD = x_BTD + y_BTD
-    return u_BTD, scale * rms_norm(u_BTD)
-
-
-def norm(x_BTD: Tensor, scale: float) -> Tensor:
-    """scale·norm(x)."""
-    if in_place(x_BTD):
-        from model.kernels.join import scaled_norm
-
-        return scaled_norm(x_BTD.contiguous(), scale)
-    return scale * rms_norm(x_BTD)
+from model.norm import join, norm
 
 
 class Block(nn.Module):
@@ -73,14 +41,14 @@ class Block(nn.Module):
         else:
             saved_BTD, shares = skip
             sources, weights = [x_BTD, saved_BTD, shared.x0_BTD], torch.cat([mix[:1] * shares, mix[1:]])
-        u_BTD, n_BTD = join(sources, weights, self.norm_scale)
+        u_BTD, n = join(sources, weights, self.norm_scale)
         u_BTD = shared.wanted(u_BTD).contiguous()
         if in_place(u_BTD):
             # u becomes y, and y what comes out.
-            y_BTD = self.attn(n_BTD, self.attn_scale, shared, u_BTD)
+            y_BTD = self.attn(n, self.attn_scale, shared, u_BTD)
             return self.mlp(norm(y_BTD, self.norm_scale), self.mlp_scale, y_BTD)
-        y_BTD, n_BTD = add(u_BTD, self.attn(n_BTD, self.attn_scale, shared), self.norm_scale)
-        return y_BTD + self.mlp(n_BTD, self.mlp_scale)
+        y_BTD, n = join([u_BTD, self.attn(n, self.attn_scale, shared)], None, self.norm_scale)
+        return y_BTD + self.mlp(n, self.mlp_scale)
 
 
 class Skips(nn.Module):
@@ -122,8 +90,8 @@ class Lanes(nn.Module):
     def forward(self, block: Block, lanes: tuple[Tensor, Tensor], shared: Shared) -> tuple[Tensor, Tensor]:
         """Both lanes (B, T, D) after the layer `block`, or the places wanted of them."""
         mix = block.resid_mix.to(lanes[0].dtype)
-        _, n_BTD = join([lanes[0], shared.x0_BTD], mix, block.norm_scale)
-        attention = block.attn(n_BTD, block.attn_scale, shared)
+        _, n = join([lanes[0], shared.x0_BTD], mix, block.norm_scale)
+        attention = block.attn(n, block.attn_scale, shared)
         first, second = shared.wanted(lanes[0]), shared.wanted(lanes[1])
         mlp = block.mlp(norm(second, block.norm_scale), block.mlp_scale)
         index = block.attn.index

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_model import EVERY_RECORD, RECORDS
 from torch import Tensor
 
-from model import attention, head, residual
+from model import attention, head, norm
 from model.backends import attention_backend
 from model.compiler import compiled
 from model.config import ModelConfig
@@ -57,23 +57,29 @@ def assert_same(
     assert max(errors) < close, errors
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "width", "pairs"), [(8, 4, 64, 8), (3, 1, 24, 4)])
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "pairs"), [(8, 4, 64, 8), (6, 2, 32, 16)])
 def test_queries_and_keys_are_normed_rotated_and_gained(heads: int, kv_heads: int, width: int, pairs: int) -> None:
     from model.kernels.heads import heads as fused_heads
 
     rope = ModelConfig.model_validate(RECORDS["r1150"]).rope.model_copy(update={"dims": 2 * pairs})
-    table = rotary_table(rope, 65, device=CUDA, dtype=torch.bfloat16)
+    table = rotary_table(rope, 165, device=CUDA, dtype=torch.bfloat16)
 
-    def plain(qkv: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv.unflatten(2, (-1, width)).split([heads, kv_heads, kv_heads], dim=2)
+    def plain(n: Tensor, weight: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (n @ weight.T).unflatten(2, (-1, width)).split([heads, kv_heads, kv_heads], dim=2)
         cos, sin = (x.float() for x in table)
         return rotate(rms_norm(q), (cos, sin)) * gain[:, None], rotate(rms_norm(k), (cos, sin)), v
 
-    inputs = random(0, (3, 65, (heads + 2 * kv_heads) * width), (heads,))
-    assert_same(lambda qkv, gain: fused_heads(qkv, *table, gain, kv_heads), plain, inputs)
+    inputs = random(0, (3, 165, 72), ((heads + 2 * kv_heads) * width, 72), (heads,))
+    assert_same(lambda n, weight, gain: fused_heads(n, None, weight, *table, gain, kv_heads)[:3], plain, inputs)
+
+    factors = torch.rand(3, 165, 1, device=CUDA)
+    n, weight, gain = (x.detach() for x in inputs)
+    found = fused_heads(n, factors, weight, *table, gain, kv_heads)[:3]
+    expected = plain(n.float() * factors, weight.float(), gain.float())
+    assert max(error(x, y) for x, y in zip(found, expected, strict=True)) < CLOSE
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 4, 64), (6, 3, 24)])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 4, 64), (4, 1, 32), (6, 3, 24)])
 @pytest.mark.parametrize("gated", [False, True])
 def test_own_values_are_excluded(heads: int, kv_heads: int, width: int, gated: bool) -> None:
     """bfloat16 takes the fused path, float32 the plain one."""
@@ -85,16 +91,33 @@ def test_own_values_are_excluded(heads: int, kv_heads: int, width: int, gated: b
 @pytest.mark.parametrize("count", [2, 3])
 def test_sources_are_mixed_and_normed(width: int, count: int) -> None:
     def mix(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-        return residual.join(list(arguments[:-1]), arguments[-1], 0.5)
+        u, n = norm.join(list(arguments[:-1]), arguments[-1], 0.5)
+        return u, n.tensor()
 
-    assert_same(mix, mix, random(2, *[(3, 67, width)] * count, (count, width)))
+    inputs = random(2, *[(3, 67, width)] * count, (count, width))
+    assert_same(mix, mix, inputs)
+    with torch.no_grad():
+        pairs = zip(mix(*inputs), mix(*(x.float() for x in inputs)), strict=True)
+        assert max(error(set_aside, whole) for set_aside, whole in pairs) < CLOSE
+
+
+@pytest.mark.parametrize("width", [512, 48])
+def test_a_norm_may_be_set_aside_as_factors(width: int) -> None:
+    (x,) = random(3, (3, 67, width))
+    with torch.no_grad():
+        set_aside = norm.norm(x, 0.5)
+        assert (set_aside.factors is not None) == (width == 512)
+        assert error(set_aside.tensor(), norm.norm(x.float(), 0.5).x) < CLOSE
+        assert error(set_aside.tensor(12), norm.norm(x.float(), 0.5).x[..., :12]) < CLOSE
 
 
 @pytest.mark.parametrize("width", [512, 48])
 def test_a_branch_is_added_and_normed(width: int) -> None:
-    assert_same(
-        lambda x, y: residual.add(x, y, 0.5), lambda x, y: residual.add(x, y, 0.5), random(3, *[(3, 67, width)] * 2)
-    )
+    def add(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        u, n = norm.join([x, y], None, 0.5)
+        return u, n.tensor()
+
+    assert_same(add, add, random(3, *[(3, 67, width)] * 2))
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(512, 1536), (512, 2048), (72, 200)])
@@ -106,10 +129,13 @@ def test_the_mlp_is_activated_between_its_products(width: int, hidden: int) -> N
             RECORDS["r1150"] | {"width": width, "mlp_hidden": hidden, "heads": 1, "kv_heads": 1}
         )
         parameters = {"up": up.float(), "down": down.float()}
-        result: Tensor = torch.func.functional_call(Mlp(config).to(CUDA), parameters, (n, scale))
+        result: Tensor = torch.func.functional_call(Mlp(config).to(CUDA), parameters, (norm.norm(n, 1.0), scale))
         return result
 
-    assert_same(mlp, mlp, random(6, (2, 150, width), (hidden, width), (width, hidden), (width,)), close=2e-2)
+    inputs = random(6, (2, 150, width), (hidden, width), (width, hidden), (width,))
+    assert_same(mlp, mlp, inputs, close=2e-2)
+    with torch.no_grad():
+        assert error(mlp(*inputs), mlp(*(x.float() for x in inputs))) < 2e-2
 
 
 @pytest.mark.parametrize("vocabulary", [1024, 8192, 40])

@@ -15,8 +15,16 @@ _watched = False
 
 
 def fused(x: Tensor) -> bool:
-    """Whether fused kernels take over for an activation like `x`: bfloat16 on CUDA, unless products are watched."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and not _watched
+    """Whether fused kernels take over for an activation like `x`: bfloat16 on CUDA, unless products are watched.
+
+    Their tiles ask for sizes that are powers of two, as the records' are.
+    """
+    return x.is_cuda and x.dtype == torch.bfloat16 and powers_of_two(x.size(-1)) and not _watched
+
+
+def powers_of_two(*sizes: int) -> bool:
+    """Whether they all are."""
+    return all(size & (size - 1) == 0 for size in sizes)
 
 
 def in_place(x: Tensor) -> bool:

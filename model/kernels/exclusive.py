@@ -1,7 +1,7 @@
 # mypy: disallow-untyped-defs=False
 """Exclusive self-attention and the gate behind it (attention.py), one pass over the data each way.
 
-Legend: N tokens, K key/value heads, G query heads of each, E width of a head; K2, G2, E2 rounded up to powers of two.
+Legend: N tokens, K key/value heads, G query heads of each, E width of a head; the last three are powers of two.
 
 With a = v/‖v‖, c = o·a and γ a head's gate (1 where there is none):
 
@@ -15,71 +15,62 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.read import read
+
 # As torch.nn.functional.normalize.
 SHORTEST = tl.constexpr(1e-12)
 
 
 @triton.jit
-def _place(
-    n_tokens, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
-    BLOCK: tl.constexpr, K2: tl.constexpr, G2: tl.constexpr, E2: tl.constexpr,
-):  # fmt: skip
-    """Indices of heads (n, k, g, 1) and of the first channel of values (n, k, 1, 1), channels, and what exists."""
+def _place(n_tokens, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+    """Indices of heads (n, k, g, 1) and of values (n, k, 1, e), channels, and which tokens exist."""
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None, None, None]
-    k = tl.arange(0, K2)[None, :, None, None]
-    g = tl.arange(0, G2)[None, None, :, None]
-    e = tl.arange(0, E2)[None, None, None, :]
-    has_v = (n < n_tokens) & (k < K)
-    return (n * K + k) * G + g, (n * K + k) * E + e, e, has_v & (g < G), has_v & (e < E)
+    row, e = n * K + tl.arange(0, K)[:, None, None], tl.arange(0, E)
+    return row * G + tl.arange(0, G)[:, None], row * E + e, e, n < n_tokens
 
 
 @triton.jit
-def _direction(v, at_v, has_v):
-    x = tl.load(v + at_v, mask=has_v, other=0.0).to(tl.float32)
+def _direction(v, at_v, has):
+    x = read(v + at_v, has)
     inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=3, keep_dims=True)), SHORTEST)
     return x * inverse, inverse
 
 
 @triton.jit
-def _forward(
-    o, v, gate, y, n_tokens, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
-    BLOCK: tl.constexpr, K2: tl.constexpr, G2: tl.constexpr, E2: tl.constexpr,
-):  # fmt: skip
-    head, at_v, e, has_head, has_v = _place(n_tokens, K, G, E, BLOCK, K2, G2, E2)
-    at, has = head * E + e, has_head & (e < E)
-    a, _ = _direction(v, at_v, has_v)
-    x = tl.load(o + at, mask=has, other=0.0).to(tl.float32)
+def _forward(o, v, gate, y, n_tokens, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+    head, at_v, e, has = _place(n_tokens, K, G, E, BLOCK)
+    at = head * E + e
+    a, _ = _direction(v, at_v, has)
+    x = read(o + at, has)
     result = x - tl.sum(x * a, axis=3, keep_dims=True) * a
     if gate is not None:
-        result *= tl.load(gate + head, mask=has_head, other=0.0).to(tl.float32)
+        result *= read(gate + head, has)
     tl.store(y + at, result.to(y.dtype.element_ty), mask=has)
 
 
 @triton.jit
 def _backward(
-    dy, o, v, gate, do, dv, dgate, n_tokens, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
-    BLOCK: tl.constexpr, K2: tl.constexpr, G2: tl.constexpr, E2: tl.constexpr,
-):  # fmt: skip
-    head, at_v, e, has_head, has_v = _place(n_tokens, K, G, E, BLOCK, K2, G2, E2)
-    at, has = head * E + e, has_head & (e < E)
-    a, inverse = _direction(v, at_v, has_v)
-    x = tl.load(o + at, mask=has, other=0.0).to(tl.float32)
-    h = tl.load(dy + at, mask=has, other=0.0).to(tl.float32)
+    dy, o, v, gate, do, dv, dgate, n_tokens, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr
+):
+    head, at_v, e, has = _place(n_tokens, K, G, E, BLOCK)
+    at = head * E + e
+    a, inverse = _direction(v, at_v, has)
+    x = read(o + at, has)
+    h = read(dy + at, has)
     c = tl.sum(x * a, axis=3, keep_dims=True)
     if gate is not None:
         opened = tl.sum(h * (x - c * a), axis=3, keep_dims=True)
-        tl.store(dgate + head, opened.to(dgate.dtype.element_ty), mask=has_head)
-        h *= tl.load(gate + head, mask=has_head, other=0.0).to(tl.float32)
+        tl.store(dgate + head, opened.to(dgate.dtype.element_ty), mask=has)
+        h *= read(gate + head, has)
     along = tl.sum(h * a, axis=3, keep_dims=True)
     tl.store(do + at, (h - along * a).to(do.dtype.element_ty), mask=has)
     da = -tl.sum(along * x + c * h, axis=2, keep_dims=True)
     d = (da - tl.sum(da * a, axis=3, keep_dims=True) * a) * inverse
-    tl.store(dv + at_v, d.to(dv.dtype.element_ty), mask=has_v)
+    tl.store(dv + at_v, d.to(dv.dtype.element_ty), mask=has)
 
 
 def _sizes(o: Tensor, v: Tensor) -> dict[str, int]:
-    exact = {"K": v.size(2), "G": o.size(2) // v.size(2), "E": v.size(3)}
-    return exact | {"BLOCK": 4} | {f"{name}2": triton.next_power_of_2(size) for name, size in exact.items()}
+    return {"K": v.size(2), "G": o.size(2) // v.size(2), "E": v.size(3), "BLOCK": 4}
 
 
 @torch.library.custom_op("fairway::exclusive", mutates_args=())

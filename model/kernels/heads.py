@@ -1,173 +1,179 @@
 # mypy: disallow-untyped-defs=False
-"""From the joint projection of queries, keys and values to what attention reads, in one pass over the data.
+"""Queries, keys and values as attention reads them, finished where their joint projection puts out its tiles.
 
-Legend: N tokens, H query heads, K key/value heads, S = H + 2K heads in all, E width of a head, R rotated pairs.
+Legend: N tokens, D width, H query heads, K key/value heads, S = H + 2K in all, E width of a head, R rotated pairs.
 
-With z = x/√(mean(x²) + ε) per head, Rot the rotation of rope.py and g the gain of a query head (1 for keys):
+With x = n·Wᵀ by head, z = x/√(mean(x²) + ε), Rot the rotation of rope.py and g the gain of a query head (1 for keys):
 
-    forward     y = g·Rot(z);  values are copied
-    backward    t = Rotᵀ(dy);  dg = Σ t·z;  dx = (g·t − z·mean(g·t·z)) / √(mean(x²) + ε)
+    forward     y = g·Rot(z);  values are x
+    backward    t = Rotᵀ(dy);  dg = Σ t·z;  dx = (g·t − z·mean(g·t·z)) / √(mean(x²) + ε);  dn = dx·W;  dW = dxᵀ·n
 
-Rot runs in float32 here and its result is rounded once; the plain path rounds after each operation.
+x is rounded to bfloat16 as if it had been stored, which it is only for the backward pass. Rot runs in float32 and its
+result is rounded once; the plain path rounds after each operation.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from model.kernels import powers_of_two
+from model.kernels.read import read
 
 EPS = tl.constexpr(2.0**-23)
+# Rows of a tile of the product, which is two heads wide, and the depth of a step towards it; two programs share a
+# multiprocessor. Tokens of a tile of the backward pass.
+ROWS, DEPTH, PER_PROCESSOR, BLOCK = 128, 64, 2, 4
 
 
 @triton.jit
-def _tile(n_tokens, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, K2: tl.constexpr, E2: tl.constexpr):
-    n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None, None]
-    k = tl.arange(0, K2)[None, :, None]
-    e = tl.arange(0, E2)[None, None, :]
-    return n, k, e, (n < n_tokens) & (k < K) & (e < E)
-
-
-@triton.jit
-def _turn(cos, sin, n, length, e, turned, R: tl.constexpr):
-    """Cosine and signed sine of a channel's rotation, and the channel it is paired with."""
-    at = (n % length) * R + e % R
-    c = tl.load(cos + at, mask=turned, other=1.0).to(tl.float32)
-    s = tl.load(sin + at, mask=turned, other=0.0).to(tl.float32)
-    return c, tl.where(e < R, s, -s), tl.where(e < R, e + R, e - R)
+def _finish(
+    product, c, s, gain, x_out, q, k, v, n, head,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Put out one head of a tile."""
+    stored = product.to(q.dtype)
+    if x_out is not None:
+        x_out.store([n, head * E], stored)
+    if head >= H + K:
+        v.store([n, (head - H - K) * E], stored)
+    else:
+        x = stored.to(tl.float32)
+        g = tl.load(gain + head, mask=head < H, other=1.0).to(tl.float32)
+        x *= (g * tl.rsqrt(tl.sum(x * x, axis=1) / E + EPS))[:, None]
+        # Channels in groups of 2R, of which the first is turned: its halves, (rows, groups, R) each.
+        GROUPS: tl.constexpr = E // (2 * R)
+        a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, GROUPS, 2, R)), (0, 1, 3, 2)))
+        turned = tl.arange(0, GROUPS)[None, :, None] == 0
+        cosine, sine = tl.where(turned, c[:, None, :], 1.0), tl.where(turned, s[:, None, :], 0.0)
+        halves = tl.permute(tl.join(a * cosine + b * sine, b * cosine - a * sine), (0, 1, 3, 2))
+        y = tl.reshape(halves, (ROWS, E)).to(q.dtype)
+        if head < H:
+            q.store([n, head * E], y)
+        else:
+            k.store([n, (head - H) * E], y)
 
 
 @triton.jit
 def _forward(
-    qkv, cos, sin, gain, q, k, v, n_tokens, length,
+    a, w, factors, cos, sin, gain, x_out, q, k, v, n_tokens, length, D: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, K2: tl.constexpr, E2: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    n, head, e, has = _tile(n_tokens, K, E, BLOCK, K2, E2)
-    # K heads: of the queries, the keys or the values.
-    part = tl.program_id(1)
-    row = qkv + (n * (H + 2 * K) + part * K + head) * E
-    if part * K == H + K:
-        if v is not None:
-            tl.store(v + (n * K + head) * E + e, tl.load(row + e, mask=has), mask=has)
-    else:
-        turned = has & (e < 2 * R)
-        c, s, partner = _turn(cos, sin, n, length, e, turned, R)
-        x = tl.load(row + e, mask=has, other=0.0).to(tl.float32)
-        paired = tl.load(row + partner, mask=turned, other=0.0).to(tl.float32)
-        g = tl.load(gain + part * K + head, mask=part * K + head < H, other=1.0).to(tl.float32)
-        scale = g * tl.rsqrt(tl.sum(x * x, axis=2, keep_dims=True) / E + EPS)
-        y = (scale * (x * c + paired * s)).to(q.dtype.element_ty)
-        if part * K < H:
-            tl.store(q + (n * H + part * K + head) * E + e, y, mask=has)
-        else:
-            tl.store(k + (n * K + head) * E + e, y, mask=has)
+    """Tiles of a (N, D) · w (S·E, D)ᵀ, a row of tiles after the other, by PROGRAMS programs in turn."""
+    columns: tl.constexpr = (H + 2 * K) // 2
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, ROWS) * columns, PROGRAMS):
+        n, head = tile // columns * ROWS, tile % columns * 2
+        product = tl.zeros((ROWS, 2 * E), tl.float32)
+        for d in range(0, D, DEPTH):
+            product = tl.dot(a.load([n, d]), w.load([head * E, d]).T, product)
+        row = n + tl.arange(0, ROWS)
+        if factors is not None:
+            product *= tl.load(factors + row, mask=row < n_tokens)[:, None]
+        at = (row % length)[:, None] * R + tl.arange(0, R)
+        c, s = tl.load(cos + at), tl.load(sin + at)
+        first, second = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, E)), (0, 2, 1)))
+        _finish(first, c, s, gain, x_out, q, k, v, n, head, H, K, E, R, ROWS)
+        _finish(second, c, s, gain, x_out, q, k, v, n, head + 1, H, K, E, R, ROWS)
 
 
 @triton.jit
 def _backward(
-    dq, dk, dv, qkv, cos, sin, gain, dqkv, dgain, n_tokens, length,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, K2: tl.constexpr, E2: tl.constexpr,
+    dq, dk, dv, x_in, cos, sin, gain, dx, dgain, n_tokens, length,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, head, e, has = _tile(n_tokens, K, E, BLOCK, K2, E2)
-    part = tl.program_id(1)
-    at = (n * (H + 2 * K) + part * K + head) * E + e
+    n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None, None]
+    # K heads: of the queries, the keys or the values.
+    part, k, e, has = tl.program_id(1), tl.arange(0, K)[:, None], tl.arange(0, E), n < n_tokens
+    at = (n * (H + 2 * K) + part * K + k) * E + e
     if part * K == H + K:
-        tl.store(dqkv + at, tl.load(dv + (n * K + head) * E + e, mask=has), mask=has)
+        tl.store(dx + at, tl.load(dv + (n * K + k) * E + e, mask=has), mask=has)
     else:
-        turned = has & (e < 2 * R)
-        c, s, partner = _turn(cos, sin, n, length, e, turned, R)
-        row = dk + (n * K + head) * E
+        # Cosine and signed sine of a channel's rotation, and the channel it is paired with.
+        turned, angle = has & (e < 2 * R), (n % length) * R + e % R
+        c = tl.load(cos + angle, mask=turned, other=1.0).to(tl.float32)
+        s = tl.where(e < R, 1, -1) * read(sin + angle, turned)
+        row = dk + (n * K + k) * E
         if part * K < H:
-            row = dq + (n * H + part * K + head) * E
-        t = tl.load(row + e, mask=has, other=0.0).to(tl.float32) * c
-        t -= tl.load(row + partner, mask=turned, other=0.0).to(tl.float32) * s
-        x = tl.load(qkv + at, mask=has, other=0.0).to(tl.float32)
+            row = dq + (n * H + part * K + k) * E
+        t = read(row + e, has) * c
+        t -= read(row + tl.where(e < R, e + R, e - R), turned) * s
+        x = read(x_in + at, has)
         rstd = tl.rsqrt(tl.sum(x * x, axis=2, keep_dims=True) / E + EPS)
         z = x * rstd
         along = tl.sum(t * z, axis=2, keep_dims=True)
-        g = tl.load(gain + part * K + head, mask=part * K + head < H, other=1.0).to(tl.float32)
-        tl.store(dqkv + at, (g * rstd * (t - z * along / E)).to(dqkv.dtype.element_ty), mask=has)
+        g = tl.load(gain + part * K + k, mask=part * K + k < H, other=1.0).to(tl.float32)
+        tl.store(dx + at, (g * rstd * (t - z * along / E)).to(dx.dtype.element_ty), mask=has)
         if part * K < H:
             # One row a block, summed by the caller: the same in every run.
-            partial = dgain + tl.program_id(0) * H + part * K + head
-            tl.store(partial, tl.sum(along, axis=0, keep_dims=True), mask=head < K)
+            partial = dgain + tl.program_id(0) * H + part * K + k
+            tl.store(partial[None], tl.sum(along, axis=0, keep_dims=True))
 
 
-def _sizes(qkv: Tensor, cos: Tensor, gain: Tensor, kv_heads: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and sizes of the kernels."""
-    heads, block = gain.numel(), 4
-    width = qkv.size(-1) // (heads + 2 * kv_heads)
-    padded = {"K2": triton.next_power_of_2(kv_heads), "E2": triton.next_power_of_2(width)}
-    grid = triton.cdiv(qkv.size(0) * qkv.size(1), block), heads // kv_heads + 2
-    return grid, {"H": heads, "K": kv_heads, "E": width, "R": cos.size(-1), "BLOCK": block} | padded
+def fits(heads: int, kv_heads: int, head_dim: int, pairs: int) -> bool:
+    """Whether tiles come out even: two query heads at a time; K, E and R powers of two; E at least 16."""
+    return heads % 2 == 0 and head_dim >= 16 and powers_of_two(kv_heads, head_dim, pairs)
 
 
 @torch.library.custom_op("fairway::heads", mutates_args=())
-def heads(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B, T, H, E), normed, rotated and gained, keys (B, T, K, E), normed and rotated, and values, untouched.
+def heads(
+    n: Tensor, factors: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries (B, T, H, E), normed, rotated and gained, keys (B, T, K, E), normed and rotated, values, and x.
 
-    qkv (B, T, (H + 2K)·E) contiguous, cos and sin (T, 1, R), gain (H,).
+    n (B, T, D) and weight (S·E, D) contiguous, cos and sin (T, 1, R), gain (H,). With factors (B, T, 1), float32, n's
+    rows are multiplied by them, there is no gradient, and x, otherwise (B, T, S·E), is empty.
     """
-    q, k, v = _empty(qkv, gain, kv_heads)
-    grid, sizes = _sizes(qkv, cos, gain, kv_heads)
-    _forward[grid](qkv, cos, sin, gain, q, k, v, qkv.size(0) * qkv.size(1), qkv.size(1), **sizes)
-    return q, k, v
+    q, k, v, x = outputs = _empty(n, factors, weight, cos, sin, gain, kv_heads)
+    (_, length, width), head_dim = n.shape, q.size(3)
+    blocks = ((n, ROWS, DEPTH), (weight[None], 2 * head_dim, DEPTH), *((y, ROWS, head_dim) for y in (x, q, k, v)))
+    a, w, *tiles = (
+        TensorDescriptor.from_tensor(y.flatten(2).flatten(0, 1), [rows, columns]) if y.numel() else None
+        for y, rows, columns in blocks
+    )
+    programs = PER_PROCESSOR * torch.cuda.get_device_properties(n.device).multi_processor_count
+    sizes = (n.numel() // width, length, width, gain.numel(), kv_heads, head_dim, cos.size(-1), ROWS, DEPTH, programs)
+    _forward[(programs,)](a, w, factors, cos, sin, gain, *tiles, *sizes, num_warps=4, num_stages=3)
+    return outputs
 
 
-@torch.library.custom_op("fairway::queries_and_keys", mutates_args=())
-def queries_and_keys(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """As heads, without the values, which are in qkv already; no gradient."""
-    q, k, _ = _empty(qkv, gain, kv_heads)
-    grid, sizes = _sizes(qkv, cos, gain, kv_heads)
-    sources = (qkv, cos, sin, gain, q, k, None, qkv.size(0) * qkv.size(1), qkv.size(1))
-    _forward[grid[0], grid[1] - 1](*sources, **sizes)
-    return q, k
-
-
-queries_and_keys.register_fake(lambda qkv, cos, sin, gain, kv_heads: _empty(qkv, gain, kv_heads)[:2])
-
-
-def _empty(qkv: Tensor, gain: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    heads = gain.numel()
-    rows, length, width = qkv.shape
-    width //= heads + 2 * kv_heads
-    q = qkv.new_empty(rows, length, heads, width)
-    k = qkv.new_empty(rows, length, kv_heads, width)
-    return q, k, torch.empty_like(k)
-
-
-heads.register_fake(lambda qkv, cos, sin, gain, kv_heads: _empty(qkv, gain, kv_heads))
+@heads.register_fake
+def _empty(n, factors, weight, cos, sin, gain, kv_heads):
+    rows, length, _ = n.shape
+    head_dim = weight.size(0) // (gain.numel() + 2 * kv_heads)
+    q, k = (n.new_empty(rows, length, count, head_dim) for count in (gain.numel(), kv_heads))
+    return q, k, torch.empty_like(k), n.new_empty((rows, length, weight.size(0)) if factors is None else 0)
 
 
 @torch.library.custom_op("fairway::heads_backward", mutates_args=())
 def heads_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, kv_heads: int
+    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv, in its dtype, and of the gain, float32."""
-    dqkv = torch.empty_like(qkv)
-    grid, sizes = _sizes(qkv, cos, gain, kv_heads)
-    dgain = gain.new_empty(grid[0], gain.numel(), dtype=torch.float32)
+    """Gradients of x, in its dtype, and of the gain, float32."""
+    dx, lengths = torch.empty_like(x), (x.size(0) * x.size(1), x.size(1))
+    (heads, width), kv_heads = dq.shape[2:], dk.size(2)
+    grid = triton.cdiv(lengths[0], BLOCK), heads // kv_heads + 2
+    dgain = gain.new_empty(grid[0], heads, dtype=torch.float32)
+    sizes = (heads, kv_heads, width, cos.size(-1), BLOCK)
     gradients = (dq.contiguous(), dk.contiguous(), dv.contiguous())
-    lengths = qkv.size(0) * qkv.size(1), qkv.size(1)
-    _backward[grid](*gradients, qkv, cos, sin, gain, dqkv, dgain, *lengths, **sizes)
-    return dqkv, dgain.sum(0)
+    _backward[grid](*gradients, x, cos, sin, gain, dx, dgain, *lengths, *sizes)
+    return dx, dgain.sum(0)
 
 
 @heads_backward.register_fake
-def _(dq, dk, dv, qkv, cos, sin, gain, kv_heads):
-    return torch.empty_like(qkv), torch.empty_like(gain, dtype=torch.float32)
+def _(dq, dk, dv, x, cos, sin, gain):
+    return torch.empty_like(x), torch.empty_like(gain, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output) -> None:
-    qkv, cos, sin, gain, ctx.kv_heads = inputs
-    ctx.save_for_backward(qkv, cos, sin, gain)
+    ctx.save_for_backward(*inputs[:-1], output[-1])
 
 
-def _gradients(ctx, dq, dk, dv):
-    qkv, cos, sin, gain = ctx.saved_tensors
-    dqkv, dgain = heads_backward(dq, dk, dv, qkv, cos, sin, gain, ctx.kv_heads)
-    return dqkv, None, None, dgain.to(gain.dtype), None
+def _gradients(ctx, dq, dk, dv, _):
+    n, _, weight, cos, sin, gain, x = ctx.saved_tensors
+    dx, dgain = heads_backward(dq, dk, dv, x, cos, sin, gain)
+    return dx @ weight, None, dx.flatten(0, 1).T @ n.flatten(0, 1), None, None, dgain.to(gain.dtype), None
 
 
 heads.register_autograd(_gradients, setup_context=_save)

@@ -38,7 +38,7 @@ def _activate(product, pre, out, n, f, BACKWARD: tl.constexpr):
 
 @triton.jit
 def _product(
-    a, b, pre, out, n_tokens, F, D: tl.constexpr, BACKWARD: tl.constexpr,
+    a, b, factors, pre, out, n_tokens, F, D: tl.constexpr, BACKWARD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a (N, D) · b (F, D)ᵀ, a row of tiles after the other, by PROGRAMS programs in turn."""
@@ -49,14 +49,23 @@ def _product(
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
         for d in range(0, D, DEPTH):
             product = tl.dot(a.load([n, d]), b.load([f, d]).T, product)
-        # In quarters, which take little shared memory: one is worked on while another is under way.
+        if factors is not None:
+            row = n + tl.arange(0, ROWS)
+            product *= tl.load(factors + row, mask=row < n_tokens)[:, None]
         left, right = _halves(product, ROWS, COLUMNS // 2)
-        first, second = _halves(left, ROWS, COLUMNS // 4)
+        _put_out(left, pre, out, n, f, BACKWARD, ROWS, COLUMNS)
+        _put_out(right, pre, out, n, f + COLUMNS // 2, BACKWARD, ROWS, COLUMNS)
+
+
+@triton.jit
+def _put_out(half, pre, out, n, f, BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Half a tile, in quarters if P goes with it: pieces take little shared memory, and overlap."""
+    if pre is None:
+        _activate(half, pre, out, n, f, BACKWARD)
+    else:
+        first, second = _halves(half, ROWS, COLUMNS // 4)
         _activate(first, pre, out, n, f, BACKWARD)
         _activate(second, pre, out, n, f + COLUMNS // 4, BACKWARD)
-        third, fourth = _halves(right, ROWS, COLUMNS // 4)
-        _activate(third, pre, out, n, f + COLUMNS // 2, BACKWARD)
-        _activate(fourth, pre, out, n, f + COLUMNS // 4 * 3, BACKWARD)
 
 
 @triton.jit
@@ -64,28 +73,30 @@ def _halves(x, ROWS: tl.constexpr, HALF: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
 
 
-def _launch(a: Tensor, b: Tensor, pre: Tensor | None, out: Tensor, *, backward: bool) -> None:
-    step, quarter = [ROWS, DEPTH], [ROWS, COLUMNS // 4]
-    blocks = ((a, step), (b, step), (pre, quarter), (out, quarter))
-    tiles = [None if x is None else TensorDescriptor.from_tensor(x, block) for x, block in blocks]
+def _launch(
+    a: Tensor, b: Tensor, pre: Tensor | None, out: Tensor, *, factors: Tensor | None = None, backward: bool = False
+) -> None:
+    step, piece = [ROWS, DEPTH], [ROWS, COLUMNS // (2 if pre is None else 4)]
+    blocks = ((a, step), (b, step), (pre, piece), (out, piece))
+    a_tiles, b_tiles, *tiles = (None if x is None else TensorDescriptor.from_tensor(x, block) for x, block in blocks)
     programs = PER_PROCESSOR * torch.cuda.get_device_properties(a.device).multi_processor_count
     sizes = (*out.shape, a.size(1), backward, ROWS, COLUMNS, DEPTH, programs)
-    _product[(programs,)](*tiles, *sizes, num_warps=4, num_stages=3)
+    _product[(programs,)](a_tiles, b_tiles, factors, *tiles, *sizes, num_warps=4, num_stages=3)
 
 
 @torch.library.custom_op("fairway::mlp", mutates_args=())
 def mlp(n: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, D), and P and A (N, F) for the backward pass, from n (N, D), Up (F, D) and Down (D, F); all bfloat16."""
     pre, out = _hidden(n, up), _hidden(n, up)
-    _launch(n, up, pre, out, backward=False)
+    _launch(n, up, pre, out)
     return out @ down.T, pre, out
 
 
 @torch.library.custom_op("fairway::activated", mutates_args=())
-def activated(n: Tensor, up: Tensor) -> Tensor:
-    """A (N, F) alone, from n (N, D) and Up (F, D), bfloat16; no gradient."""
+def activated(n: Tensor, factors: Tensor | None, up: Tensor) -> Tensor:
+    """A (N, F) alone, from n (N, D), its rows times factors (N,), float32, if any, and Up (F, D); no gradient."""
     out = _hidden(n, up)
-    _launch(n, up, None, out, backward=False)
+    _launch(n, up, None, out, factors=factors)
     return out
 
 
@@ -93,7 +104,7 @@ def _hidden(n: Tensor, up: Tensor) -> Tensor:
     return n.new_empty(n.size(0), up.size(0))
 
 
-activated.register_fake(_hidden)
+activated.register_fake(lambda n, factors, up: _hidden(n, up))
 mlp.register_fake(lambda n, up, down: (torch.empty_like(n), _hidden(n, up), _hidden(n, up)))
 
 

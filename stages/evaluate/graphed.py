@@ -25,23 +25,26 @@ class Graphed:
     def __call__(self, x: Tensor) -> Tensor:
         """The function of `x`, on CUDA."""
         if self._input is None:
-            self._record(x)
-        assert self._input is not None
+            return self._record(x)
         self._input.copy_(x)
         self._graph.replay()
         return self._output
 
-    def _record(self, x: Tensor) -> None:
+    def _record(self, x: Tensor) -> Tensor:
+        """The function of `x` by an ordinary run, and the graph from then on."""
         self._input = x.clone()
         # Kernels are built and libraries choose theirs on a run before, on another stream, as torch.cuda.graph asks.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.function(self._input)
+            first = self.function(self._input)
         torch.cuda.current_stream().wait_stream(stream)
         # Other threads, NCCL's watchdog among them, may go on asking the device meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._output = self.function(self._input)
+        # Made on another stream: not to be reused there before it is read here.
+        first.record_stream(torch.cuda.current_stream())
+        return first
 
 
 def graphed(function: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:

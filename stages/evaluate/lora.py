@@ -15,6 +15,7 @@ from model.attention import Attention, Shared
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.head import softcap
+from model.norm import Normed
 from model.precision import linear, rms_norm
 from model.residual import Block
 from model.rope import rotate
@@ -98,15 +99,17 @@ class AdaptedNetwork:
         """Wrap what a block's attention and MLP compute. Attention comes first in each application of the block."""
         attn, attend, project, transform = block.attn, block.attn.forward, block.attn._project, block.mlp.forward
 
-        def attend_adapted(n_BTD: Tensor, scale_D: Tensor, shared: Shared, onto: Tensor | None = None) -> Tensor:
+        def attend_adapted(n: Normed, scale_D: Tensor, shared: Shared, onto: Tensor | None = None) -> Tensor:
             self._application += 1
-            return self._added("o", n_BTD, attend(n_BTD, scale_D, shared, onto), scale_D)
+            n = self._kept(n)
+            return self._added("o", n, attend(n, scale_D, shared, onto), scale_D)
 
-        def project_adapted(n_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-            return self._projected(attn, n_BTD, rope) if self._adapters else project(n_BTD, rope)
+        def project_adapted(n: Normed, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            return self._projected(attn, n.x, rope) if self._adapters else project(n, rope)
 
-        def transform_adapted(n_BTD: Tensor, scale_D: Tensor, onto: Tensor | None = None) -> Tensor:
-            return self._added("mlp", n_BTD, transform(n_BTD, scale_D, onto), scale_D)
+        def transform_adapted(n: Normed, scale_D: Tensor, onto: Tensor | None = None) -> Tensor:
+            n = self._kept(n)
+            return self._added("mlp", n, transform(n, scale_D, onto), scale_D)
 
         for module, name, wrapped in (
             (attn, "forward", attend_adapted),
@@ -115,11 +118,15 @@ class AdaptedNetwork:
         ):
             setattr(module, name, wrapped)
 
-    def _added(self, site: str, n_BTD: Tensor, y_BTD: Tensor, scale_D: Tensor) -> Tensor:
+    def _kept(self, n: Normed) -> Normed:
+        """With adapters, a copy that outlives what the branch does in place."""
+        return Normed(n.tensor()) if self._adapters else n
+
+    def _added(self, site: str, n: Normed, y_BTD: Tensor, scale_D: Tensor) -> Tensor:
         """A branch's output with the site's, which is scaled per channel as the branch is."""
         if self._adapters is None:
             return y_BTD
-        return y_BTD + scale_D.to(y_BTD.dtype) * self._adapters(site, self._application, n_BTD)
+        return y_BTD + scale_D.to(y_BTD.dtype) * self._adapters(site, self._application, n.x)
 
     def _projected(self, attn: Attention, n_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Attention._project with what the sites q, k and v add."""
