@@ -39,25 +39,13 @@ def _mix_rows(shape: Shape, _: torch.Generator) -> Tensor:
 
 def initial_values(config: ModelConfig) -> dict[str, Draw]:
     """How to draw each parameter, keyed by its name without the `layer{i}.` in front."""
-    return {
+    values = {
         "embed.token": normal(config.embed_init_std),
-        "bigram.table": constant(0),
-        "bigram.proj": orthogonal(config.bigram.proj_init if config.bigram else 1),
-        "bigram.scale": constant(0.05),
-        "smear.gate": constant(0),
-        "smear.gate_w": constant(0),
-        "smear.lambda": constant(0),
-        "ve.table": normal(0.01),
-        "ve.proj": orthogonal(config.value_embedding.proj_init if config.value_embedding else 1),
-        "ve.scale": constant(0.1),
-        "ve.layer_scale": constant(1),
         "attn.q": orthogonal(),
         "attn.k": orthogonal(),
         "attn.v": orthogonal(),
         "attn.o": constant(0),
         "attn.q_gain": constant(config.qk_gain),
-        "attn.vrl_gate": constant(-1.5),
-        "attn.gate_w": constant(0),
         "mlp.up": orthogonal(),
         "mlp.down": constant(0),
         "resid_mix": _mix_rows,
@@ -65,16 +53,46 @@ def initial_values(config: ModelConfig) -> dict[str, Draw]:
         "mlp_scale": constant(1),
         "skip.weight": constant(1),
         "skip.gate": constant(0),
-        "lanes.post": constant(1),
-        "lanes.resid": constant(1.1),
+        "smear.gate": constant(0),
     }
+    if config.bigram:
+        projection = orthogonal(config.bigram.proj_init)
+        values |= {"bigram.table": constant(0), "bigram.proj": projection, "bigram.scale": constant(0.05)}
+    if config.value_embedding:
+        projection = orthogonal(config.value_embedding.proj_init)
+        values |= {"ve.table": normal(0.01), "ve.proj": projection}
+        values |= {"ve.scale": constant(0.1), "ve.layer_scale": constant(1)}
+    if config.smear and config.smear.kind == "gated":
+        values |= {"smear.gate_w": constant(0), "smear.lambda": constant(0)}
+    if config.value_residual:
+        values |= {"attn.vrl_gate": constant(-1.5)}
+    if config.attn_gate:
+        values |= {"attn.gate_w": constant(0)}
+    if config.lanes_from is not None:
+        values |= {"lanes.post": constant(1), "lanes.resid": constant(1.1)}
+    return values
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Set every parameter of `model`, in order, from one generator. Drawn on the CPU: the same on every device."""
+    """Set every parameter of `model` from one generator, drawn on the CPU: the same on every device.
+
+    Drawn in the order of PR #1488, so that its seeds give its own initial weights: its modules first draw PyTorch's
+    default values, as they are made, and then all but the value table's are drawn anew.
+    """
     generator = torch.Generator().manual_seed(seed)
     draws = initial_values(config)
-    for name, parameter in model.named_parameters():
-        draw = draws[re.sub(r"^layer\d+\.", "", name)]
-        parameter.copy_(draw(parameter.shape, generator).bfloat16())
+    # The value table stands behind the layers there.
+    named = sorted(model.named_parameters(), key=lambda item: item[0].startswith("ve."))
+    for name, parameter in named:
+        kind = name.rpartition(".")[2]
+        if kind in ("token", "table"):
+            torch.randn(parameter.shape, generator=generator)
+        if kind in ("q", "k", "v", "o", "proj", "up", "down"):
+            torch.rand(parameter.shape, generator=generator)
+        if name == "ve.table":
+            parameter.copy_(draws[name](parameter.shape, generator).bfloat16())
+    for name, parameter in named:
+        if name != "ve.table":
+            draw = draws[re.sub(r"^layer\d+\.", "", name)]
+            parameter.copy_(draw(parameter.shape, generator).bfloat16())

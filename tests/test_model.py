@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.attention import attend
 from model.compiler import compiled
@@ -185,6 +185,44 @@ def test_initial_values_follow_the_seed_and_are_bfloat16_numbers(record: str) ->
         assert torch.equal(value, again.state_dict()[name]), name
         assert torch.equal(value.float(), value.bfloat16().float()), name
     assert not torch.equal(first.embed.token, other.embed.token)
+
+
+def published_initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
+    """The random weights of PR #1488: its modules in the order of their making, then in that order drawn anew."""
+    assert config.bigram
+    assert config.value_embedding
+    width, kv_width = config.width, config.kv_heads * config.head_dim
+    shapes = {"q": (width, width), "k": (width, kv_width), "v": (width, kv_width), "o": (width, width)}
+    made: dict[str, nn.Module] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made["embed.token"] = nn.Embedding(config.vocab_size, width)
+        made["bigram.table"] = nn.Embedding(config.bigram.buckets, config.bigram.width)
+        made["bigram.proj"] = nn.Linear(config.bigram.width, width, bias=False)
+        for i in range(config.layers):
+            made |= {f"layer{i}.attn.{name}": nn.Linear(*shape, bias=False) for name, shape in shapes.items()}
+            made[f"layer{i}.mlp.up"] = nn.Linear(width, config.mlp_hidden, bias=False)
+            made[f"layer{i}.mlp.down"] = nn.Linear(config.mlp_hidden, width, bias=False)
+        made["ve.table"] = nn.Embedding(config.vocab_size, config.value_embedding.width)
+        nn.init.normal_(made["ve.table"].get_parameter("weight"), std=0.01)
+        made["ve.proj"] = nn.Linear(config.value_embedding.width, kv_width, bias=False)
+        nn.init.normal_(made["embed.token"].get_parameter("weight"), std=config.embed_init_std)
+        for name, module in made.items():
+            if isinstance(module, nn.Linear) and not name.endswith((".o", ".down")):
+                nn.init.orthogonal_(module.weight, gain=22**-0.5 if name.endswith(".proj") else 1.0)
+    kept = {name: module.get_parameter("weight") for name, module in made.items()}
+    return {
+        name: weight.detach() for name, weight in kept.items() if not name.endswith((".o", ".down", "bigram.table"))
+    }
+
+
+def test_a_seed_gives_the_initial_weights_that_pr_1488_has_from_it() -> None:
+    model = GPT(small_config("r1488"))
+    model.init_weights(42)
+    expected = published_initial_weights(model.config, 42)
+    assert len(expected) == 4 + 4 * model.config.layers
+    for name, weight in expected.items():
+        assert torch.equal(model.get_parameter(name).float(), weight.bfloat16().float()), name
 
 
 @pytest.mark.parametrize(
