@@ -6,7 +6,6 @@ look back at nothing. From the first layer on, hidden states differ: a window's 
 Legend: B windows, T tokens of a window, L tokens of the stretch that they cover, X wanted places, D model width.
 """
 
-import torch
 from torch import Tensor
 
 from model.attention import Shared
@@ -21,18 +20,21 @@ def overlapping_hidden(model: GPT, tokens_L: Tensor, *, spacing: int, last: int 
 
     `last`: X, or None for all T.
     """
-    seq_len, device = model.config.seq_len, tokens_L.device
-    begin_B = torch.arange(0, len(tokens_L) - seq_len + 1, spacing, device=device)
-    place_BT = begin_B[:, None] + torch.arange(seq_len, device=device)
+    seq_len = model.config.seq_len
+
+    def windows(x: Tensor) -> Tensor:
+        # Views (B, T) or (B, D, T), whose windows overlap in memory.
+        return x.unfold(0, seq_len, spacing)
+
     tokens_1L = tokens_L[None]
-    x0_BTD = model._embed(tokens_1L)[0][place_BT]
-    x0_BTD[:, :OVERLAP] = model._embed(tokens_L[place_BT[:, :OVERLAP]])
+    x0_BTD = windows(model._embed(tokens_1L)[0]).mT.contiguous()
+    x0_BTD[:, :OVERLAP] = model._embed(windows(tokens_L)[:, :OVERLAP])
     values = model.ve(tokens_1L, x0_BTD.dtype) if model.ve is not None else {}
     shared = Shared(
         x0_BTD=x0_BTD,
-        rope=rotary_table(model.config.rope, seq_len, device=device, dtype=x0_BTD.dtype),
+        rope=rotary_table(model.config.rope, seq_len, device=tokens_L.device, dtype=x0_BTD.dtype),
         segments=None,
         longest=seq_len,
-        value_embeddings={layer: value_1LD[0][place_BT] for layer, value_1LD in values.items()},
+        value_embeddings={layer: windows(value_1LD[0]).mT for layer, value_1LD in values.items()},
     )
     return rms_norm(model._layers(x0_BTD, shared, looped=True, last=last))
