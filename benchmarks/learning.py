@@ -56,7 +56,8 @@ def _params(chosen: argparse.Namespace) -> Params:
     raw: dict[str, Any] = yaml.safe_load(Path(f"records/{chosen.record}.yaml").read_text())
     raw["processes"] = 1
     raw["tokenize"] |= {"model": str(chosen.tokenizer), "val_documents": chosen.val_documents}
-    raw["train"] |= {"reserve_s": 0.0, "val_every": 100, "log_every": 50, "warmup_steps": 3}
+    warmup_steps = min(3, raw["train"]["warmup_steps"])
+    raw["train"] |= {"reserve_s": 0.0, "val_every": 100, "log_every": 50, "warmup_steps": warmup_steps}
     if chosen.seconds:
         raw["train"] |= {"max_wallclock_s": chosen.seconds}
     else:
