@@ -72,7 +72,8 @@ def _validation_first(chosen: argparse.Namespace, folder: Path) -> Path:
         documents = list(lines)
     path = folder / "docs.jsonl"
     with path.open("wb") as file:
-        file.writelines(documents[-chosen.val_documents :] + documents[: -chosen.val_documents])
+        for line in documents[-chosen.val_documents :] + documents[: -chosen.val_documents]:
+            file.write(line.rstrip(b"\n") + b"\n")
     return path
 
 

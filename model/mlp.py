@@ -23,7 +23,7 @@ class Mlp(nn.Module):
 
     def forward(self, n: Normed, scale: Tensor, onto: Tensor | None = None) -> Tensor:
         """From the normed and scaled input, (B, T, D) to (B, T, D), times `scale` (D,); `onto`: see linear."""
-        if fused(n.x) and self.up.size(0) % 8 == 0:
+        if fused(n.x) and all(size % 8 == 0 for size in self.up.shape):
             from model.kernels.mlp import activated, mlp
 
             n_ND, up = n.x.flatten(0, 1), self.up.to(n.x.dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from model.kernels import fused, in_place
+from model.kernels import fused, in_place, powers_of_two
 from model.precision import rms_norm
 
 
@@ -43,7 +43,7 @@ def join(sources: list[Tensor], weights: Tensor | None, scale: float) -> tuple[T
 
     No weights are all 1, for two sources.
     """
-    if fused(sources[0]):
+    if fused(sources[0]) and powers_of_two(sources[0].size(-1)):
         from model.kernels.join import mix_norm
 
         first, second, *third = [source.contiguous() for source in sources]

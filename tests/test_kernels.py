@@ -17,6 +17,7 @@ from model.gpt import GPT
 from model.mlp import Mlp
 from model.precision import rms_norm
 from model.rope import rotary_table, rotate
+from stages.evaluate.overlapping import overlapping_hidden
 
 pytestmark = [
     pytest.mark.gpu,
@@ -211,9 +212,21 @@ def test_a_network_on_the_gpu_learns_what_it_learns_on_the_cpu(record: str, grap
 
 
 @EVERY_RECORD
-def test_scoring_on_the_gpu_takes_the_plain_path_to_the_same_loss(record: str) -> None:
+def test_scoring_on_the_gpu_without_gradients_gives_the_same_loss(record: str) -> None:
     model = network(record).to_device(CUDA)
     tokens = torch.randint(2, 256, (4, 128), generator=torch.Generator().manual_seed(9)).to(CUDA)
     fused = model(tokens, tokens.roll(-1, 1)).item()
     with torch.no_grad():
         assert model(tokens, tokens.roll(-1, 1)).item() == pytest.approx(fused, rel=3e-3)
+
+
+@EVERY_RECORD
+@pytest.mark.parametrize("last", [None, 16])
+def test_overlapping_windows_are_on_the_gpu_what_they_are_on_the_cpu(record: str, last: int | None) -> None:
+    model = network(record)
+    tokens = torch.randint(2, 256, (128 + 3 * 16,), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        expected = overlapping_hidden(model, tokens, spacing=16, last=last)
+        model.to_device(CUDA)
+        found = overlapping_hidden(model, tokens.to(CUDA), spacing=16, last=last)
+    assert error(found.cpu(), expected) < 3e-2

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from stages.compress.bundle import program_text
 from stages.compress.program.link import link
 from stages.compress.program.names import bound_names, global_names
+from stages.compress.program.shorten import shorten
 
 
 class Fit(BaseModel):
@@ -176,3 +177,21 @@ def test_what_is_imported_inside_functions_runs_if_it_can(tmp_path: Path) -> Non
         missing="import no_such_package\n\n\ndef gone(): ...\n",
     )
     assert _run(root)[0] == [1]
+
+
+def test_tritons_functions_keep_their_annotations_and_no_branch_mistakes_a_local_for_a_global() -> None:
+    """Triton's compiler looks up `out` of `out.store` among globals first, if a branch has it."""
+    many = "\n".join(f"def function{i}(): return {i}" for i in range(60))
+    kernel = (
+        "import triton\nimport triton.language as tl\n@triton.jit\ndef kernel(out, n, WIDE: tl.constexpr):\n"
+        "    HALF: tl.constexpr = WIDE // 2\n    if n > HALF:\n        out.store(n)\n"
+    )
+    called = "".join(f"print(function{i}())\n" for i in range(60)) + "kernel[(1,)](1, 2, 4)\n"
+    tree = ast.parse(shorten(ast.parse(f"{many}\n{kernel}{called}"), set()))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    (short,) = [function for function in functions if function.decorator_list]
+    assert [type(statement) for statement in short.body] == [ast.AnnAssign, ast.If]
+    (asked,) = [node.value for node in ast.walk(short.body[1]) if isinstance(node, ast.Attribute)]
+    assert isinstance(asked, ast.Name)
+    assert asked.id in {argument.arg for argument in short.args.args}
+    assert asked.id not in bound_names(tree.body)

@@ -15,24 +15,22 @@ _watched = False
 
 
 def fused(x: Tensor) -> bool:
-    """Whether fused kernels take over for an activation like `x`: bfloat16 on CUDA, unless products are watched.
-
-    Their tiles ask for sizes that are powers of two, as the records' are.
-    """
-    return x.is_cuda and x.dtype == torch.bfloat16 and powers_of_two(x.size(-1)) and not _watched
+    """Whether fused kernels take over for an activation like `x`: bfloat16 on CUDA, unless products are watched."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and not _watched
 
 
 def powers_of_two(*sizes: int) -> bool:
-    """Whether they all are."""
+    """Whether they all are, as the records' are and tiles of most kernels ask."""
     return all(size & (size - 1) == 0 for size in sizes)
 
 
 def in_place(x: Tensor) -> bool:
-    """Whether, beyond that, nothing remembers `x`: no gradient is recorded, and the compiler does not watch.
+    """Whether, beyond that, nothing remembers `x` (..., D): no gradient is recorded, and the compiler does not watch.
 
     (A compiler undoes changes in place. Over those of a whole network it was once not done after 100 s.)
     """
-    return fused(x) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    remembered = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return fused(x) and powers_of_two(x.size(-1)) and not remembered
 
 
 @contextmanager

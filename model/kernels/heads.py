@@ -43,9 +43,8 @@ def _finish(
         g = tl.load(gain + head, mask=head < H, other=1.0).to(tl.float32)
         x *= (g * tl.rsqrt(tl.sum(x * x, axis=1) / E + EPS))[:, None]
         # Channels in groups of 2R, of which the first is turned: its halves, (rows, groups, R) each.
-        GROUPS: tl.constexpr = E // (2 * R)
-        a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, GROUPS, 2, R)), (0, 1, 3, 2)))
-        turned = tl.arange(0, GROUPS)[None, :, None] == 0
+        a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, E // (2 * R), 2, R)), (0, 1, 3, 2)))
+        turned = tl.arange(0, E // (2 * R))[None, :, None] == 0
         cosine, sine = tl.where(turned, c[:, None, :], 1.0), tl.where(turned, s[:, None, :], 0.0)
         halves = tl.permute(tl.join(a * cosine + b * sine, b * cosine - a * sine), (0, 1, 3, 2))
         y = tl.reshape(halves, (ROWS, E)).to(q.dtype)
@@ -62,7 +61,7 @@ def _forward(
     ROWS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a (N, D) · w (S·E, D)ᵀ, a row of tiles after the other, by PROGRAMS programs in turn."""
-    columns: tl.constexpr = (H + 2 * K) // 2
+    columns = (H + 2 * K) // 2
     for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, ROWS) * columns, PROGRAMS):
         n, head = tile // columns * ROWS, tile % columns * 2
         product = tl.zeros((ROWS, 2 * E), tl.float32)
@@ -112,8 +111,8 @@ def _backward(
 
 
 def fits(heads: int, kv_heads: int, head_dim: int, pairs: int) -> bool:
-    """Whether tiles come out even: two query heads at a time; K, E and R powers of two; E at least 16."""
-    return heads % 2 == 0 and head_dim >= 16 and powers_of_two(kv_heads, head_dim, pairs)
+    """Whether tiles come out even and fit: two query heads at a time; K, E and R powers of two; E from 16 to 64."""
+    return heads % 2 == 0 and 16 <= head_dim <= 64 and powers_of_two(kv_heads, head_dim, pairs)
 
 
 @torch.library.custom_op("fairway::heads", mutates_args=())

@@ -19,9 +19,9 @@ from torch import Tensor
 from model.kernels.read import read
 
 EPS = tl.constexpr(2.0**-23)
-# Tokens of a tile. The mix's gradient has larger ones, taken in turn by a few programs, each of which sums dc over many
-# tokens in registers.
-BLOCK, LARGE_BLOCK, PROGRAMS = 4, 8, 264
+# Tokens of a tile. The mix's gradient has larger ones, of so many numbers, taken in turn by a few programs, each of
+# which sums dc over many tokens in registers.
+BLOCK, LARGE_TILE, PROGRAMS = 4, 4096, 264
 
 
 @triton.jit
@@ -167,7 +167,8 @@ def mix_norm_backward(
         return gradients
     partial = c.new_empty(PROGRAMS, *c.shape, dtype=torch.float32)
     arguments = (du, dn, x0, x1, x2, c, d0, d1, d2, partial, n_tokens, scale)
-    _backward_mix[(PROGRAMS,)](*arguments, **sizes | {"BLOCK": LARGE_BLOCK}, PROGRAMS=PROGRAMS, num_warps=8)
+    sizes["BLOCK"] = LARGE_TILE // x0.size(-1) or 1
+    _backward_mix[(PROGRAMS,)](*arguments, **sizes, PROGRAMS=PROGRAMS, num_warps=8)
     return d0, d1, d2, torch.sum(partial, 0, out=dc)
 
 

@@ -94,7 +94,7 @@ def mlp(n: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("fairway::activated", mutates_args=())
 def activated(n: Tensor, factors: Tensor | None, up: Tensor) -> Tensor:
-    """A (N, F) alone, from n (N, D), its rows times factors (N,), float32, if any, and Up (F, D); no gradient."""
+    """A (N, F) alone, of n (N, D), its rows times factors (one a token, float32) if any, and Up (F, D); no gradient."""
     out = _hidden(n, up)
     _launch(n, up, None, out, factors=factors)
     return out

@@ -12,8 +12,8 @@ from torch import Tensor
 class Graphed:
     """A function of one tensor whose kernels depend on nothing but its shape, recorded for the first shape it meets.
 
-    Runs without gradients. What it returns is overwritten by the next call. Weights are read where they lie: the graph
-    sees changes in place.
+    Runs without gradients. What it returns may be overwritten by the next call. Weights are read where they lie: the
+    graph sees changes in place.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:

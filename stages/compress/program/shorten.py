@@ -36,6 +36,7 @@ def shorten(tree: ast.Module, typed: set[str]) -> str:
     for node in ast.walk(short):
         if isinstance(node, ast.arguments):
             node.posonlyargs, node.args = [], node.posonlyargs + node.args
+    _keep_apart(short)
     minified: str = python_minifier.unparse(short)
     return minified
 
@@ -86,3 +87,26 @@ def _rename_locals(function: ast.FunctionDef) -> set[str]:
         elif isinstance(node, ast.arg):
             node.arg = short.get(node.arg, node.arg)
     return kept | {short.get(name, name) for name in own}
+
+
+def _keep_apart(tree: ast.Module) -> None:
+    """Rename locals of Triton's functions that a branch asks for an attribute, where a global has their name.
+
+    Looking for `return` in a branch, Triton's compiler takes such a local for the global, which has no such attribute.
+    """
+    taken = bound_names(tree.body)
+    for function in ast.walk(tree):
+        # What "triton" is called by now is unknown.
+        if not (isinstance(function, ast.FunctionDef) and read_by_others(function, (".jit",))):
+            continue
+        own = {argument.arg for argument in parameters(function.args)} | bound_names(function.body)
+        branches = [node for node in ast.walk(function) if isinstance(node, ast.If)]
+        asked = {node.value for branch in branches for node in ast.walk(branch) if isinstance(node, ast.Attribute)}
+        mistaken = {node.id for node in asked if isinstance(node, ast.Name)} & own & taken
+        free = (letter + digit for digit in "0123456789" for letter in LETTERS if letter + digit not in own | taken)
+        renamed = dict(zip(sorted(mistaken), free, strict=False))
+        for node in ast.walk(function):
+            if isinstance(node, ast.Name):
+                node.id = renamed.get(node.id, node.id)
+            elif isinstance(node, ast.arg):
+                node.arg = renamed.get(node.arg, node.arg)

@@ -52,7 +52,11 @@ def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 class Plain(ast.NodeTransformer):
-    """Annotated assignments outside of class bodies as plain ones."""
+    """Annotated assignments as plain ones, but for those in class bodies and in functions whose text others read."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """To Triton an annotation says what is known when a kernel is compiled."""
+        return node if read_by_others(node, TEXT_READ) else self.generic_visit(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         """Only its methods."""
