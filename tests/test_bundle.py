@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import REPOSITORY, Experiment
 from hypothesis import given
@@ -130,6 +131,40 @@ def test_a_record_ships_only_what_it_runs(packed: tuple[str, str]) -> None:
     assert ("addcdiv_" in text) == (name == "r1172")
     assert ('lambda"' in text or "'lambda'" in text) == (name == "r1958")
     assert "fairway::mix_norm" in text
+
+
+# Every kernel of a packed program, forward and backward, in training and without a gradient.
+KERNELS = """
+import torch, train_gpt
+
+def new(*shape):
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+f, n, weight, up = torch.ops.fairway, new(2, 128, 512), new(1024, 512), new(1536, 512)
+angles, targets = torch.zeros(128, 1, 8, device="cuda"), torch.zeros(256, device="cuda", dtype=torch.int64)
+q, k, v, _ = f.heads(n, None, weight, angles, angles, new(8), 4)
+o = f.exclusive(q, v, new(2, 128, 8) if GATED else None)
+u, m = f.mix_norm(n, o.flatten(2), None, None, 0.5, False)
+u, m = f.mix_norm(u, n, m, new(3, 512), 0.5, False)
+y = f.mlp(m.flatten(0, 1), up, new(512, 1536))[0]
+f.softcapped_loss(y, new(1024, 512), targets, 30.0)[0].backward()
+with torch.no_grad():
+    u, factors = f.mix_norm(n, n, None, new(2, 512), 0.5, True)
+    f.heads(u, factors, weight, angles, angles, new(8), 4)
+    f.activated(u.flatten(0, 1), factors, up)
+print(bool(n.grad.isfinite().all() and weight.grad.isfinite().all() and up.grad.isfinite().all()))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_records_kernels_run_as_they_are_packed(packed: tuple[str, str], tmp_path: Path) -> None:
+    """Triton compiles the packed text, in which names and annotations may mean something else to it."""
+    name, text = packed
+    (tmp_path / "train_gpt.py").write_text(text)
+    code = KERNELS.replace("GATED", str(name == "r1958"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.fixture(scope="module")
