@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.read import read
+from model.kernels.tiles import read
 
 # As torch.nn.functional.normalize.
 SHORTEST = tl.constexpr(1e-12)

@@ -19,12 +19,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.kernels import powers_of_two
-from model.kernels.read import read
+from model.kernels.tiles import halves, programs, read
 
 EPS = tl.constexpr(2.0**-23)
-# Rows of a tile of the product, which is two heads wide, and the depth of a step towards it; two programs share a
-# multiprocessor. Tokens of a tile of the backward pass.
-ROWS, DEPTH, PER_PROCESSOR, BLOCK = 128, 64, 2, 4
+# Rows of a tile of the product, which is two heads wide, and the depth of a step towards it. Tokens of a tile of the
+# backward pass.
+ROWS, DEPTH, BLOCK = 128, 64, 4
 
 
 @triton.jit
@@ -46,8 +46,8 @@ def _finish(
         a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, E // (2 * R), 2, R)), (0, 1, 3, 2)))
         turned = tl.arange(0, E // (2 * R))[None, :, None] == 0
         cosine, sine = tl.where(turned, c[:, None, :], 1.0), tl.where(turned, s[:, None, :], 0.0)
-        halves = tl.permute(tl.join(a * cosine + b * sine, b * cosine - a * sine), (0, 1, 3, 2))
-        y = tl.reshape(halves, (ROWS, E)).to(q.dtype)
+        pairs = tl.permute(tl.join(a * cosine + b * sine, b * cosine - a * sine), (0, 1, 3, 2))
+        y = tl.reshape(pairs, (ROWS, E)).to(q.dtype)
         if head < H:
             q.store([n, head * E], y)
         else:
@@ -72,7 +72,7 @@ def _forward(
             product *= tl.load(factors + row, mask=row < n_tokens)[:, None]
         at = (row % length)[:, None] * R + tl.arange(0, R)
         c, s = tl.load(cos + at), tl.load(sin + at)
-        first, second = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, E)), (0, 2, 1)))
+        first, second = halves(product, ROWS, E)
         _finish(first, c, s, gain, x_out, q, k, v, n, head, H, K, E, R, ROWS)
         _finish(second, c, s, gain, x_out, q, k, v, n, head + 1, H, K, E, R, ROWS)
 
@@ -131,9 +131,9 @@ def heads(
         TensorDescriptor.from_tensor(y.flatten(2).flatten(0, 1), [rows, columns]) if y.numel() else None
         for y, rows, columns in blocks
     )
-    programs = PER_PROCESSOR * torch.cuda.get_device_properties(n.device).multi_processor_count
-    sizes = (n.numel() // width, length, width, gain.numel(), kv_heads, head_dim, cos.size(-1), ROWS, DEPTH, programs)
-    _forward[(programs,)](a, w, factors, cos, sin, gain, *tiles, *sizes, num_warps=4, num_stages=3)
+    count = programs(n)
+    sizes = (n.numel() // width, length, width, gain.numel(), kv_heads, head_dim, cos.size(-1), ROWS, DEPTH, count)
+    _forward[(count,)](a, w, factors, cos, sin, gain, *tiles, *sizes, num_warps=4, num_stages=3)
     return outputs
 
 

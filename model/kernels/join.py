@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.read import read
+from model.kernels.tiles import read
 
 EPS = tl.constexpr(2.0**-23)
 # Tokens of a tile. The mix's gradient has larger ones, of so many numbers, taken in turn by a few programs, each of

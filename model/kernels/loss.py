@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.tiles import read
+
 LARGEST_CAP = 40.0
 
 
@@ -27,7 +29,7 @@ def _loss(z, targets, losses, n_tokens, cap, V: tl.constexpr, V2: tl.constexpr):
     hit = tl.load(z + row * V + target).to(tl.float32)
     # The target's score is read by one thread and overwritten by another.
     tl.debug_barrier()
-    tanh = _tanh(tl.load(z + row * V + v, mask=v < V, other=0.0).to(tl.float32) * (1 / cap))
+    tanh = _tanh(read(z + row * V + v, v < V) * (1 / cap))
     # Logits lie within ±cap, so subtracting cap does what subtracting the largest would.
     weights = tl.where(v < V, tl.exp(cap * tanh - cap), 0.0)
     total = tl.sum(weights)

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# A tile of the result and the depth of a step towards it. Two programs share a multiprocessor, so that one multiplies
-# while the other puts out its tile.
-ROWS, COLUMNS, DEPTH, PER_PROCESSOR = 128, 128, 64, 2
+from model.kernels.tiles import halves, programs
+
+# A tile of the result and the depth of a step towards it.
+ROWS, COLUMNS, DEPTH = 128, 128, 64
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def _product(
         if factors is not None:
             row = n + tl.arange(0, ROWS)
             product *= tl.load(factors + row, mask=row < n_tokens)[:, None]
-        left, right = _halves(product, ROWS, COLUMNS // 2)
+        left, right = halves(product, ROWS, COLUMNS // 2)
         _put_out(left, pre, out, n, f, BACKWARD, ROWS, COLUMNS)
         _put_out(right, pre, out, n, f + COLUMNS // 2, BACKWARD, ROWS, COLUMNS)
 
@@ -63,14 +64,9 @@ def _put_out(half, pre, out, n, f, BACKWARD: tl.constexpr, ROWS: tl.constexpr, C
     if pre is None:
         _activate(half, pre, out, n, f, BACKWARD)
     else:
-        first, second = _halves(half, ROWS, COLUMNS // 4)
+        first, second = halves(half, ROWS, COLUMNS // 4)
         _activate(first, pre, out, n, f, BACKWARD)
         _activate(second, pre, out, n, f + COLUMNS // 4, BACKWARD)
-
-
-@triton.jit
-def _halves(x, ROWS: tl.constexpr, HALF: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
 
 
 def _launch(
@@ -79,9 +75,9 @@ def _launch(
     step, piece = [ROWS, DEPTH], [ROWS, COLUMNS // (2 if pre is None else 4)]
     blocks = ((a, step), (b, step), (pre, piece), (out, piece))
     a_tiles, b_tiles, *tiles = (None if x is None else TensorDescriptor.from_tensor(x, block) for x, block in blocks)
-    programs = PER_PROCESSOR * torch.cuda.get_device_properties(a.device).multi_processor_count
-    sizes = (*out.shape, a.size(1), backward, ROWS, COLUMNS, DEPTH, programs)
-    _product[(programs,)](a_tiles, b_tiles, factors, *tiles, *sizes, num_warps=4, num_stages=3)
+    count = programs(a)
+    sizes = (*out.shape, a.size(1), backward, ROWS, COLUMNS, DEPTH, count)
+    _product[(count,)](a_tiles, b_tiles, factors, *tiles, *sizes, num_warps=4, num_stages=3)
 
 
 @torch.library.custom_op("fairway::mlp", mutates_args=())

@@ -81,12 +81,17 @@ def _rename_locals(function: ast.FunctionDef) -> set[str]:
     uses.update(argument.arg for argument in arguments if argument.arg in own)
     free = (letter for letter in LETTERS if letter not in kept)
     short = {name: letter for (name, _), letter in zip(uses.most_common(), free, strict=False)}
+    _rename(function, short)
+    return kept | {short.get(name, name) for name in own}
+
+
+def _rename(function: ast.FunctionDef, new: dict[str, str]) -> None:
+    """Give names of a function new ones, wherever they stand in it."""
     for node in ast.walk(function):
         if isinstance(node, ast.Name):
-            node.id = short.get(node.id, node.id)
+            node.id = new.get(node.id, node.id)
         elif isinstance(node, ast.arg):
-            node.arg = short.get(node.arg, node.arg)
-    return kept | {short.get(name, name) for name in own}
+            node.arg = new.get(node.arg, node.arg)
 
 
 def _keep_apart(tree: ast.Module) -> None:
@@ -104,9 +109,4 @@ def _keep_apart(tree: ast.Module) -> None:
         asked = {node.value for branch in branches for node in ast.walk(branch) if isinstance(node, ast.Attribute)}
         mistaken = {node.id for node in asked if isinstance(node, ast.Name)} & own & taken
         free = (letter + digit for digit in "0123456789" for letter in LETTERS if letter + digit not in own | taken)
-        renamed = dict(zip(sorted(mistaken), free, strict=False))
-        for node in ast.walk(function):
-            if isinstance(node, ast.Name):
-                node.id = renamed.get(node.id, node.id)
-            elif isinstance(node, ast.arg):
-                node.arg = renamed.get(node.arg, node.arg)
+        _rename(function, dict(zip(sorted(mistaken), free, strict=False)))
