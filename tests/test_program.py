@@ -124,6 +124,44 @@ def test_a_table_of_all_options_keeps_the_chosen_one(tmp_path: Path, monkeypatch
     assert "ValueError" not in text
 
 
+def test_fields_that_are_always_the_same_decide_branches_too(tmp_path: Path) -> None:
+    main = (
+        "from dataclasses import dataclass\n\n\n"
+        "@dataclass\nclass Cut:\n    size: int\n    last: int | None = None\n    deep: bool = False\n"
+        "    turned: bool = False\n\n"
+        "    def wanted(self):\n"
+        "        return self.size if self.last is None or not self.deep else 'rare' * self.last\n\n\n"
+        "def run_shipped():\n    cut = Cut(1)\n    cut.turned = True\n"
+        "    result.append((cut.wanted(), Cut(2, last=None).wanted(), 'turned' if cut.turned else 'straight'))\n"
+    )
+    found, text = _run(_program(tmp_path, main=main))
+    assert found == [(1, 2, "turned")]
+    assert "rare" not in text
+
+
+def test_fields_of_objects_made_by_others_stay_open(tmp_path: Path) -> None:
+    main = (
+        "from dataclasses import dataclass\n\n\n"
+        "@dataclass\nclass Cut:\n    last: int | None = None\n\n"
+        "    @classmethod\n    def at(cls, last):\n        return cls(last)\n\n\n"
+        "def run_shipped():\n    result.append((Cut().last is None, Cut.at(3).last is None))\n"
+    )
+    assert _run(_program(tmp_path, main=main))[0] == [(True, False)]
+
+
+def test_a_loop_left_in_its_first_round_is_that_round(tmp_path: Path) -> None:
+    main = (
+        "def first(items):\n    for i in range(3):\n        items.append(i)\n        return items\n"
+        "    return 'never'\n\n\n"
+        "def all_of(items):\n    for i in range(3):\n        if i < 1:\n            continue\n"
+        "        return items, i\n\n\n"
+        "def run_shipped():\n    result.append((first([]), all_of([])))\n"
+    )
+    found, text = _run(_program(tmp_path, main=main))
+    assert found == [([0], ([], 1))]
+    assert "never" not in text
+
+
 def test_what_changes_is_not_taken_for_a_constant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main = (
         "from settings import Settings\n\nswitch = False\n\n\n"

@@ -64,18 +64,35 @@ def called_functions(tree: ast.Module) -> Iterator[Called]:
 
 def constant_parameters(tree: ast.Module) -> dict[tuple[int, str], Value]:
     """{(identity of the function, parameter): value} of parameters for which every call gives the same constant."""
-    found: dict[tuple[int, str], Value] = {}
-    for called in called_functions(tree):
-        for argument in called.places():
-            default = called.default(argument.arg)
-            given = [called.given(call, argument.arg) or default for call in called.calls]
-            values = {repr(value.value) for value in given if isinstance(value, ast.Constant)}
-            first = given[0]
-            if len(values) == 1 and all(isinstance(value, ast.Constant) for value in given):
-                assert isinstance(first, ast.Constant)
-                if isinstance(first.value, SCALARS):
-                    found[id(called.function), argument.arg] = Known(first.value)
-    return found
+    return {
+        (id(called.function), name): value for called in called_functions(tree) for name, value in _constants(called)
+    }
+
+
+def constant_fields(tree: ast.Module) -> dict[tuple[str, str], Value]:
+    """{(dataclass, field): value} of fields that every object is made with, the same constant."""
+    if any(getattr(node, "id", "").startswith("replace") for node in ast.walk(tree)):
+        # dataclasses.replace makes objects too.
+        return {}
+    classes = {statement.name for statement in tree.body if isinstance(statement, ast.ClassDef)}
+    return {
+        (called.function.name, name): value
+        for called in called_functions(tree)
+        if called.function.name in classes
+        for name, value in _constants(called)
+    }
+
+
+def _constants(called: Called) -> Iterator[tuple[str, Value]]:
+    for argument in called.places():
+        default = called.default(argument.arg)
+        given = [called.given(call, argument.arg) or default for call in called.calls]
+        values = {repr(value.value) for value in given if isinstance(value, ast.Constant)}
+        first = given[0]
+        if len(values) == 1 and all(isinstance(value, ast.Constant) for value in given):
+            assert isinstance(first, ast.Constant)
+            if isinstance(first.value, SCALARS):
+                yield argument.arg, Known(first.value)
 
 
 def drop_unread(tree: ast.Module) -> bool:
@@ -150,9 +167,16 @@ def _named_by_calls(tree: ast.Module) -> dict[str, set[str]]:
 
 
 def _constructor(statement: ast.ClassDef) -> ast.AST | None:
-    if statement.decorator_list:
+    if not statement.decorator_list:
+        return next((part for part in statement.body if getattr(part, "name", "") == "__init__"), None)
+    on_methods = {ast.unparse(node) for part in statement.body for node in getattr(part, "decorator_list", ())}
+    is_dataclass = ast.unparse(statement.decorator_list[0]).startswith("dataclass")
+    if statement.bases or not is_dataclass or "classmethod" in on_methods:
         return None
-    return next((part for part in statement.body if getattr(part, "name", "") == "__init__"), None)
+    # As the decorator writes it; all is read there. Under the name of the class, which tells it from others.
+    fields = {ast.unparse(part.target): part.value for part in statement.body if isinstance(part, ast.AnnAssign)}
+    head = ", ".join(name if value is None else f"{name}={ast.unparse(value)}" for name, value in fields.items())
+    return ast.parse(f"def {statement.name}(self, {head}): return {', '.join(fields)}").body[0]
 
 
 def _is_plain(call: ast.Call) -> bool:

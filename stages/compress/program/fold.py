@@ -2,6 +2,7 @@
 
 import ast
 import operator
+import re
 from typing import Any
 
 from pydantic import BaseModel
@@ -270,6 +271,16 @@ class Fold(ast.NodeTransformer):
             return self.generic_visit(node)
         self.changed = True
         return self._block(node.body if truth else node.orelse, needed=False)
+
+    def visit_For(self, node: ast.For) -> ast.AST | list[ast.stmt]:
+        """A loop over a range that its first round leaves for good is that round."""
+        self.generic_visit(node)
+        call = ast.unparse(node.iter) if isinstance(node.iter, ast.Call) else ""
+        goes_on = any(isinstance(part, ast.Break | ast.Continue) for part in ast.walk(node))
+        if goes_on or not re.fullmatch(r"range\([1-9]\d*\)", call) or not isinstance(node.body[-1], ENDS):
+            return node
+        self.changed = True
+        return [ast.Assign([node.target], ast.Constant(0)), *node.body]
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST | None:
         """Nothing, where it holds for certain."""

@@ -76,6 +76,8 @@ class Knowledge:
         self.constants = _module_constants(tree, nodes)
         # {(identity of a function, parameter): value} of parameters that are always given the same.
         self.parameters: dict[tuple[int, str], Value] = {}
+        # {(dataclass, field): value} of fields that objects are always made with.
+        self.fields: dict[tuple[str, str], Value] = {}
         self.tables = _tables(tree, nodes)
         self.stores, self.foreign_stores = _attribute_stores(nodes)
         self._attributes: dict[tuple[str, str], Value] = {}
@@ -168,7 +170,9 @@ class Knowledge:
         for other in family:
             for part in self.classes[other].body:
                 if isinstance(part, ast.AnnAssign) and getattr(part.target, "id", None) == attribute:
-                    return self.of_annotation(part.annotation)
+                    stored = attribute in self.foreign_stores or self.stores[other, attribute]
+                    made_with = None if stored else self.fields.get((other, attribute))
+                    return made_with or self.of_annotation(part.annotation)
                 if isinstance(part, ast.Assign) and attribute in bound_names([part]):
                     return None
                 if isinstance(part, ast.FunctionDef) and part.name == attribute:
