@@ -101,23 +101,40 @@ def exclude_self(o_BTHE: Tensor, v_BTKE: Tensor, gate_BTH: Tensor | None = None)
 
 @dataclass
 class Shared:
-    """What the layers of one forward pass have in common."""
+    """What the layers of one forward pass have in common.
+
+    Where places have rows of x0 in common, as overlapping windows have, x0 and what is computed from it alone up to the
+    first layer's attention is kept by row, (1, R, ...) with more rows than there are places in a row of the batch.
+    """
 
     x0_BTD: Tensor
+    # Cosines and sines, (T, 1, R) each, of x0's rows if there are such: these begin with the places of a first row.
     rope: tuple[Tensor, Tensor]
     segments: Tensor | None
     # No segment has more tokens.
     longest: int
     # Added to the values of the layers that have an entry, (B, T, K·E) each.
     value_embeddings: dict[int, Tensor]
+    # Which row of x0 each place reads, (B, T) int64.
+    rows_BT: Tensor | None = None
+    # How many places at the end of each row are wanted, for less work and without a gradient; None: all.
+    last: int | None = None
     # The first layer's values (B, T, K, E), left by it for the later ones.
     first_values: Tensor | None = None
-    # Set for the last layer: only so many places at the end of each row are wanted of it. Null: all.
-    last: int | None = None
+    # Whether this is the last layer: to it, places that are not wanted matter as keys and values alone.
+    ending: bool = False
+
+    def by_row(self, x: Tensor) -> bool:
+        """Whether this is (1, R, ...)."""
+        return self.rows_BT is not None and x.size(1) > self.rows_BT.size(1)
+
+    def placed(self, x: Tensor) -> Tensor:
+        """(B, T, ...), also of what is kept by row."""
+        return x[0][self.rows_BT] if self.by_row(x) else x
 
     def wanted(self, x_BTD: Tensor) -> Tensor:
-        """The places of (B, T, ...) that are wanted."""
-        return x_BTD if self.last is None else x_BTD[:, -self.last :]
+        """The places of (B, T, ...) that are wanted of this layer."""
+        return x_BTD if self.last is None or not self.ending else x_BTD[:, -self.last :]
 
 
 class Attention(nn.Module):
@@ -148,12 +165,12 @@ class Attention(nn.Module):
 
         `onto`: see linear; it may be what `n` is the norm of.
         """
-        q_BTHE, k_BTKE, v_BTKE = self._project(n, shared.rope)
+        q_BTHE, k_BTKE, v_BTKE = map(shared.placed, self._project(n, shared))
         v_BTKE = self._values(v_BTKE, shared)
-        o_BTHE = self._attend(shared.wanted(q_BTHE), k_BTKE, v_BTKE, shared)
+        o_BTHE = self._attend(q_BTHE, k_BTKE, v_BTKE, shared)
         v_BTKE, gate_BTH = shared.wanted(v_BTKE), None
         if self.gate_w is not None:
-            read = shared.wanted(n.tensor(self.gate_w.size(1)))
+            read = n.map(shared.placed).map(shared.wanted).tensor(self.gate_w.size(1))
             gate_BTH = torch.sigmoid(self.gate_scale * linear(read, self.gate_w))
         if self.exclusive:
             o_BTHE = exclude_self(o_BTHE, v_BTKE, gate_BTH)
@@ -163,24 +180,31 @@ class Attention(nn.Module):
 
     def _attend(self, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, shared: Shared) -> Tensor:
         """Attention itself; what remembers earlier keys and values puts its own in this place."""
-        if shared.last is not None:
-            return attend_recent(q_BTHE, k_BTKE, v_BTKE, window=k_BTKE.size(1))
+        if shared.last is not None and shared.ending:
+            # One place more than there are: where no key lies outside of the window, kernels mask less.
+            return attend_recent(q_BTHE, k_BTKE, v_BTKE, window=k_BTKE.size(1) + 1)
         return attend(q_BTHE, k_BTKE, v_BTKE, shared.segments, longest=shared.longest)
 
-    def _project(self, n: Normed, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, normed, rotated and gained, keys, normed and rotated, and raw values, by head."""
-        gain, by_head = self.q_gain.to(n.x.dtype), (-1, self.head_dim)
+    def _project(self, n: Normed, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of wanted places, normed, rotated and gained, keys, normed and rotated, and raw values, by head."""
+        cos, sin = (table_T1R[: n.x.size(1)] for table_T1R in shared.rope)
         if fused(n.x):
             from model.kernels.heads import fits, heads
 
-            kv_heads = self.k.size(0) // self.head_dim
-            if fits(gain.numel(), kv_heads, self.head_dim, rope[0].size(-1)):
-                weight = torch.cat([self.q, self.k, self.v]).to(n.x.dtype)
-                return heads(n.x, n.factors, weight, *rope, gain, kv_heads)[:3]
+            kv_heads, gain = self.k.size(0) // self.head_dim, self.q_gain.to(n.x.dtype)
+            if fits(gain.numel(), kv_heads, self.head_dim, cos.size(-1)):
+                few = shared.last is not None and shared.ending
+                weight = torch.cat((self.k, self.v) if few else (self.q, self.k, self.v)).to(n.x.dtype)
+                q_BTHE, *others = heads(n.x, n.factors, weight, cos, sin, gain[:0] if few else gain, kv_heads)
+                return self._queries(n, shared) if few else q_BTHE, others[0], others[1]
         n_BTD = n.tensor()
-        q_BTHE = rotate(rms_norm(linear(n_BTD, self.q).unflatten(2, by_head)), rope) * gain[:, None]
-        k_BTKE = rotate(rms_norm(linear(n_BTD, self.k).unflatten(2, by_head)), rope)
-        return q_BTHE, k_BTKE, linear(n_BTD, self.v).unflatten(2, by_head)
+        k_BTKE = rotate(rms_norm(linear(n_BTD, self.k).unflatten(2, (-1, self.head_dim))), (cos, sin))
+        return self._queries(n, shared), k_BTKE, linear(n_BTD, self.v).unflatten(2, (-1, self.head_dim))
+
+    def _queries(self, n: Normed, shared: Shared) -> Tensor:
+        cos, sin = (shared.wanted(table_T1R[None, : n.x.size(1)]) for table_T1R in shared.rope)
+        q_BTHE = linear(n.map(shared.wanted).tensor(), self.q).unflatten(2, (-1, self.head_dim))
+        return rotate(rms_norm(q_BTHE), (cos, sin)) * self.q_gain.to(n.x.dtype)[:, None]
 
     def _values(self, v_BTKE: Tensor, shared: Shared) -> Tensor:
         """The layer's own values plus the value embedding, then mixed with the first layer's raw ones."""
@@ -191,5 +215,4 @@ class Attention(nn.Module):
         if self.vrl_gate is None:
             return v_BTKE
         assert shared.first_values is not None, "layer 0 runs before any layer with a value residual"
-        mix = torch.sigmoid(self.vrl_gate.to(v_BTKE.dtype))
-        return (1 - mix) * v_BTKE + mix * shared.first_values
+        return torch.lerp(v_BTKE, shared.first_values, torch.sigmoid(self.vrl_gate.to(v_BTKE.dtype)))

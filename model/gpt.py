@@ -66,24 +66,22 @@ class GPT(nn.Module):
         """Softcapped logits (..., V), float32, from the final hidden state (..., D); the product runs in its dtype."""
         return logits(hid, self.embed.token, cap=self.config.softcap)
 
-    def hidden(
-        self, tokens_BT: Tensor, *, segments: Tensor | None = None, looped: bool = True, last: int | None = None
-    ) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, *, segments: Tensor | None = None, looped: bool = True) -> Tensor:
         """Hidden state after the final norm, (B, T, D) in the compute dtype, of integer tokens (B, T).
 
         `segments`: see model.attention.attend; none is longer than config.seq_len. `looped` switches depth recurrence
-        on, where the config has it. `last`: only that of the last so many places, (B, last, D), for less work and
-        without a gradient; not with segments.
+        on, where the config has it.
         """
-        x0_BTD = self._embed(tokens_BT)
+        x0_BTD, length = self._embed(tokens_BT), tokens_BT.size(1)
+        positions_T = torch.arange(length, device=x0_BTD.device, dtype=torch.float32)
         shared = Shared(
             x0_BTD=x0_BTD,
-            rope=rotary_table(self.config.rope, tokens_BT.size(1), device=x0_BTD.device, dtype=x0_BTD.dtype),
+            rope=rotary_table(self.config.rope, length, positions_T, x0_BTD.dtype),
             segments=segments,
             longest=self.config.seq_len,
             value_embeddings=self.ve(tokens_BT, x0_BTD.dtype) if self.ve is not None else {},
         )
-        return rms_norm(self._layers(x0_BTD, shared, looped, last))
+        return rms_norm(self._layers(x0_BTD, shared, looped))
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         x_BTD = self.embed(tokens_BT, self.compute_dtype)
@@ -96,10 +94,10 @@ class GPT(nn.Module):
             x_BTD = self.smear(x_BTD)
         return x_BTD
 
-    def _layers(self, x_BTD: Tensor, shared: Shared, looped: bool, last: int | None = None) -> Tensor:
+    def _layers(self, x_BTD: Tensor, shared: Shared, looped: bool) -> Tensor:
         """Encoder layers, then decoder layers with skips; from config.lanes_from on, in two lanes.
 
-        The last one puts out the `last` places of a row alone: the others matter to it as keys and values.
+        The last one puts out the places that are wanted alone (Shared.last).
         """
         encoder, decoder = self.config.layer_order(looped)
         saved: list[Tensor] = []
@@ -109,7 +107,7 @@ class GPT(nn.Module):
         in_stream = [i for i in decoder if self.config.lanes_from is None or i < self.config.lanes_from]
         for step, i in enumerate(in_stream):
             skip = (saved.pop(), self.skip(step, x_BTD.dtype)) if saved else None
-            shared.last = last if step == len(decoder) - 1 else None
+            shared.ending = step == len(decoder) - 1
             x_BTD = self._block(i)(x_BTD, shared, skip)
         if self.lanes is None:
             return x_BTD
@@ -118,7 +116,7 @@ class GPT(nn.Module):
             if saved:
                 shares = self.skip(step, x_BTD.dtype)
                 first = shares[0] * first + shares[1] * saved.pop()
-            shared.last = last if step == len(decoder) - 1 else None
+            shared.ending = step == len(decoder) - 1
             first, second = self.lanes(self._block(i), (first, second), shared)
         return 0.5 * (first + second)
 

@@ -41,8 +41,8 @@ class Block(nn.Module):
         else:
             saved_BTD, shares = skip
             sources, weights = [x_BTD, saved_BTD, shared.x0_BTD], torch.cat([mix[:1] * shares, mix[1:]])
-        u_BTD, n = join(sources, weights, self.norm_scale)
-        u_BTD = shared.wanted(u_BTD).contiguous()
+        u_BTD, n = join(sources, weights, self.norm_scale, None if shared.by_row(x_BTD) else shared.rows_BT)
+        u_BTD = shared.wanted(shared.placed(u_BTD)).contiguous()
         if in_place(u_BTD):
             # u becomes y, and y what comes out.
             y_BTD = self.attn(n, self.attn_scale, shared, u_BTD)
@@ -90,7 +90,7 @@ class Lanes(nn.Module):
     def forward(self, block: Block, lanes: tuple[Tensor, Tensor], shared: Shared) -> tuple[Tensor, Tensor]:
         """Both lanes (B, T, D) after the layer `block`, or the places wanted of them."""
         mix = block.resid_mix.to(lanes[0].dtype)
-        _, n = join([lanes[0], shared.x0_BTD], mix, block.norm_scale)
+        _, n = join([lanes[0], shared.x0_BTD], mix, block.norm_scale, shared.rows_BT)
         attention = block.attn(n, block.attn_scale, shared)
         first, second = shared.wanted(lanes[0]), shared.wanted(lanes[1])
         mlp = block.mlp(norm(second, block.norm_scale), block.mlp_scale)

@@ -25,13 +25,13 @@ def frequencies(rope: Rope, length: int, device: torch.device) -> Tensor:
     return omega.bfloat16().float() if rope.bf16_frequencies else omega
 
 
-def rotary_table(rope: Rope, length: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles, each (T, 1, R), computed in float32 and rounded to `dtype`.
+def rotary_table(rope: Rope, length: int, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles at positions of rows of `length` tokens, each (T, 1, R), rounded to `dtype`.
 
-    Positions count from 0 at the start of the row, also where a packed row holds several documents.
+    Angles have the dtype of the positions: float32, as in the records, or float64 where they go far beyond a row. The
+    records count positions from 0 at the start of the row, also where a packed row holds several documents.
     """
-    positions = torch.arange(length, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, frequencies(rope, length, device))[:, None]
+    angles = torch.outer(positions_T, frequencies(rope, length, positions_T.device).to(positions_T.dtype))[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

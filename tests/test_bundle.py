@@ -144,12 +144,12 @@ f, n, weight, up = torch.ops.fairway, new(2, 128, 512), new(1024, 512), new(1536
 angles, targets = torch.zeros(128, 1, 8, device="cuda"), torch.zeros(256, device="cuda", dtype=torch.int64)
 q, k, v, _ = f.heads(n, None, weight, angles, angles, new(8), 4)
 o = f.exclusive(q, v, new(2, 128, 8) if GATED else None)
-u, m = f.mix_norm(n, o.flatten(2), None, None, 0.5, False)
-u, m = f.mix_norm(u, n, m, new(3, 512), 0.5, False)
+u, m = f.mix_norm(n, o.flatten(2), None, None, None, 0.5, False)
+u, m = f.mix_norm(u, n, m, new(3, 512), None, 0.5, False)
 y = f.mlp(m.flatten(0, 1), up, new(512, 1536))[0]
 f.softcapped_loss(y, new(1024, 512), targets, 30.0)[0].backward()
 with torch.no_grad():
-    u, factors = f.mix_norm(n, n, None, new(2, 512), 0.5, True)
+    u, factors = f.mix_norm(n, n, None, new(2, 512), None, 0.5, True)
     f.heads(u, factors, weight, angles, angles, new(8), 4)
     f.activated(u.flatten(0, 1), factors, up)
 print(bool(n.grad.isfinite().all() and weight.grad.isfinite().all() and up.grad.isfinite().all()))

@@ -63,7 +63,7 @@ def test_queries_and_keys_are_normed_rotated_and_gained(heads: int, kv_heads: in
     from model.kernels.heads import heads as fused_heads
 
     rope = ModelConfig.model_validate(RECORDS["r1150"]).rope.model_copy(update={"dims": 2 * pairs})
-    table = rotary_table(rope, 165, device=CUDA, dtype=torch.bfloat16)
+    table = rotary_table(rope, 165, torch.arange(165.0, device=CUDA), torch.bfloat16)
 
     def plain(n: Tensor, weight: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (n @ weight.T).unflatten(2, (-1, width)).split([heads, kv_heads, kv_heads], dim=2)

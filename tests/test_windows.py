@@ -1,5 +1,7 @@
 """Window lists against the published enumerations (evaluate.md 2.3, 3, 13) and as properties."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streams import golden
 
-from stages.evaluate.windows import Windows, by_chunk, in_groups, published, scored_once
+from stages.evaluate.windows import Windows, by_chunk, in_groups, published, runs, scored_once
 
 SP1024, CASEOPS = 62_021_632, 47_851_520
 
@@ -87,3 +89,13 @@ def test_groups_hold_every_window_in_order(size: tuple[int, int, int], group: in
     assert torch.equal(torch.cat([part.start for part in groups]), windows.start)
     assert {len(part) for part in groups[:-1]} <= {group}
     assert len(groups[-1]) <= group
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=20))
+def test_runs_keep_the_order_and_are_of_one_kind(marks: list[bool]) -> None:
+    marked, column = torch.tensor(marks), torch.arange(len(marks))
+    found = runs(Windows(column, column, column), marked)
+    assert torch.equal(torch.cat([run.start for run in found]), column)
+    kinds = [marked[run.start].unique().tolist() for run in found]
+    assert all(len(kind) == 1 for kind in kinds)
+    assert all(before != after for before, after in pairwise(kinds))

@@ -121,18 +121,20 @@ def heads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries (B, T, H, E), normed, rotated and gained, keys (B, T, K, E), normed and rotated, values, and x.
 
-    n (B, T, D) and weight (S·E, D) contiguous, cos and sin (T, 1, R), gain (H,). With factors (B, T, 1), float32, n's
-    rows are multiplied by them, there is no gradient, and x, otherwise (B, T, S·E), is empty.
+    n (B, T, D) and weight (S·E, D) contiguous, cos and sin (T, 1, R), gain (H,), where H may be 0. With factors
+    (B, T, 1), float32, n's rows are multiplied by them, there is no gradient, and x, otherwise (B, T, S·E), is empty.
     """
     q, k, v, x = outputs = _empty(n, factors, weight, cos, sin, gain, kv_heads)
     (_, length, width), head_dim = n.shape, q.size(3)
     blocks = ((n, ROWS, DEPTH), (weight[None], 2 * head_dim, DEPTH), *((y, ROWS, head_dim) for y in (x, q, k, v)))
-    a, w, *tiles = (
+    a, w, x_tiles, q_tiles, *others = (
         TensorDescriptor.from_tensor(y.flatten(2).flatten(0, 1), [rows, columns]) if y.numel() else None
         for y, rows, columns in blocks
     )
     count = programs(n)
     sizes = (n.numel() // width, length, width, gain.numel(), kv_heads, head_dim, cos.size(-1), ROWS, DEPTH, count)
+    # Where there are no queries, nothing is put out as such.
+    tiles = (x_tiles, q_tiles or others[0], *others)
     _forward[(count,)](a, w, factors, cos, sin, gain, *tiles, *sizes, num_warps=4, num_stages=3)
     return outputs
 

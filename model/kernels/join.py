@@ -36,19 +36,23 @@ def _weights(c, j, D: tl.constexpr):
 
 
 @triton.jit
-def _forward(x0, x1, x2, c, u, n, n_tokens, scale, D: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(x0, x1, x2, c, rows, u, n, n_tokens, scale, D: tl.constexpr, BLOCK: tl.constexpr):
     """`n` is of float32 where the factors are asked for."""
     at, has = _tile(tl.program_id(0), n_tokens, D, BLOCK)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     s0 = read(x0 + at, has)
     total = s0
     if x1 is not None:
-        s1 = read(x1 + at, has)
+        last = at
+        if rows is not None:
+            last = tl.load(rows + token, mask=has, other=0) * D + tl.arange(0, D)
         if c is None:
-            total = s0 + s1
+            total = s0 + read(x1 + last, has)
+        elif x2 is None:
+            total = _weights(c, 0, D) * s0 + _weights(c, 1, D) * read(x1 + last, has)
         else:
-            total = _weights(c, 0, D) * s0 + _weights(c, 1, D) * s1
-            if x2 is not None:
-                total += _weights(c, 2, D) * read(x2 + at, has)
+            total = _weights(c, 0, D) * s0 + _weights(c, 1, D) * read(x1 + at, has)
+            total += _weights(c, 2, D) * read(x2 + last, has)
     stored = total.to(x0.dtype.element_ty)
     if u is not None:
         tl.store(u + at, stored, mask=has)
@@ -56,7 +60,7 @@ def _forward(x0, x1, x2, c, u, n, n_tokens, scale, D: tl.constexpr, BLOCK: tl.co
     total = stored.to(tl.float32)
     factor = scale * tl.rsqrt(tl.sum(total * total, axis=1, keep_dims=True) / D + EPS)
     if n.dtype.element_ty == tl.float32:
-        tl.store(n + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None], factor, mask=has)
+        tl.store(n + token, factor, mask=has)
     else:
         tl.store(n + at, (factor * total).to(n.dtype.element_ty), mask=has)
 
@@ -129,26 +133,27 @@ def _sizes(x: Tensor) -> tuple[int, dict[str, int]]:
 def factors(x: Tensor, scale: float) -> Tensor:
     """s·r of every token of x (B, T, D), contiguous: (B, T, 1) float32. No gradient, and not for the compiler."""
     f, (n_tokens, sizes) = _per_token(x), _sizes(x)
-    _forward[(triton.cdiv(n_tokens, BLOCK),)](x, None, None, None, None, f, n_tokens, scale, **sizes)
+    _forward[(triton.cdiv(n_tokens, BLOCK),)](x, None, None, None, None, None, f, n_tokens, scale, **sizes)
     return f
 
 
 @torch.library.custom_op("fairway::mix_norm", mutates_args=())
 def mix_norm(
-    x0: Tensor, x1: Tensor, x2: Tensor | None, c: Tensor | None, scale: float, aside: bool
+    x0: Tensor, x1: Tensor, x2: Tensor | None, c: Tensor | None, rows: Tensor | None, scale: float, aside: bool
 ) -> tuple[Tensor, Tensor]:
     """u = Σ c[j]⊙x_j and n = scale·norm(u), all (B, T, D), contiguous; c (J, D), or all 1 for two sources.
 
-    Aside: instead of n the factors s·r of u's tokens, (B, T, 1) float32, and no gradient.
+    Aside: instead of n the factors s·r of u's tokens, (B, T, 1) float32, and no gradient. With rows (B, T) the
+    last source is a table (R, D), and these say which row of it stands at each place; no gradient either.
     """
-    u, n = _mixed(x0, x1, x2, c, scale, aside)
+    u, n = _mixed(x0, x1, x2, c, rows, scale, aside)
     n_tokens, sizes = _sizes(x0)
-    _forward[(triton.cdiv(n_tokens, BLOCK),)](x0, x1, x2, c, u, n, n_tokens, scale, **sizes)
+    _forward[(triton.cdiv(n_tokens, BLOCK),)](x0, x1, x2, c, rows, u, n, n_tokens, scale, **sizes)
     return u, n
 
 
 @mix_norm.register_fake
-def _mixed(x0, x1, x2, c, scale, aside):
+def _mixed(x0, x1, x2, c, rows, scale, aside):
     return torch.empty_like(x0), _per_token(x0) if aside else torch.empty_like(x0)
 
 
@@ -179,7 +184,7 @@ def _gradients_like(du, dn, x0, x1, x2, c, scale):
 
 
 def _save(ctx, inputs, output):
-    *sources, c, ctx.scale, _ = inputs
+    *sources, c, _, ctx.scale, _ = inputs
     ctx.save_for_backward(*((output[0], None, None) if c is None else sources), c)
 
 
@@ -187,8 +192,8 @@ def _gradients(ctx, du, dn):
     *_, x2, c = ctx.saved_tensors
     d0, d1, d2, dc = mix_norm_backward(du, dn, *ctx.saved_tensors, ctx.scale)
     if c is None:
-        return d0, d0, None, None, None, None
-    return d0, d1, None if x2 is None else d2, dc.to(c.dtype), None, None
+        return d0, d0, None, None, None, None, None
+    return d0, d1, None if x2 is None else d2, dc.to(c.dtype), None, None, None
 
 
 mix_norm.register_autograd(_gradients, setup_context=_save)

@@ -32,16 +32,20 @@ class Graphed:
 
     def _record(self, x: Tensor) -> Tensor:
         """The function of `x` by an ordinary run, and the graph from then on."""
+        # What earlier graphs held: nothing can be given back while one is recorded.
+        torch.cuda.empty_cache()
         self._input = x.clone()
-        # Kernels are built and libraries choose theirs on a run before, on another stream, as torch.cuda.graph asks.
+        # On another stream, as recording asks; and not by torch.cuda.graph, which would wait for the device first.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            # Kernels are built and libraries choose theirs on a run before.
             first = self.function(self._input)
-        torch.cuda.current_stream().wait_stream(stream)
-        # Other threads, NCCL's watchdog among them, may go on asking the device meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            # Other threads, NCCL's watchdog among them, may go on asking the device meanwhile.
+            self._graph.capture_begin(capture_error_mode="thread_local")
             self._output = self.function(self._input)
+            self._graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
         # Made on another stream: not to be reused there before it is read here.
         first.record_stream(torch.cuda.current_stream())
         return first

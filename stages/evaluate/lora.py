@@ -104,8 +104,8 @@ class AdaptedNetwork:
             n = self._kept(n)
             return self._added("o", n, attend(n, scale_D, shared, onto), scale_D)
 
-        def project_adapted(n: Normed, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-            return self._projected(attn, n.x, rope) if self._adapters else project(n, rope)
+        def project_adapted(n: Normed, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
+            return self._projected(attn, n.x, shared.rope) if self._adapters else project(n, shared)
 
         def transform_adapted(n: Normed, scale_D: Tensor, onto: Tensor | None = None) -> Tensor:
             n = self._kept(n)

@@ -12,7 +12,7 @@ from model.attention import Attention, Shared, attend_recent
 from model.gpt import GPT
 from model.precision import rms_norm
 from model.residual import Block
-from model.rope import frequencies
+from model.rope import rotary_table
 
 # Keys and values (B, P, K, E) of every application of a layer in turn: k, v, k, v, ...
 Memory = tuple[Tensor, ...]
@@ -35,8 +35,6 @@ class RememberingNetwork:
         # Of the forward pass under way, application by application: what it was given, and what it leaves.
         self._recalled: Memory = ()
         self._left: list[Tensor] = []
-        # Angles are taken in float64: positions go far beyond what float32 can tell apart after a multiplication.
-        self.omega = frequencies(model.config.rope, self.window, model.embed.token.device).double()
         for i in range(model.config.layers):
             block = self.model.get_submodule(f"layer{i}")
             assert isinstance(block, Block)
@@ -51,20 +49,17 @@ class RememberingNetwork:
         self._recalled, self._left = memory, []
         overlap = OVERLAP if memory else 0
         x0_BCD = self.model._embed(tokens)[:, overlap:].contiguous()
+        # In float64: positions go far beyond what float32 can tell apart after a multiplication.
+        positions_C = begin + torch.arange(x0_BCD.size(1), device=tokens.device, dtype=torch.float64)
         values = self.model.ve(tokens[:, overlap:], x0_BCD.dtype) if self.model.ve is not None else {}
         shared = Shared(
             x0_BTD=x0_BCD,
-            rope=self._rotary_table(begin, x0_BCD.size(1)),
+            rope=rotary_table(self.model.config.rope, self.window, positions_C, x0_BCD.dtype),
             segments=None,
             longest=self.window,
             value_embeddings=values,
         )
         return rms_norm(self.model._layers(x0_BCD, shared, looped=True)), tuple(self._left)
-
-    def _rotary_table(self, begin: int, count: int) -> tuple[Tensor, Tensor]:
-        positions = begin + torch.arange(count, device=self.omega.device, dtype=torch.float64)
-        angles, dtype = torch.outer(positions, self.omega)[:, None], self.model.compute_dtype
-        return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _replace_attention(self, attn: Attention) -> None:
         """Take the attention of a layer from here, and nothing else of it."""

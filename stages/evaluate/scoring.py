@@ -6,7 +6,6 @@ batch, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from stages.evaluate.windows import Windows, in_groups, published, scored_once
 class Batch:
     """Windows that go through the network together. Beyond the stream's end, tokens and targets are 0.
 
-    On a GPU the last batch is filled up with windows of no tokens, so that a recorded pass meets one shape only.
+    On a GPU batches are filled up with windows of no tokens, so that few shapes are met: attention is planned for each.
     Hidden states are known at the last X places of each window; it scores none of the others.
     """
 
@@ -40,6 +39,9 @@ class Batch:
     rows_M: Tensor
     positions_M: Tensor
 
+
+# Windows of a batch on a GPU that no recorded pass takes: a multiple of this.
+FILLED = 32
 
 # From the final hidden state (B, X, D) of a batch to the logits (M, V) float32 of its scored places.
 Head = Callable[[GPT, Batch, Tensor], Tensor]
@@ -78,8 +80,8 @@ class WindowPass(Pass):
     """A pass over chunks of windows, by a network that stays as it is. Batches are the same whatever the processes.
 
     A head that reads scored places alone says how many at a window's end those are (`width`), but for the stream's
-    first and last windows: what only they need is not computed for the others. These come in whole batches of windows
-    that begin the same number of tokens apart; batches of another make go through the network as it is.
+    first and last windows: what only they need is not computed for the others. Batches of windows that begin the same
+    number of tokens apart go through a recorded pass, batches with others among them through the network as it is.
     """
 
     def __init__(
@@ -97,8 +99,12 @@ class WindowPass(Pass):
         self.windows, self.batch_windows, self.head = chunks, batch_windows, head
         seq_len, begin = model.config.seq_len, torch.cat([windows.start for windows in chunks])
         self.chunks, self.width = len(chunks), width or seq_len
-        self.spacing = int(begin[1] - begin[0]) if len(begin) > 1 else seq_len
-        hidden = partial(overlapping_hidden, model, spacing=self.spacing, last=width)
+        self.spacing = spacing = int(begin[1] - begin[0]) if len(begin) > 1 else seq_len
+
+        # Not a function of self, which would then hold itself, and the graph's memory, for longer than it is used.
+        def hidden(tokens_L: Tensor) -> Tensor:
+            return overlapping_hidden(model, tokens_L, spacing=spacing, last=width)
+
         self._hidden = graphed(hidden, tokens_N1.device)
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Iterator[Prediction]:
@@ -110,25 +116,20 @@ class WindowPass(Pass):
 
     @torch.no_grad()
     def _predict(self, group: Windows) -> Prediction:
-        seq_len, begin, last = self.model.config.seq_len, int(group.start[0]), int(group.start[-1])
-        if self._is_usual(group):
-            batch = make_batch(self.tokens_N1, group, seq_len=seq_len, width=self.width)
-            hid_BXD = self._hidden(self.tokens_N1[begin : last + seq_len])
+        seq_len, on_gpu = self.model.config.seq_len, self.tokens_N1.is_cuda
+        # Windows before these fill up a recorded pass.
+        missing = (self.batch_windows - len(group)) * on_gpu
+        begin, end = int(group.start[0]) - missing * self.spacing, int(group.start[-1]) + seq_len
+        apart = bool((group.start.diff() == self.spacing).all())
+        if apart and begin >= 0 and end < len(self.tokens_N1) and int(group.first.min()) >= seq_len - self.width:
+            batch = make_batch(self.tokens_N1, self._filled(group, missing), seq_len=seq_len, width=self.width)
+            hid_BXD = self._hidden(self.tokens_N1[begin:end]).roll(-missing, 0)
         else:
-            batch = make_batch(self.tokens_N1, self._filled(group), seq_len=seq_len)
+            batch = make_batch(self.tokens_N1, self._filled(group, -len(group) % FILLED * on_gpu), seq_len=seq_len)
             hid_BXD = self.model.hidden(batch.tokens_BT)
         return batch.positions_M, self.head(self.model, batch, hid_BXD)
 
-    def _is_usual(self, group: Windows) -> bool:
-        seq_len = self.model.config.seq_len
-        whole = len(group) == self.batch_windows and int(group.start[-1]) + seq_len < len(self.tokens_N1)
-        apart = bool((group.start.diff() == self.spacing).all())
-        return whole and apart and int(group.first.min()) >= seq_len - self.width
-
-    def _filled(self, group: Windows) -> Windows:
-        missing = self.batch_windows - len(group)
-        if self.tokens_N1.device.type != "cuda" or not missing:
-            return group
+    def _filled(self, group: Windows, missing: int) -> Windows:
         nothing = torch.zeros(missing, dtype=torch.int64)
         return Windows(*(torch.cat([column, nothing]) for column in (group.start, group.first, group.length)))
 

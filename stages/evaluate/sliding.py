@@ -14,6 +14,7 @@ from stages.distributed import World
 from stages.evaluate.evaluator import Evaluator
 from stages.evaluate.passes import Pass
 from stages.evaluate.scoring import WindowPass, in_chunks, stream_windows
+from stages.evaluate.windows import runs
 
 
 @dataclass(frozen=True)
@@ -28,5 +29,8 @@ class SlidingEvaluator(Evaluator):
         windows = stream_windows(
             "sliding", model, len(tokens_N1) - 1, stride=s.stride, as_published=s.published_window_list
         )
-        chunks = in_chunks(windows, s.batch_windows)
+        # Apart from those that the stream's ends make different, which would each spoil a large batch.
+        seq_len = model.config.seq_len
+        alike = (windows.first == seq_len - s.stride) & (windows.length == seq_len)
+        chunks = [chunk for run in runs(windows, alike) for chunk in in_chunks(run, s.batch_windows)]
         return WindowPass(model, tokens_N1, chunks, world, batch_windows=s.batch_windows, width=s.stride)

@@ -75,6 +75,12 @@ def by_chunk(windows: Windows, *, targets: int, chunk_tokens: int) -> list[Windo
     return [windows[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
+def runs(windows: Windows, marked: Tensor) -> list[Windows]:
+    """The windows in order, cut wherever `marked` (W,) changes."""
+    cuts = ((marked.diff() != 0).nonzero()[:, 0] + 1).tolist()
+    return [windows[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(windows)], strict=True)]
+
+
 def in_groups(windows: Windows, size: int) -> list[Windows]:
     """The windows in order, `size` at a time, the last group ragged."""
     return [windows[begin : begin + size] for begin in range(0, len(windows), size)]
