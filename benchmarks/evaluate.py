@@ -7,8 +7,7 @@ Prints: per record: each of its evaluators as its params set them, one epoch of 
         eight such GPUs, compilation and all epochs included. Then whether what the record's score needs (adaptation to
         the validation stream and the evaluator that its program runs) fits into the track's 600 s. Ideal division by
         eight is an estimate: it leaves out the exchange of gradients and the smaller batches of a GPU.
-Method: the stage's own evaluators on random tokens, in deterministic mode; random weights and tokens take the same time
-        as real ones.
+Method: the stage's own evaluators on random tokens, in deterministic mode. Weights are random too, none of them zero.
 Usage:  python -m benchmarks.evaluate r1150 r1488 --only sliding slot
 """
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
+from model.config import ModelConfig
 from model.embedding import BOS
 from model.gpt import GPT
 from stages import params
@@ -66,12 +66,20 @@ def main() -> None:
     print("\n".join(verdicts))
 
 
+def random_network(config: ModelConfig) -> GPT:
+    """A network as before training, but without zeros: products of zeros take 3 % less time, by taking less power."""
+    model = GPT(config)
+    model.init_weights(1)
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
 def _record(record: str, only: list[str] | None, targets: int, world: World) -> str:
     """Prints a record's lines; whether it keeps the limit."""
     settings = params.load_params(Path(f"records/{record}.yaml"))
-    model = GPT(settings.model)
-    model.init_weights(1)
-    model.to_device(world.device)
+    model = random_network(settings.model).to_device(world.device)
     wanted = [*settings.evaluators, *(["adapt"] if settings.adapt.epochs else []), "streaming"]
     whole_s = {
         name: _line(record, name, settings, model, targets, world) for name in wanted if only is None or name in only
