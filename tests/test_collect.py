@@ -139,7 +139,7 @@ def of_three_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 def test_three_processes_give_the_result_of_one(
     name: str, of_three_processes: Callable[[str], tuple[Tensor, Tensor]]
 ) -> None:
-    """To 1e-6 bits per token; the order in which gradients are added up differs."""
+    """To 1e-6 bits per token; a matrix product depends on the threads that share it."""
     alone_, (nats, times) = _run(name)[0], of_three_processes(name)
     assert torch.equal(times, alone_.times_N)
     assert abs(float(nats.mean() - alone_.nats_N.mean())) / math.log(2) <= 1e-6

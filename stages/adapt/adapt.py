@@ -16,6 +16,7 @@ Legend: R rows, T tokens of a row.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 from model.compiler import compiled_on_gpu
 from model.gpt import GPT
 from stages import params
-from stages.adapt.exchange import sum_gradients, sum_over_ranks
+from stages.adapt.exchange import sum_gradients, sum_over_lanes
 from stages.adapt.fake_quantize import Loss, loss_with
 from stages.adapt.rounding import RoundedWeights
 from stages.adapt.trainable import trainable
@@ -93,26 +94,24 @@ class Trainer:
         runs = [rows_RT1[rows * lane // lanes : rows * (lane + 1) // lanes] for lane in range(lanes)]
         batches = [run.split(self.settings.batch_rows) if len(run) else () for run in runs]
         for step in range(max(map(len, batches))):
-            active = [lane for lane in range(lanes) if step < len(batches[lane])]
-            for lane in self.mine:
-                if lane in active:
-                    self._backward(batches[lane][step], 1 / len(active))
-            sum_gradients(self.parameters, self.world)
+            now = [lane_batches[step] if step < len(lane_batches) else None for lane_batches in batches]
+            active = sum(batch_RT1 is not None for batch_RT1 in now)
+            sum_gradients(self.parameters, lanes, partial(self._backward_of_lane, now, 1 / active), self.world)
             self._step(self.optimizers[self.mine[0]], lr)
 
     def epoch_of_lanes(self, rows_RT1: Tensor, lr: float) -> None:
         """Every lane trains alone on every lanes-th batch of rows, from the same weights; then weights are averaged."""
         batches = rows_RT1.split(self.settings.batch_rows)
         start = [parameter.detach().clone() for parameter in self.parameters]
-        sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.parameters]
-        for lane in self.mine:
+
+        def trained(lane: int) -> list[Parameter]:
             self._set(start)
             for batch_RT1 in batches[lane :: self.settings.lanes]:
                 self._backward(batch_RT1, 1.0)
                 self._step(self.optimizers[lane], lr)
-            for total, parameter in zip(sums, self.parameters, strict=True):
-                total += parameter.detach()
-        sum_over_ranks(sums, self.world)
+            return self.parameters
+
+        sums = sum_over_lanes(self.parameters, self.settings.lanes, trained, self.world)
         self._set([total / self.settings.lanes for total in sums])
 
     def mean_loss(self, rows: int) -> float:
@@ -120,6 +119,11 @@ class Trainer:
         mean = float(self.world.sum(self.total).wait()) / rows
         self.total.zero_()
         return mean
+
+    def _backward_of_lane(self, batches: list[Tensor | None], weight: float, lane: int) -> None:
+        batch_RT1 = batches[lane]
+        if batch_RT1 is not None:
+            self._backward(batch_RT1, weight)
 
     def _backward(self, batch_RT1: Tensor, weight: float) -> None:
         """Add the gradient of weight · mean loss."""

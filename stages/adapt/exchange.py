@@ -1,6 +1,9 @@
-"""What processes that train one network tell each other: sums, in one flat message each."""
+"""What processes that train one network together add up: one result a lane, whichever process has the lane.
 
-from collections.abc import Sequence
+Lanes are dealt to the processes in turn: process r of P has the lanes r, r + P, r + 2P, ...
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,20 +12,34 @@ from torch.nn import Parameter
 from stages.distributed import World
 
 
-def sum_over_ranks(tensors: Sequence[Tensor], world: World) -> None:
-    """Replace every tensor by its sum over the processes, added up in float32."""
-    if world.size == 1:
-        return
-    flat = world.sum(torch.cat([tensor.float().flatten() for tensor in tensors])).wait()
-    for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(piece.view_as(tensor))
+def sum_over_lanes(
+    like: Sequence[Tensor], lanes: int, work: Callable[[int], Sequence[Tensor | None]], world: World
+) -> list[Tensor]:
+    """Sums over the lanes of what `work` puts out for each, shaped as `like`, float32, on every process; None is 0.
+
+    Added up in the order of the lanes, so that sums are the same to the last bit however many processes there are.
+    """
+    sizes, each = [tensor.numel() for tensor in like], -(-lanes // world.size)
+    mine = torch.zeros(each, sum(sizes), device=like[0].device)
+    for row, lane in zip(mine, range(world.rank, lanes, world.size), strict=False):
+        for piece, tensor in zip(row.split(sizes), work(lane), strict=True):
+            if tensor is not None:
+                piece.copy_(tensor.detach().flatten())
+    rows, total = world.stack(mine).wait(), torch.zeros_like(mine[0])
+    for lane in range(lanes):
+        total += rows[lane % world.size * each + lane // world.size]
+    return [piece.view_as(tensor) for piece, tensor in zip(total.split(sizes), like, strict=True)]
 
 
-def sum_gradients(parameters: Sequence[Parameter], world: World) -> None:
-    """Replace every gradient by its sum over the processes; a process without a gradient has added nothing."""
-    if world.size == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    sum_over_ranks([parameter.grad for parameter in parameters if parameter.grad is not None], world)
+def sum_gradients(parameters: Sequence[Parameter], lanes: int, backward: Callable[[int], None], world: World) -> None:
+    """Give every parameter the sum of the gradients that `backward` leaves for each lane."""
+
+    def gradients(lane: int) -> list[Tensor | None]:
+        backward(lane)
+        found = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        return found
+
+    for parameter, total in zip(parameters, sum_over_lanes(parameters, lanes, gradients, world), strict=True):
+        parameter.grad = total.to(parameter.dtype)

@@ -12,7 +12,6 @@ from model.compiler import compiled_on_gpu
 from model.gpt import GPT
 from model.head import softcap
 from stages import params
-from stages.adapt.exchange import sum_over_ranks
 from stages.distributed import World
 from stages.evaluate.offsets import Offsets, gradient, products, step_lr
 from stages.evaluate.passes import Prediction, State
@@ -56,8 +55,8 @@ class CarriedPass(WindowPass):
             for U_MV, targets_M in self._scored:
                 weight_GM = torch.full_like(targets_M, 1 / count, dtype=torch.float32)[None]
                 gamma_GV += self._gradient(U_MV[None], a_GV, targets_M[None], weight_GM, self.model.config.softcap)
-            sum_over_ranks([gamma_GV], self.world)
-            self.offsets.step(self.model, gamma_GV, step_lr(self.settings, step))
+            total_GV = self.world.sum(gamma_GV).wait()
+            self.offsets.step(self.model, total_GV, step_lr(self.settings, step))
 
     def state(self) -> State:
         """The offset and its moments."""

@@ -151,12 +151,14 @@ class LoraTttPass(Pass):
         """One step on a chunk (global_chunk_tokens + 1,); each lane packs its share into a row, documents apart."""
         s, parameters = self.settings, list(self.model.parameters())
         share = s.global_chunk_tokens // s.lanes
-        for lane in range(self.world.rank, s.lanes, self.world.size):
+
+        def backward(lane: int) -> None:
             row = tokens[lane * share : (lane + 1) * share + 1]
             bounds = document_bounds(row[:-1].cpu().numpy(), cut=self.model.config.seq_len, bucket=BOUNDS)
             segments = torch.from_numpy(bounds).to(row.device)
             (self.model(row[None, :-1], row[None, 1:], segments=segments) / s.lanes).backward()
-        sum_gradients(parameters, self.world)
+
+        sum_gradients(parameters, s.lanes, backward, self.world)
         clip_grad_norm_(parameters, s.grad_clip)
         optimizer.step()
         optimizer.zero_grad()

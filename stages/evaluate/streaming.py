@@ -20,7 +20,6 @@ from torch import Tensor
 
 from model.gpt import GPT
 from stages import params
-from stages.adapt.exchange import sum_over_ranks
 from stages.distributed import World
 from stages.errors import UserError
 from stages.evaluate.evaluator import Evaluator
@@ -89,8 +88,7 @@ class StreamingPass(Pass):
         for index, memory in enumerate(self._memory):
             of_lanes = memory.new_zeros(self.settings.lanes, *memory.shape[1:])
             of_lanes[self.mine.start :: self.world.size] = memory
-            sum_over_ranks([of_lanes], self.world)
-            state[str(index)] = of_lanes
+            state[str(index)] = self.world.sum(of_lanes).wait()
         return state
 
     def restore(self, state: State) -> None:

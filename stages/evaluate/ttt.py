@@ -85,11 +85,13 @@ class TttPass(WindowPass):
 
     def _step(self, inputs_RT: Tensor, targets_RT: Tensor) -> None:
         """One step on the mean loss of all rows, of which each process takes its share of lanes."""
-        for lane in range(self.world.rank, min(LANES, len(inputs_RT)), self.world.size):
+        parameters = list(self.free.values())
+
+        def backward(lane: int) -> None:
             inputs, targets = inputs_RT[lane::LANES], targets_RT[lane::LANES]
             (len(inputs) / len(inputs_RT) * self._loss(inputs, targets)).backward()
-        parameters = list(self.free.values())
-        sum_gradients(parameters, self.world)
+
+        sum_gradients(parameters, min(LANES, len(inputs_RT)), backward, self.world)
         clip_grad_norm_(parameters, self.settings.grad_clip)
         self._optimizer.step()
         self._rounded.round()

@@ -1,0 +1,61 @@
+"""Sums over lanes: the same to the last bit, whoever has the lanes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from conftest import REPOSITORY
+from torch import Tensor
+
+from stages.adapt.exchange import sum_gradients, sum_over_lanes
+from stages.distributed import alone
+
+LANES = 8
+LIKE = [torch.empty(40, 30), torch.empty(7)]
+
+
+def lane_results(lane: int) -> list[Tensor | None]:
+    """Numbers of very different sizes, so that the order of summation shows; now and then nothing."""
+    random = torch.Generator().manual_seed(lane)
+    first, second = (torch.randn(x.shape, generator=random) * 10.0 ** (lane - 4) for x in LIKE)
+    return [first, None if lane == 2 else second]
+
+
+RANKS = """
+import sys
+import torch
+sys.path[:0] = {paths}
+from test_exchange import LANES, LIKE, lane_results
+from stages.adapt.exchange import sum_over_lanes
+from stages.distributed import start_world
+
+with start_world() as world:
+    torch.save(sum_over_lanes(LIKE, LANES, lane_results, world), f"{{world.rank}}.pt")
+"""
+
+
+def test_three_processes_add_up_to_the_same_bits_as_one(tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(RANKS.format(paths=[str(REPOSITORY / "tests"), str(REPOSITORY)]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "ranks.py"]
+    subprocess.run(launch, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    expected = sum_over_lanes(LIKE, LANES, lane_results, alone(torch.device("cpu")))
+    for rank in range(3):
+        assert all(map(torch.equal, torch.load(tmp_path / f"{rank}.pt"), expected))
+    exact = sum(first.double() for first, _ in map(lane_results, range(LANES)) if first is not None)
+    torch.testing.assert_close(expected[0].double(), exact, rtol=1e-5, atol=1e-3)
+
+
+def test_gradients_are_those_of_the_sum() -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
+    frozen = torch.nn.Parameter(torch.ones(3))
+
+    def backward(lane: int) -> None:
+        ((lane + 1) * weight.float().square().sum()).backward()
+
+    sum_gradients([weight, frozen], 3, backward, alone(torch.device("cpu")))
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.bfloat16
+    assert weight.grad.tolist() == [12.0, 24.0]
+    assert frozen.grad is not None
+    assert not frozen.grad.any()
