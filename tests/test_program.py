@@ -139,14 +139,46 @@ def test_fields_that_are_always_the_same_decide_branches_too(tmp_path: Path) -> 
     assert "rare" not in text
 
 
-def test_fields_of_objects_made_by_others_stay_open(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("head", "body", "made"),
+    [
+        ("@dataclass", "@classmethod\n    def at(cls, last):\n        return cls(1, last)", "Cut.at(3)"),
+        ("@dataclass", "def at(self, last):\n        return type(self)(1, last)", "Cut(1).at(3)"),
+        ("@dataclass", "def at(self, last):\n        return replace(self, last=last)", "Cut(1).at(3)"),
+        ("@dataclass", "def __post_init__(self):\n        object.__setattr__(self, 'last', 3)", "Cut(1)"),
+        ("@dataclass", "def __init__(self, size):\n        self.size, self.last = size, 3", "Cut(1)"),
+        ("@dataclass(kw_only=True)", "def at(self):\n        return self", "Cut(last=3, size=1)"),
+        ("@dataclass", "more: int = field(default=0, init=False)", "Cut(1, 3)"),
+        ("@dataclass", "more: ClassVar[int] = 3", "Cut(1, Cut.more)"),
+    ],
+)
+def test_fields_that_are_filled_in_other_ways_stay_open(tmp_path: Path, head: str, body: str, made: str) -> None:
     main = (
-        "from dataclasses import dataclass\n\n\n"
-        "@dataclass\nclass Cut:\n    last: int | None = None\n\n"
-        "    @classmethod\n    def at(cls, last):\n        return cls(last)\n\n\n"
-        "def run_shipped():\n    result.append((Cut().last is None, Cut.at(3).last is None))\n"
+        "from dataclasses import dataclass, field, replace\nfrom typing import ClassVar\n\n\n"
+        f"{head}\nclass Cut:\n    size: int\n    last: int | None = None\n    {body}\n\n"
+        "    def whole(self):\n        return self.last is None\n\n\n"
+        f"def run_shipped():\n    cut = {made}\n"
+        "    result.append((cut.size, cut.last, cut.whole()))\n"
     )
-    assert _run(_program(tmp_path, main=main))[0] == [(True, False)]
+    assert _run(_program(tmp_path, main=main))[0] == [(1, 3, False)]
+
+
+def test_a_store_by_a_function_that_is_no_method_counts(tmp_path: Path) -> None:
+    main = (
+        "from dataclasses import dataclass\n\n\n@dataclass\nclass Cut:\n    last: int | None = None\n\n"
+        "    def whole(self):\n        return self.last is None\n\n\n"
+        "class Other:\n    @staticmethod\n    def put(cut, value):\n        cut.last = value\n\n\n"
+        "def run_shipped():\n    cut = Cut()\n    Other.put(cut, 3)\n    result.append(cut.whole())\n"
+    )
+    assert _run(_program(tmp_path, main=main))[0] == [False]
+
+
+def test_what_a_lambda_does_when_it_is_made_is_done(tmp_path: Path) -> None:
+    main = (
+        "def note():\n    result.append('made')\n\n\n"
+        "def run_shipped():\n    unread = lambda x=note(): x\n    result.append('end')\n"
+    )
+    assert _run(_program(tmp_path, main=main))[0] == ["made", "end"]
 
 
 def test_a_loop_left_in_its_first_round_is_that_round(tmp_path: Path) -> None:

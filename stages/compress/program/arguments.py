@@ -1,6 +1,7 @@
 """Parameters of functions that the program itself calls, and nobody else: always the same, never read, or by place."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +9,12 @@ from dataclasses import dataclass
 from stages.compress.program.names import is_harmless
 from stages.compress.program.strip import read_by_others
 from stages.compress.program.values import SCALARS, Known, Value
+
+# As the linker writes them, which may add to a name.
+DATACLASS = re.compile(r"dataclass(__\w+)?(\(frozen=True\))?$")
+BY_HAND = {"__init__", "__post_init__", "classmethod"}
+# What makes objects of a dataclass without naming it, or sets what is frozen.
+OTHER_MAKERS = re.compile(r"(dataclasses\.)?replace(__\w+)?$|type\(|.*\.__(class|setattr)__$")
 
 
 @dataclass
@@ -65,22 +72,27 @@ def called_functions(tree: ast.Module) -> Iterator[Called]:
 def constant_parameters(tree: ast.Module) -> dict[tuple[int, str], Value]:
     """{(identity of the function, parameter): value} of parameters for which every call gives the same constant."""
     return {
-        (id(called.function), name): value for called in called_functions(tree) for name, value in _constants(called)
+        (id(called.function), name): value
+        for called in called_functions(tree)
+        if called.function.name not in _class_names(tree)
+        for name, value in _constants(called)
     }
 
 
 def constant_fields(tree: ast.Module) -> dict[tuple[str, str], Value]:
     """{(dataclass, field): value} of fields that every object is made with, the same constant."""
-    if any(getattr(node, "id", "").startswith("replace") for node in ast.walk(tree)):
-        # dataclasses.replace makes objects too.
+    if any(isinstance(node, ast.Call) and OTHER_MAKERS.match(ast.unparse(node.func)) for node in ast.walk(tree)):
         return {}
-    classes = {statement.name for statement in tree.body if isinstance(statement, ast.ClassDef)}
     return {
         (called.function.name, name): value
         for called in called_functions(tree)
-        if called.function.name in classes
+        if called.function.name in _class_names(tree)
         for name, value in _constants(called)
     }
+
+
+def _class_names(tree: ast.Module) -> set[str]:
+    return {statement.name for statement in tree.body if isinstance(statement, ast.ClassDef)}
 
 
 def _constants(called: Called) -> Iterator[tuple[str, Value]]:
@@ -169,14 +181,24 @@ def _named_by_calls(tree: ast.Module) -> dict[str, set[str]]:
 def _constructor(statement: ast.ClassDef) -> ast.AST | None:
     if not statement.decorator_list:
         return next((part for part in statement.body if getattr(part, "name", "") == "__init__"), None)
-    on_methods = {ast.unparse(node) for part in statement.body for node in getattr(part, "decorator_list", ())}
-    is_dataclass = ast.unparse(statement.decorator_list[0]).startswith("dataclass")
-    if statement.bases or not is_dataclass or "classmethod" in on_methods:
+    if not _is_plain_dataclass(statement):
         return None
     # As the decorator writes it; all is read there. Under the name of the class, which tells it from others.
     fields = {ast.unparse(part.target): part.value for part in statement.body if isinstance(part, ast.AnnAssign)}
     head = ", ".join(name if value is None else f"{name}={ast.unparse(value)}" for name, value in fields.items())
     return ast.parse(f"def {statement.name}(self, {head}): return {', '.join(fields)}").body[0]
+
+
+def _is_plain_dataclass(statement: ast.ClassDef) -> bool:
+    """One whose fields are the parameters of its constructor, which alone makes and fills its objects."""
+    if statement.bases or not all(DATACLASS.match(ast.unparse(wrap)) for wrap in statement.decorator_list):
+        return False
+    fields = [part for part in statement.body if isinstance(part, ast.AnnAssign)]
+    methods = [part for part in statement.body if isinstance(part, ast.FunctionDef)]
+    own = {method.name for method in methods} | {ast.unparse(wrap) for m in methods for wrap in m.decorator_list}
+    kinds = " ".join(ast.unparse(field.annotation) for field in fields)
+    simple = all(field.value is None or is_harmless(field.value) for field in fields)
+    return bool(fields) and simple and not own & BY_HAND and not re.search("Var|KW_ONLY", kinds)
 
 
 def _is_plain(call: ast.Call) -> bool:

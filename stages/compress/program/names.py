@@ -157,7 +157,9 @@ def global_names(node: ast.AST) -> set[str]:
 def is_harmless(value: ast.expr) -> bool:
     """Whether leaving it out changes nothing: it calls nobody. What a lambda calls, it calls later."""
     quiet = (ast.Name, ast.Attribute, ast.Constant, ast.expr_context, ast.UnaryOp, ast.unaryop, ast.Tuple, ast.List)
-    return isinstance(value, ast.Lambda) or all(isinstance(node, quiet) for node in ast.walk(value))
+    if isinstance(value, ast.Lambda):
+        return all(map(is_harmless, filter(None, [*value.args.defaults, *value.args.kw_defaults])))
+    return all(isinstance(node, quiet) for node in ast.walk(value))
 
 
 def is_late(statement: ast.stmt) -> bool:

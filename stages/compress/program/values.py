@@ -15,6 +15,8 @@ from pydantic import BaseModel
 
 from stages.compress.program.names import binds, bound_names, parameters, scope_nodes, statements
 
+# Methods whose first parameter is no object of the class.
+UNBOUND = ("staticmethod", "classmethod")
 SCALARS = (type(None), bool, int, float, str)
 
 
@@ -198,7 +200,7 @@ class Knowledge:
             known = None if argument in stars else self.of_annotation(argument.annotation)
             known = self.parameters.get((id(function), argument.arg), known)
             names[argument.arg] = None if argument.arg in counts or argument.arg in kept else known
-        if owner and arguments and not _decorated(function, "staticmethod", "classmethod"):
+        if owner and arguments and not _decorated(function, *UNBOUND):
             found = self.of_class.get(owner, [])
             names[arguments[0].arg] = Known(found[0]) if len(found) == 1 else Instance(owner)
         for name, value in _assignments(own):
@@ -267,7 +269,7 @@ def _attribute_stores(nodes: list[ast.AST]) -> tuple[Any, set[str]]:
         if not isinstance(node, ast.ClassDef):
             continue
         for method in node.body:
-            if isinstance(method, ast.FunctionDef) and method.args.args:
+            if isinstance(method, ast.FunctionDef) and method.args.args and not _decorated(method, *UNBOUND):
                 for target, value in _self_stores(method):
                     stores[node.name, target.attr].append((method, value))
                     ours.add(id(target))
