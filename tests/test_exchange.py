@@ -31,7 +31,8 @@ from stages.adapt.exchange import sum_over_lanes
 from stages.distributed import start_world
 
 with start_world() as world:
-    torch.save(sum_over_lanes(LIKE, LANES, lane_results, world), f"{{world.rank}}.pt")
+    for lanes in (1, 2, LANES):
+        torch.save(sum_over_lanes(LIKE, lanes, lane_results, world), f"{{lanes}}_{{world.rank}}.pt")
 """
 
 
@@ -39,9 +40,10 @@ def test_three_processes_add_up_to_the_same_bits_as_one(tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(RANKS.format(paths=[str(REPOSITORY / "tests"), str(REPOSITORY)]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "ranks.py"]
     subprocess.run(launch, cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    expected = sum_over_lanes(LIKE, LANES, lane_results, alone(torch.device("cpu")))
-    for rank in range(3):
-        assert all(map(torch.equal, torch.load(tmp_path / f"{rank}.pt"), expected))
+    for lanes in (1, 2, LANES):
+        expected = sum_over_lanes(LIKE, lanes, lane_results, alone(torch.device("cpu")))
+        for rank in range(3):
+            assert all(map(torch.equal, torch.load(tmp_path / f"{lanes}_{rank}.pt"), expected))
     exact = sum(first.double() for first, _ in map(lane_results, range(LANES)) if first is not None)
     torch.testing.assert_close(expected[0].double(), exact, rtol=1e-5, atol=1e-3)
 

@@ -32,7 +32,10 @@ def sum_over_lanes(
 
 
 def sum_gradients(parameters: Sequence[Parameter], lanes: int, backward: Callable[[int], None], world: World) -> None:
-    """Give every parameter the sum of the gradients that `backward` leaves for each lane."""
+    """Give every parameter the sum of the gradients that `backward` leaves for each lane, zero where there are none.
+
+    Parameters come without gradients. A process keeps all lanes' at a time, in float32: 0.9 GiB for 8 of 27 million.
+    """
 
     def gradients(lane: int) -> list[Tensor | None]:
         backward(lane)
