@@ -104,11 +104,11 @@ class Shared:
     """What the layers of one forward pass have in common.
 
     Where places have rows of x0 in common, as overlapping windows have, x0 and what is computed from it alone up to the
-    first layer's attention is kept by row, (1, R, ...) with more rows than there are places in a row of the batch.
+    first layer's attention is kept by row: (1, U, ...), U > T.
     """
 
     x0_BTD: Tensor
-    # Cosines and sines, (T, 1, R) each, of x0's rows if there are such: these begin with the places of a first row.
+    # Cosines and sines (model.rope) of a row's T places, or of U, the first of which are T places of a row.
     rope: tuple[Tensor, Tensor]
     segments: Tensor | None
     # No segment has more tokens.
@@ -125,7 +125,7 @@ class Shared:
     ending: bool = False
 
     def by_row(self, x: Tensor) -> bool:
-        """Whether this is (1, R, ...)."""
+        """Whether this is (1, U, ...)."""
         return self.rows_BT is not None and x.size(1) > self.rows_BT.size(1)
 
     def placed(self, x: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def join(
 ) -> tuple[Tensor, Normed]:
     """u = Σ weights[j]⊙sources[j], and scale·norm(u): two or three sources (B, T, D), weights (J, D) of their dtype.
 
-    No weights are all 1, for two sources. `rows_BT`: the last source is (1, R, D), and these say which row of it
+    No weights are all 1, for two sources. `rows_BT`: the last source is (1, U, D), and these say which row of it
     stands at each place.
     """
     aside = in_place(sources[0])

@@ -21,7 +21,7 @@ from stages.evaluate.bpb import bpb
 from stages.evaluate.collect import collect
 from stages.evaluate.metrics import measure
 from stages.evaluate.overlapping import overlapping_hidden
-from stages.evaluate.scoring import WindowPass
+from stages.evaluate.scoring import WindowPass, stream_windows
 from stages.evaluate.sliding import SlidingEvaluator
 from stages.evaluate.windows import Windows, published, scored_once
 
@@ -86,21 +86,40 @@ def _literal_nats(network: GPT, tokens: Tensor, windows: Windows) -> Tensor:
     st.sampled_from([1, 4, 5, 16]),
     st.sampled_from([scored_once, published]),
     st.booleans(),
+    st.booleans(),
 )
 def test_batches_give_the_nats_of_windows_alone(
-    record: str, seed: int, targets: int, stride: int, listed: Callable[..., Windows], scored_alone: bool
+    record: str, seed: int, targets: int, stride: int, listed: Callable[..., Windows], scored_alone: bool, filled: bool
 ) -> None:
-    """Total within 1e-4 and each within 1e-2, also where the stream cuts windows short."""
+    """Total within 1e-4 and each within 1e-2, also where the stream cuts windows short, and filled up as on a GPU."""
     network, tokens = lively_network(record), random_stream(seed, targets)
     windows = listed(targets, seq_len=16, stride=stride)
     width = stride if scored_alone else None
     evaluation = WindowPass(network, tokens, [windows], alone(CPU), batch_windows=3, width=width)
+    evaluation.fills_up = filled
     found = torch.cat(
         [F.cross_entropy(logits, tokens[p + 1], reduction="none").double() for p, logits in evaluation.predict(0)]
     )
     expected = _literal_nats(network, tokens, windows)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-2)
     assert abs(float((found - expected).sum())) <= 1e-4
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 400), st.sampled_from([1, 4, 16]), st.integers(1, 9), st.booleans())
+def test_only_the_windows_of_the_ends_share_no_batch_with_others(
+    targets: int, stride: int, batch_windows: int, published_list: bool
+) -> None:
+    chosen = params.Sliding(stride=stride, batch_windows=batch_windows, published_window_list=published_list)
+    evaluation = SlidingEvaluator(chosen).begin(lively_network("r1150"), random_stream(3, targets), alone(CPU))
+    assert isinstance(evaluation, WindowPass)
+    usual = [(chunk.first == 16 - stride) & (chunk.length == 16) for chunk in evaluation.windows]
+    assert all(bool(marks.all()) or not marks.any() for marks in usual)
+    starts = torch.cat([chunk.start for chunk in evaluation.windows])
+    assert torch.equal(starts, starts.sort().values)
+    assert torch.equal(
+        starts, stream_windows("", evaluation.model, targets, stride=stride, as_published=published_list).start
+    )
 
 
 @pytest.mark.gpu

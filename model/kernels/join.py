@@ -144,7 +144,7 @@ def mix_norm(
     """u = Σ c[j]⊙x_j and n = scale·norm(u), all (B, T, D), contiguous; c (J, D), or all 1 for two sources.
 
     Aside: instead of n the factors s·r of u's tokens, (B, T, 1) float32, and no gradient. With rows (B, T) the
-    last source is a table (R, D), and these say which row of it stands at each place; no gradient either.
+    last source is a table (U, D), and these say which row of it stands at each place; no gradient either.
     """
     u, n = _mixed(x0, x1, x2, c, rows, scale, aside)
     n_tokens, sizes = _sizes(x0)

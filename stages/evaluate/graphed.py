@@ -31,20 +31,26 @@ class Graphed:
         return self._output
 
     def _record(self, x: Tensor) -> Tensor:
-        """The function of `x` by an ordinary run, and the graph from then on."""
+        """The function of `x` by an ordinary run, and the graph from then on.
+
+        The graph has memory of its own, beside that of the run before it: twice what a run takes stays reserved.
+        """
         # What earlier graphs held: nothing can be given back while one is recorded.
         torch.cuda.empty_cache()
-        self._input = x.clone()
-        # On another stream, as recording asks; and not by torch.cuda.graph, which would wait for the device first.
+        same = x.clone()
+        # On another stream, as recording asks; and not by torch.cuda.graph, which would wait for the run to end.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Kernels are built and libraries choose theirs on a run before.
-            first = self.function(self._input)
+            first = self.function(same)
             # Other threads, NCCL's watchdog among them, may go on asking the device meanwhile.
             self._graph.capture_begin(capture_error_mode="thread_local")
-            self._output = self.function(self._input)
-            self._graph.capture_end()
+            try:
+                self._output = self.function(same)
+            finally:
+                self._graph.capture_end()
+        self._input = same
         torch.cuda.current_stream().wait_stream(stream)
         # Made on another stream: not to be reused there before it is read here.
         first.record_stream(torch.cuda.current_stream())

@@ -4,7 +4,7 @@ Embeddings and value embeddings of a token are the same in every window, and so 
 values, but for a window's first OVERLAP places, which look back at nothing. From the first layer's attention on, hidden
 states differ: a window's context begins with it.
 
-Legend: B windows, T tokens of a window, L tokens of the stretch that they cover, P = OVERLAP, R = L + B·P rows, X
+Legend: B windows, T tokens of a window, L tokens of the stretch that they cover, P = OVERLAP, U = L + B·P rows of x0, X
 wanted places, D model width.
 """
 
@@ -31,20 +31,20 @@ def overlapping_hidden(model: GPT, tokens_L: Tensor, *, spacing: int, last: int 
 
     # Rows of x0: the stretch's places, then the windows' first ones.
     first_BPD = model._embed(windows(tokens_L)[:, :OVERLAP])
-    x0_1RD = torch.cat([model._embed(tokens_L[None]), first_BPD.flatten(0, 1)[None]], 1)
-    row_R = torch.arange(x0_1RD.size(1), device=tokens_L.device)
-    rows_BT = windows(row_R[: len(tokens_L)]).contiguous()
+    x0_1UD = torch.cat([model._embed(tokens_L[None]), first_BPD.flatten(0, 1)[None]], 1)
+    row_U = torch.arange(x0_1UD.size(1), device=tokens_L.device)
+    rows_BT = windows(row_U[: len(tokens_L)]).contiguous()
     # Attention sees differences of angles, so that a row's is that of its place in the stretch.
-    places_R = torch.cat([row_R[: len(tokens_L)], rows_BT[:, :OVERLAP].flatten()]).double()
-    rows_BT[:, :OVERLAP] = row_R[len(tokens_L) :].view(-1, OVERLAP)
-    values = model.ve(tokens_L[None], x0_1RD.dtype) if model.ve is not None else {}
+    places_U = torch.cat([row_U[: len(tokens_L)], rows_BT[:, :OVERLAP].flatten()]).double()
+    rows_BT[:, :OVERLAP] = row_U[len(tokens_L) :].view(-1, OVERLAP)
+    values = model.ve(tokens_L[None], x0_1UD.dtype) if model.ve is not None else {}
     shared = Shared(
-        x0_BTD=x0_1RD,
-        rope=rotary_table(model.config.rope, seq_len, places_R, x0_1RD.dtype),
+        x0_BTD=x0_1UD,
+        rope=rotary_table(model.config.rope, seq_len, places_U, x0_1UD.dtype),
         segments=None,
         longest=seq_len,
         value_embeddings={layer: windows(value_1LD[0]).mT for layer, value_1LD in values.items()},
         rows_BT=rows_BT,
         last=last,
     )
-    return rms_norm(model._layers(x0_1RD, shared, looped=True))
+    return rms_norm(model._layers(x0_1UD, shared, looped=True))

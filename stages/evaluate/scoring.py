@@ -24,8 +24,8 @@ from stages.evaluate.windows import Windows, in_groups, published, scored_once
 class Batch:
     """Windows that go through the network together. Beyond the stream's end, tokens and targets are 0.
 
-    On a GPU batches are filled up with windows of no tokens, so that few shapes are met: attention is planned for each.
-    Hidden states are known at the last X places of each window; it scores none of the others.
+    On a GPU batches are filled up with windows that score nothing, so that few shapes are met: attention is planned for
+    each. Hidden states are known at the last X places of each window; it scores none of the others.
     """
 
     windows: Windows
@@ -40,8 +40,10 @@ class Batch:
     positions_M: Tensor
 
 
-# Windows of a batch on a GPU that no recorded pass takes: a multiple of this.
+# Windows of a batch on a GPU that no recorded pass takes: a multiple of this, or all that a batch has.
 FILLED = 32
+# Batches of a large chunk: a multiple of this.
+EVEN = 8
 
 # From the final hidden state (B, X, D) of a batch to the logits (M, V) float32 of its scored places.
 Head = Callable[[GPT, Batch, Tensor], Tensor]
@@ -105,7 +107,7 @@ class WindowPass(Pass):
         def hidden(tokens_L: Tensor) -> Tensor:
             return overlapping_hidden(model, tokens_L, spacing=spacing, last=width)
 
-        self._hidden = graphed(hidden, tokens_N1.device)
+        self._hidden, self.fills_up = graphed(hidden, tokens_N1.device), tokens_N1.is_cuda
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Iterator[Prediction]:
         """The predictions of every world.size-th batch of a chunk's windows."""
@@ -116,16 +118,16 @@ class WindowPass(Pass):
 
     @torch.no_grad()
     def _predict(self, group: Windows) -> Prediction:
-        seq_len, on_gpu = self.model.config.seq_len, self.tokens_N1.is_cuda
-        # Windows before these fill up a recorded pass.
-        missing = (self.batch_windows - len(group)) * on_gpu
+        seq_len = self.model.config.seq_len
+        missing = (self.batch_windows - len(group)) * self.fills_up
+        # Earlier windows fill up a recorded pass; behind these, where nothing scores them.
         begin, end = int(group.start[0]) - missing * self.spacing, int(group.start[-1]) + seq_len
         apart = bool((group.start.diff() == self.spacing).all())
         if apart and begin >= 0 and end < len(self.tokens_N1) and int(group.first.min()) >= seq_len - self.width:
             batch = make_batch(self.tokens_N1, self._filled(group, missing), seq_len=seq_len, width=self.width)
             hid_BXD = self._hidden(self.tokens_N1[begin:end]).roll(-missing, 0)
         else:
-            batch = make_batch(self.tokens_N1, self._filled(group, -len(group) % FILLED * on_gpu), seq_len=seq_len)
+            batch = make_batch(self.tokens_N1, self._filled(group, min(missing, -len(group) % FILLED)), seq_len=seq_len)
             hid_BXD = self.model.hidden(batch.tokens_BT)
         return batch.positions_M, self.head(self.model, batch, hid_BXD)
 
@@ -153,6 +155,10 @@ def stream_windows(section: str, model: GPT, targets: int, *, stride: int, as_pu
 
 
 def in_chunks(windows: Windows, batch_windows: int) -> list[Windows]:
-    """Runs of whole batches, as many as there may be resume points: chunks for evaluators that need none."""
+    """Runs of whole batches, about as many as there may be resume points: chunks for evaluators that need none.
+
+    Large ones come out even on eight processes, which all wait for the last at a chunk's end.
+    """
     batches = -(-len(windows) // batch_windows)
-    return in_groups(windows, batch_windows * -(-batches // POINTS))
+    each = -(-batches // POINTS)
+    return in_groups(windows, batch_windows * (each if each < EVEN else -(-each // EVEN) * EVEN))
