@@ -67,12 +67,12 @@ def main() -> None:
 
 
 def random_network(config: ModelConfig) -> GPT:
-    """A network as before training, but without zeros: products of zeros take 3 % less time, by taking less power."""
+    """A network a little off its start, where much is zero: that takes 3 % less time, by taking less power."""
     model = GPT(config)
     model.init_weights(1)
-    for parameter in model.parameters():
-        if parameter.ndim == 2 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
     return model
 
 
