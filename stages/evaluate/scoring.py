@@ -125,7 +125,9 @@ class WindowPass(Pass):
         apart = bool((group.start.diff() == self.spacing).all())
         if apart and begin >= 0 and end < len(self.tokens_N1) and int(group.first.min()) >= seq_len - self.width:
             batch = make_batch(self.tokens_N1, self._filled(group, missing), seq_len=seq_len, width=self.width)
-            hid_BXD = self._hidden(self.tokens_N1[begin:end]).roll(-missing, 0)
+            hid_BXD = self._hidden(self.tokens_N1[begin:end])
+            if missing:
+                hid_BXD = hid_BXD.roll(-missing, 0)
         else:
             batch = make_batch(self.tokens_N1, self._filled(group, min(missing, -len(group) % FILLED)), seq_len=seq_len)
             hid_BXD = self.model.hidden(batch.tokens_BT)
