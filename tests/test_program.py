@@ -173,6 +173,15 @@ def test_a_store_by_a_function_that_is_no_method_counts(tmp_path: Path) -> None:
     assert _run(_program(tmp_path, main=main))[0] == [False]
 
 
+def test_a_parameter_that_is_set_anew_is_not_what_it_is_set_to(tmp_path: Path) -> None:
+    main = (
+        "def doubled(items, extra=None):\n    if extra is not None:\n        items, extra = [*items, extra], None\n"
+        "    return items, extra\n\n\n"
+        "def run_shipped():\n    result.append((doubled([1], len('ab')), doubled([1])))\n"
+    )
+    assert _run(_program(tmp_path, main=main))[0] == [(([1, 2], None), ([1], None))]
+
+
 def test_what_a_lambda_does_when_it_is_made_is_done(tmp_path: Path) -> None:
     main = (
         "def note():\n    result.append('made')\n\n\n"

@@ -203,8 +203,9 @@ class Knowledge:
         if owner and arguments and not _decorated(function, *UNBOUND):
             found = self.of_class.get(owner, [])
             names[arguments[0].arg] = Known(found[0]) if len(found) == 1 else Instance(owner)
+        given = {argument.arg for argument in arguments}
         for name, value in _assignments(own):
-            if counts[name] == 1 and name not in kept:
+            if counts[name] == 1 and name not in kept | given:
                 names[name] = self.of(value, names)
         return names
 
