@@ -59,6 +59,14 @@ def write_corpus(path: Path, documents: int = 24, words: int = 220) -> Path:
     return path
 
 
+def launch(folder: Path, program: str, *, processes: int) -> None:
+    """Run a Python program in the folder as so many processes of torchrun; it may import the project and its tests."""
+    paths = f"import sys\nsys.path[:0] = {[str(REPOSITORY / 'tests'), str(REPOSITORY)]}\n"
+    (folder / "ranks.py").write_text(paths + program)
+    command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "ranks.py"]
+    subprocess.run([sys.executable, "-m", *command], cwd=folder, check=True, capture_output=True, timeout=240)
+
+
 class Experiment:
     """A folder with the project's code and a params.yaml of its own, in which stages run as a user would run them."""
 

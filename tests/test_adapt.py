@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, Experiment
+from conftest import Experiment, launch
 from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream
 from torch import Tensor
 
@@ -134,9 +132,7 @@ def test_every_epoch_loses_less_on_the_same_rows() -> None:
 
 
 RANKS = """
-import sys
 import torch
-sys.path[:0] = {paths}
 from test_adapt import adapted
 from stages.distributed import start_world
 
@@ -160,9 +156,7 @@ def adapted(coupling: Any, world: World | None) -> tuple[list[float], dict[str, 
 def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes have left what they made of `adapted`."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "ranks.py").write_text(RANKS.format(paths=[str(REPOSITORY / "tests"), str(REPOSITORY)]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "ranks.py"]
-    subprocess.run(launch, cwd=folder, check=True, capture_output=True, timeout=240)
+    launch(folder, RANKS, processes=2)
     return folder
 
 

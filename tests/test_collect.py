@@ -1,15 +1,13 @@
 """Passes over the stream: interrupted and gone on with, by one process or several, with the same result."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import launch
 from streams import lively_network, random_stream
 from torch import Tensor
 
@@ -107,9 +105,7 @@ def test_every_target_is_scored_once_but_for_the_published_list(name: str) -> No
 
 
 RANKS = """
-import sys
 import torch
-sys.path[:0] = {paths}
 from test_collect import EVALUATORS, network, stream
 from stages.distributed import start_world
 from stages.evaluate.collect import collect
@@ -121,7 +117,7 @@ with start_world() as world:
         evaluation = evaluator.begin(network(name), tokens, world)
         scores = collect(evaluation, tokens, world, scored=lambda positions, nats: None)
         if world.rank == 0:
-            torch.save((scores.nats_N, scores.times_N), f"{{sys.argv[1]}}/{{name}}.pt")
+            torch.save((scores.nats_N, scores.times_N), f"{name}.pt")
 """
 
 
@@ -129,9 +125,7 @@ with start_world() as world:
 def of_three_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Tensor, Tensor]]:
     """What three processes make of every evaluator."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "ranks.py").write_text(RANKS.format(paths=[str(REPOSITORY / "tests"), str(REPOSITORY)]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    subprocess.run([*launch, "ranks.py", "."], cwd=folder, check=True, capture_output=True, timeout=240)
+    launch(folder, RANKS, processes=3)
     return lambda name: torch.load(folder / f"{name}.pt")
 
 

@@ -1,11 +1,9 @@
 """Sums over lanes: the same to the last bit, whoever has the lanes."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
-from conftest import REPOSITORY
+from conftest import launch
 from torch import Tensor
 
 from stages.adapt.exchange import sum_gradients, sum_over_lanes
@@ -23,23 +21,19 @@ def lane_results(lane: int) -> list[Tensor | None]:
 
 
 RANKS = """
-import sys
 import torch
-sys.path[:0] = {paths}
 from test_exchange import LANES, LIKE, lane_results
 from stages.adapt.exchange import sum_over_lanes
 from stages.distributed import start_world
 
 with start_world() as world:
     for lanes in (1, 2, LANES):
-        torch.save(sum_over_lanes(LIKE, lanes, lane_results, world), f"{{lanes}}_{{world.rank}}.pt")
+        torch.save(sum_over_lanes(LIKE, lanes, lane_results, world), f"{lanes}_{world.rank}.pt")
 """
 
 
 def test_three_processes_add_up_to_the_same_bits_as_one(tmp_path: Path) -> None:
-    (tmp_path / "ranks.py").write_text(RANKS.format(paths=[str(REPOSITORY / "tests"), str(REPOSITORY)]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "ranks.py"]
-    subprocess.run(launch, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    launch(tmp_path, RANKS, processes=3)
     for lanes in (1, 2, LANES):
         expected = sum_over_lanes(LIKE, lanes, lane_results, alone(torch.device("cpu")))
         for rank in range(3):
