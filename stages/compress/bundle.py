@@ -18,7 +18,7 @@ from typing import Any
 import pyppmd
 from pydantic import BaseModel
 
-from stages.compress.program.arguments import constant_fields, constant_parameters, drop_unread
+from stages.compress.program.arguments import constants, drop_unread
 from stages.compress.program.fold import Fold
 from stages.compress.program.link import Linked, link
 from stages.compress.program.names import bound_names
@@ -83,7 +83,7 @@ def program_text(root: Path, entry: str, arguments: Sequence[Any]) -> str:
 def _fold(tree: ast.Module, settings: Any, classes: dict[type, str], made: set[str]) -> bool:
     """Once over the program; whether that changed it."""
     knowledge = Knowledge(tree, settings, classes)
-    knowledge.parameters, knowledge.fields = constant_parameters(tree), constant_fields(tree)
+    knowledge.parameters, knowledge.fields = constants(tree)
     fold = Fold(knowledge, made=made)
     fold.visit(tree)
     return drop_unread(tree) or fold.changed

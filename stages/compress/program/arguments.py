@@ -69,30 +69,22 @@ def called_functions(tree: ast.Module) -> Iterator[Called]:
             yield Called(function, calls[name], int(function is not statement))
 
 
-def constant_parameters(tree: ast.Module) -> dict[tuple[int, str], Value]:
-    """{(identity of the function, parameter): value} of parameters for which every call gives the same constant."""
-    return {
-        (id(called.function), name): value
-        for called in called_functions(tree)
-        if called.function.name not in _class_names(tree)
-        for name, value in _constants(called)
-    }
+def constants(tree: ast.Module) -> tuple[dict[tuple[int, str], Value], dict[tuple[str, str], Value]]:
+    """What every call gives the same constant for: parameters of functions, and fields of dataclasses.
 
-
-def constant_fields(tree: ast.Module) -> dict[tuple[str, str], Value]:
-    """{(dataclass, field): value} of fields that every object is made with, the same constant."""
-    if any(isinstance(node, ast.Call) and OTHER_MAKERS.match(ast.unparse(node.func)) for node in ast.walk(tree)):
-        return {}
-    return {
-        (called.function.name, name): value
-        for called in called_functions(tree)
-        if called.function.name in _class_names(tree)
-        for name, value in _constants(called)
-    }
-
-
-def _class_names(tree: ast.Module) -> set[str]:
-    return {statement.name for statement in tree.body if isinstance(statement, ast.ClassDef)}
+    {(identity of the function, parameter): value} and {(dataclass, field): value}.
+    """
+    parameters: dict[tuple[int, str], Value] = {}
+    fields: dict[tuple[str, str], Value] = {}
+    classes = {statement.name for statement in tree.body if isinstance(statement, ast.ClassDef)}
+    for called in called_functions(tree):
+        for name, value in _constants(called):
+            if called.function.name in classes:
+                fields[called.function.name, name] = value
+            else:
+                parameters[id(called.function), name] = value
+    others = any(isinstance(node, ast.Call) and OTHER_MAKERS.match(ast.unparse(node.func)) for node in ast.walk(tree))
+    return parameters, {} if others else fields
 
 
 def _constants(called: Called) -> Iterator[tuple[str, Value]]:
