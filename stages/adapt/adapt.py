@@ -15,8 +15,7 @@ Legend: R rows, T tokens of a row.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -94,10 +93,7 @@ class Trainer:
         runs = [rows_RT1[rows * lane // lanes : rows * (lane + 1) // lanes] for lane in range(lanes)]
         batches = [run.split(self.settings.batch_rows) if len(run) else () for run in runs]
         for step in range(max(map(len, batches))):
-            now = [lane_batches[step] if step < len(lane_batches) else None for lane_batches in batches]
-            active = sum(batch_RT1 is not None for batch_RT1 in now)
-            sum_gradients(self.parameters, lanes, partial(self._backward_of_lane, now, 1 / active), self.world)
-            self._step(self.optimizers[self.mine[0]], lr)
+            self._step_together([of_lane[step : step + 1] for of_lane in batches], lr)
 
     def epoch_of_lanes(self, rows_RT1: Tensor, lr: float) -> None:
         """Every lane trains alone on every lanes-th batch of rows, from the same weights; then weights are averaged."""
@@ -120,10 +116,16 @@ class Trainer:
         self.total.zero_()
         return mean
 
-    def _backward_of_lane(self, batches: list[Tensor | None], weight: float, lane: int) -> None:
-        batch_RT1 = batches[lane]
-        if batch_RT1 is not None:
-            self._backward(batch_RT1, weight)
+    def _step_together(self, batches: Sequence[Sequence[Tensor]], lr: float) -> None:
+        """One step on the batch of every lane, for those that have one left."""
+        active = sum(map(len, batches))
+
+        def backward(lane: int) -> None:
+            for batch_RT1 in batches[lane]:
+                self._backward(batch_RT1, 1 / active)
+
+        sum_gradients(self.parameters, len(batches), backward, self.world)
+        self._step(self.optimizers[self.mine[0]], lr)
 
     def _backward(self, batch_RT1: Tensor, weight: float) -> None:
         """Add the gradient of weight · mean loss."""
