@@ -115,8 +115,9 @@ class Shared:
     longest: int
     # Added to the values of the layers that have an entry, (B, T, K·E) each.
     value_embeddings: dict[int, Tensor]
-    # Which row of x0 each place reads, (B, T) int64.
+    # Which row of x0 each place reads, (B, T) int64: b's from b times the spacing on, but for its first ones.
     rows_BT: Tensor | None = None
+    spacing: int = 0
     # How many places at the end of each row are wanted, for less work and without a gradient; None: all.
     last: int | None = None
     # The first layer's values (B, T, K, E), left by it for the later ones.
@@ -135,6 +136,18 @@ class Shared:
     def wanted(self, x_BTD: Tensor) -> Tensor:
         """The places of (B, T, ...) that are wanted of this layer."""
         return x_BTD if self.last is None or not self.ending else x_BTD[:, -self.last :]
+
+
+def attend_nested(q_1UHE: Tensor, k_1UKE: Tensor, v_1UKE: Tensor, shared: Shared) -> Tensor:
+    """As `attend` within overlapping windows, of what is kept by row: o_BTHE, without a gradient."""
+    assert shared.rows_BT is not None
+    if fused(q_1UHE) and powers_of_two(*q_1UHE.shape[2:], k_1UKE.size(2)):
+        from model.kernels.nested import SMALLEST_BLOCK, block_size, nested_attention
+
+        if block_size(shared.spacing, shared.rows_BT.size(1)) >= SMALLEST_BLOCK:
+            return nested_attention(q_1UHE, k_1UKE, v_1UKE, shared.rows_BT, shared.spacing)
+    q_BTHE, k_BTKE, v_BTKE = map(shared.placed, (q_1UHE, k_1UKE, v_1UKE))
+    return attend(q_BTHE, k_BTKE, v_BTKE, None)
 
 
 class Attention(nn.Module):
@@ -165,13 +178,16 @@ class Attention(nn.Module):
 
         `onto`: see linear; it may be what `n` is the norm of.
         """
-        q_BTHE, k_BTKE, v_BTKE = map(shared.placed, self._project(n, shared))
-        v_BTKE = self._values(v_BTKE, shared)
-        o_BTHE = self._attend(q_BTHE, k_BTKE, v_BTKE, shared)
+        q, k, v = self._project(n, shared)
+        v_BTKE = self._values(shared.placed(v), shared)
+        if shared.by_row(q) and self.index not in shared.value_embeddings:
+            o_BTHE = attend_nested(q, k, v, shared)
+        else:
+            o_BTHE = self._attend(shared.placed(q), shared.placed(k), v_BTKE, shared)
         v_BTKE, gate_BTH = shared.wanted(v_BTKE), None
         if self.gate_w is not None:
-            read = n.map(shared.placed).map(shared.wanted).tensor(self.gate_w.size(1))
-            gate_BTH = torch.sigmoid(self.gate_scale * linear(read, self.gate_w))
+            read_BTC = shared.wanted(shared.placed(n.tensor(self.gate_w.size(1))))
+            gate_BTH = torch.sigmoid(self.gate_scale * linear(read_BTC, self.gate_w))
         if self.exclusive:
             o_BTHE = exclude_self(o_BTHE, v_BTKE, gate_BTH)
         elif gate_BTH is not None:

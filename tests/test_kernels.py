@@ -171,6 +171,23 @@ def test_all_backends_agree_with_plain_attention(packed: bool, monkeypatch: pyte
         assert_same(attend, plain, inputs)
 
 
+@pytest.mark.parametrize(("windows", "length", "spacing"), [(5, 256, 64), (4, 192, 96), (1, 128, 16), (3, 96, 32)])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 4, 64), (4, 1, 32)])
+def test_nested_attention_is_that_of_each_window(
+    windows: int, length: int, spacing: int, heads: int, kv_heads: int, width: int
+) -> None:
+    """The first two places of each window have rows of their own."""
+    from model.kernels.nested import nested_attention
+
+    stretch = spacing * (windows - 1) + length
+    rows = torch.arange(stretch + 2 * windows, device=CUDA)
+    rows_BT = rows[:stretch].unfold(0, length, spacing).contiguous()
+    rows_BT[:, :2] = rows[stretch:].view(windows, 2)
+    q, k, v = (x.detach() for x in random(6, *((1, len(rows), n, width) for n in (heads, kv_heads, kv_heads))))
+    expected = attention._attend_plainly(*(x[0][rows_BT].float() for x in (q, k, v)), None)
+    assert error(nested_attention(q, k, v, rows_BT, spacing), expected) < CLOSE
+
+
 def network(record: str) -> GPT:
     """A record's mechanisms and depth at 128 channels, every parameter moved off its initial value."""
     small = {"vocab_size": 256, "width": 128, "heads": 4, "kv_heads": 2, "mlp_hidden": 192, "seq_len": 128}

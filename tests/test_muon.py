@@ -185,12 +185,12 @@ def test_momentum_survives_a_change_of_the_number_of_ranks() -> None:
     """State is by name: two ranks' padded shares hold what one rank holds."""
     names = ("a", "b", "c")
     members = [(name, Parameter(torch.zeros(4, 2))) for name in names]
-    state = {name: torch.full((4, 2), float(i + 1)) for i, name in enumerate(names)}
+    tensors = {name: torch.full((4, 2), float(i + 1)) for i, name in enumerate(names)}
     shares = []
     for rank in (0, 1):
         world = World(rank=rank, size=2, device=torch.device("cpu"))
         muon = Muon([Stack(members, world)], muon_settings("r1150"), world, compute_dtype=torch.float32)
-        muon.load_state_dict(state)
+        muon.load_tensors(tensors)
         shares.append(muon.momenta[0])
     whole = torch.cat(shares)
     assert [float(m[0, 0]) for m in whole] == [1.0, 2.0, 3.0, 0.0]

@@ -45,7 +45,7 @@ def _forward(o, v, gate, y, n_tokens, K: tl.constexpr, G: tl.constexpr, E: tl.co
     result = x - tl.sum(x * a, axis=3, keep_dims=True) * a
     if gate is not None:
         result *= read(gate + head, has)
-    tl.store(y + at, result.to(y.dtype.element_ty), mask=has)
+    tl.store(y + at, result, mask=has)
 
 
 @triton.jit
@@ -60,13 +60,13 @@ def _backward(
     c = tl.sum(x * a, axis=3, keep_dims=True)
     if gate is not None:
         opened = tl.sum(h * (x - c * a), axis=3, keep_dims=True)
-        tl.store(dgate + head, opened.to(dgate.dtype.element_ty), mask=has)
+        tl.store(dgate + head, opened, mask=has)
         h *= read(gate + head, has)
     along = tl.sum(h * a, axis=3, keep_dims=True)
-    tl.store(do + at, (h - along * a).to(do.dtype.element_ty), mask=has)
+    tl.store(do + at, h - along * a, mask=has)
     da = -tl.sum(along * x + c * h, axis=2, keep_dims=True)
     d = (da - tl.sum(da * a, axis=3, keep_dims=True) * a) * inverse
-    tl.store(dv + at_v, d.to(dv.dtype.element_ty), mask=has)
+    tl.store(dv + at_v, d, mask=has)
 
 
 def _sizes(o: Tensor, v: Tensor) -> dict[str, int]:

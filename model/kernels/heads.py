@@ -40,14 +40,14 @@ def _finish(
         v.store([n, (head - H - K) * E], stored)
     else:
         x = stored.to(tl.float32)
-        g = tl.load(gain + head, mask=head < H, other=1.0).to(tl.float32)
+        g = tl.load(gain + head, mask=head < H, other=1.0)
         x *= (g * tl.rsqrt(tl.sum(x * x, axis=1) / E + EPS))[:, None]
         # Channels in groups of 2R, of which the first is turned: its halves, (rows, groups, R) each.
         a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, E // (2 * R), 2, R)), (0, 1, 3, 2)))
         turned = tl.arange(0, E // (2 * R))[None, :, None] == 0
         cosine, sine = tl.where(turned, c[:, None, :], 1.0), tl.where(turned, s[:, None, :], 0.0)
         pairs = tl.permute(tl.join(a * cosine + b * sine, b * cosine - a * sine), (0, 1, 3, 2))
-        y = tl.reshape(pairs, (ROWS, E)).to(q.dtype)
+        y = tl.reshape(pairs, (ROWS, E))
         if head < H:
             q.store([n, head * E], y)
         else:
@@ -91,7 +91,7 @@ def _backward(
     else:
         # Cosine and signed sine of a channel's rotation, and the channel it is paired with.
         turned, angle = has & (e < 2 * R), (n % length) * R + e % R
-        c = tl.load(cos + angle, mask=turned, other=1.0).to(tl.float32)
+        c = tl.load(cos + angle, mask=turned, other=1.0)
         s = tl.where(e < R, 1, -1) * read(sin + angle, turned)
         row = dk + (n * K + k) * E
         if part * K < H:
@@ -102,8 +102,8 @@ def _backward(
         rstd = tl.rsqrt(tl.sum(x * x, axis=2, keep_dims=True) / E + EPS)
         z = x * rstd
         along = tl.sum(t * z, axis=2, keep_dims=True)
-        g = tl.load(gain + part * K + k, mask=part * K + k < H, other=1.0).to(tl.float32)
-        tl.store(dx + at, (g * rstd * (t - z * along / E)).to(dx.dtype.element_ty), mask=has)
+        g = tl.load(gain + part * K + k, mask=part * K + k < H, other=1.0)
+        tl.store(dx + at, g * rstd * (t - z * along / E), mask=has)
         if part * K < H:
             # One row a block, summed by the caller: the same in every run.
             partial = dgain + tl.program_id(0) * H + part * K + k

@@ -32,7 +32,7 @@ def _tile(tile, n_tokens, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weights(c, j, D: tl.constexpr):
-    return tl.load(c + j * D + tl.arange(0, D)).to(tl.float32)
+    return tl.load(c + j * D + tl.arange(0, D))
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _forward(x0, x1, x2, c, rows, u, n, n_tokens, scale, D: tl.constexpr, BLOCK:
     if n.dtype.element_ty == tl.float32:
         tl.store(n + token, factor, mask=has)
     else:
-        tl.store(n + at, (factor * total).to(n.dtype.element_ty), mask=has)
+        tl.store(n + at, factor * total, mask=has)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _backward_sum(du, dn, u, g, n_tokens, scale, D: tl.constexpr, BLOCK: tl.cons
     total = read(u + at, has)
     of_u = read(du + at, has)
     of_n = read(dn + at, has)
-    tl.store(g + at, _norm_gradient(of_u, of_n, total, scale, D).to(g.dtype.element_ty), mask=has)
+    tl.store(g + at, _norm_gradient(of_u, of_n, total, scale, D), mask=has)
 
 
 @triton.jit
@@ -105,12 +105,12 @@ def _backward_mix(
         # The stream as it was stored, recomputed: cheaper than reading it.
         total = total.to(x0.dtype.element_ty).to(tl.float32)
         g = _norm_gradient(of_u, of_n, total, scale, D)
-        tl.store(d0 + at, (w0 * g).to(d0.dtype.element_ty), mask=has)
-        tl.store(d1 + at, (w1 * g).to(d1.dtype.element_ty), mask=has)
+        tl.store(d0 + at, w0 * g, mask=has)
+        tl.store(d1 + at, w1 * g, mask=has)
         sum0 += g * s0
         sum1 += g * s1
         if x2 is not None:
-            tl.store(d2 + at, (w2 * g).to(d2.dtype.element_ty), mask=has)
+            tl.store(d2 + at, w2 * g, mask=has)
             sum2 += g * s2
     d = tl.arange(0, D)
     # One row a program, summed by the caller: the same in every run.

@@ -25,8 +25,8 @@ LARGEST_CAP = 40.0
 def _loss(z, targets, losses, n_tokens, cap, V: tl.constexpr, V2: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, V2)
-    target = tl.load(targets + row).to(tl.int32)
-    hit = tl.load(z + row * V + target).to(tl.float32)
+    target = tl.load(targets + row)
+    hit = tl.load(z + row * V + target)
     # The target's score is read by one thread and overwritten by another.
     tl.debug_barrier()
     tanh = _tanh(read(z + row * V + v, v < V) * (1 / cap))
@@ -35,7 +35,7 @@ def _loss(z, targets, losses, n_tokens, cap, V: tl.constexpr, V2: tl.constexpr):
     total = tl.sum(weights)
     tl.store(losses + row, tl.log(total) + cap - cap * _tanh(hit * (1 / cap)))
     gradient = weights * (1 / total) - tl.where(v == target, 1.0, 0.0)
-    tl.store(z + row * V + v, (gradient * (1 - tanh * tanh) * (1 / n_tokens)).to(z.dtype.element_ty), mask=v < V)
+    tl.store(z + row * V + v, gradient * (1 - tanh * tanh) * (1 / n_tokens), mask=v < V)
 
 
 @triton.jit

@@ -27,14 +27,14 @@ def _activate(product, pre, out, n, f, BACKWARD: tl.constexpr):
     """Put out a tile: P, if asked for, and φ(P), or backward, where P is given, the product times φ'(P)."""
     stored = product.to(out.dtype)
     if BACKWARD:
-        p = pre.load([n, f]).to(tl.float32)
+        p = pre.load([n, f])
         result = stored.to(tl.float32) * tl.where(p > 0, 2 * p, 0.5 * p)
     else:
         if pre is not None:
             pre.store([n, f], stored)
         p = stored.to(tl.float32)
         result = p * p * tl.where(p > 0, 1.0, 0.25)
-    out.store([n, f], result.to(out.dtype))
+    out.store([n, f], result)
 
 
 @triton.jit

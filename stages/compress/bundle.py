@@ -2,16 +2,17 @@
 
 The modules that the entry needs are linked to one text (program/link.py). What the record's settings decide is decided
 there (program/fold.py), what is then out of reach falls away (program/sweep.py), and the rest is written shortly
-(program/shorten.py), compressed, and put as a string of Latin-1 characters behind a stub of a few lines. The file needs
+(program/shorten.py), compressed, and put as a string behind a stub of a few lines. The file needs
 the installed packages and nothing of the repository. Same repository, same settings, same bytes.
 Source: PR #1172 and #1493 ship LZMA2-raw + base85 of one minified script; #1958 measures Brotli instead. Ours: PPMd
 (Shkarin 2002, variant I), which takes 8 % fewer bytes than Brotli for programs of this size.
 """
 
 import ast
-import re
+import string
 import typing
 from collections.abc import Iterator, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,16 @@ from stages.compress.program.values import Knowledge
 
 # The function of the entry module that a started program calls.
 ENTRY = "run_shipped"
-# Makes of the string the program's text, tells linecache of it (tracebacks, inspect, Triton) and runs it.
-STUB = '''#coding:latin1
+# Makes of its own last bytes the program's text, tells linecache of it (tracebacks, inspect, Triton) and runs it. To
+# Python those bytes are a raw string, in which it bears everything but a zero: two letters stand for that.
+STUB = """#coding:latin1
 import linecache,pyppmd
-s=pyppmd.decompress_str("""{}""".encode("latin1"),max_order=16)
+s=pyppmd.decompress_str(open(__file__,"rb").read()[-{size}:-4].replace(b"{zero}",b"\\0"),max_order=16)
 n="train_gpt/program.py"
 linecache.cache[n]=len(s),None,s.splitlines(True),n
 exec(compile(s,n,"exec"))
-'''
-# What a string in triple quotes cannot hold as it is: what Python would read otherwise, and its own end. A digit behind
-# a zero would be part of the escape.
-SPECIAL = re.compile(r'\\|\r|\0[0-7]?|"(?="")|"\Z')
-ESCAPES = {"\\": r"\\", "\r": r"\r", "\0": r"\0", '"': r"\""} | {f"\0{digit}": rf"\x00{digit}" for digit in range(8)}
+r{quotes}{data}
+{quotes}"""
 
 
 def bundle(root: Path, entry: str, arguments: Sequence[Any]) -> bytes:
@@ -94,12 +93,19 @@ def self_extracting(text: str) -> bytes:
     packed = pyppmd.compress(text, max_order=16)
     if pyppmd.decompress_str(packed, max_order=16) != text:
         raise ValueError("PPMd does not give the program back")
-    return STUB.format(escaped(packed.decode("latin1"))).encode("latin1")
+    return quoted(packed)
 
 
-def escaped(text: str) -> str:
-    """The inside of a string in triple quotes."""
-    return SPECIAL.sub(lambda found: ESCAPES[found[0]], text)
+def quoted(packed: bytes) -> bytes:
+    """The stub with these bytes as its string. Raises ValueError if they hold both kinds of quotes in threes."""
+    text = packed.decode("latin1")
+    pairs = map("".join, permutations(string.ascii_lowercase, 2))
+    zero = next(pair for pair in pairs if pair not in text)
+    quotes = next((quotes for quotes in ('"' * 3, "'" * 3) if quotes not in text), None)
+    if quotes is None:
+        raise ValueError("the compressed program holds both kinds of quotes in threes: change it a little")
+    data = text.replace("\0", zero)
+    return STUB.format(size=len(data) + 4, zero=zero, quotes=quotes, data=data).encode("latin1")
 
 
 def _check_settings_stay(tree: ast.Module, attributes: set[str], classes: set[str]) -> None:

@@ -45,6 +45,7 @@ def overlapping_hidden(model: GPT, tokens_L: Tensor, *, spacing: int, last: int 
         longest=seq_len,
         value_embeddings={layer: windows(value_1LD[0]).mT for layer, value_1LD in values.items()},
         rows_BT=rows_BT,
+        spacing=spacing,
         last=last,
     )
     return rms_norm(model._layers(x0_1UD, shared, looped=True))

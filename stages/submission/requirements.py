@@ -5,7 +5,7 @@ import sys
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
-from stages.compress.bundle import STUB
+from stages.compress.bundle import quoted
 from stages.compress.program.link import link
 
 
@@ -16,7 +16,7 @@ def requirements(root: Path, entry: str) -> str:
     Packages that are imported if they are there, and are not, are left out.
     """
     distributions = packages_distributions()
-    unpacking = _imported(ast.parse(STUB.format("")))
+    unpacking = _imported(ast.parse(quoted(b"")))
     packages = {name for top in outside_imports(root, entry) | unpacking for name in distributions.get(top, [])}
     # Without a build's own suffix (2.13.0+cpu), which no index knows.
     return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in sorted(packages, key=str.lower))

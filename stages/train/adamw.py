@@ -50,7 +50,7 @@ class AdamW:
         for moments in self.moments.values():
             torch._foreach_zero_(moments)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def named_tensors(self) -> dict[str, Tensor]:
         """Moments by "<moment>/<parameter>"."""
         return {
             f"{kind}/{name}": moment
@@ -58,7 +58,7 @@ class AdamW:
             for name, moment in zip(self.names, moments, strict=True)
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what state_dict returned."""
-        for name, moment in self.state_dict().items():
-            moment.copy_(state[name])
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what named_tensors returned."""
+        for name, moment in self.named_tensors().items():
+            moment.copy_(tensors[name])

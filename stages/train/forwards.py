@@ -16,22 +16,13 @@ class Forwards:
     """The network, and the one with rounded matrices that takes its place late in the run if train.qat says so."""
 
     def __init__(self, model: GPT, settings: params.Train, device: torch.device) -> None:
-        self.qat = settings.qat
-        self.rounding = Rounded(model, settings.qat, device) if settings.qat else None
-        self.plain: Forward = model
-        self.rounded: Forward | None = self.rounding.forward if self.rounding else None
-        if settings.compile:
-            self.plain = compiled_forward(self.plain)
-            self.rounded = compiled_forward(self.rounded) if self.rounded else None
-
-    def begins(self, step: int, lr_scale: float) -> bool:
-        """Whether rounding may begin at the step with that 0-based index and learning-rate multiplier."""
-        return self.qat is not None and step >= self.qat.min_step and lr_scale < self.qat.below_lr
+        self.plain = compiled_forward(model) if settings.compile else model
+        if settings.qat:
+            self.rounding = Rounded(model, settings.qat, device)
+            self.rounded = compiled_forward(self.rounding.forward) if settings.compile else self.rounding.forward
 
     def rounded_at(self, steps: int) -> Forward:
-        """The rounded network, as hard as it is `steps` steps after its first."""
-        assert self.rounding is not None, "begins() is never true without train.qat"
-        assert self.rounded is not None
+        """The rounded network, as hard as it is `steps` steps after its first, if train.qat is set."""
         self.rounding.harden(steps)
         return self.rounded
 

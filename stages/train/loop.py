@@ -21,6 +21,7 @@ from stages.tokenize.validation import Validation
 from stages.train.checkpoint import ResumePoints
 from stages.train.clock import Clock
 from stages.train.loader import Prefetcher
+from stages.train.qat import rounding_begins
 from stages.train.run import Figures, Run
 from stages.train.schedule import Moment, loop_is_on, lr_multiplier, muon_momentum
 from stages.train.validate import Forward, validate
@@ -90,9 +91,9 @@ def train(
         if run.now.step <= FIRST_STEPS or run.now.step % settings.log_every == 0:
             note(figures)
         if points and run.now.step % settings.checkpoint_every == 0 and not run.budget.spent(run.now):
-            tensors = run.tensors()
+            tensors = run.named_tensors()
             if world.rank == 0:
-                points.save(run.now.step, tensors, run.state())
+                points.save(run.now.step, tensors, run.bookmark())
 
     weights = run.weights()
     bpb = {"last": val_bpb} | _averages_bpb(run, weights, validation)
@@ -115,9 +116,12 @@ def _step(run: Run, clock: Clock) -> Figures:
     lr_scale = lr_multiplier(settings.schedule, run.budget, run.now)
     momentum = muon_momentum(settings.muon, step)
     looped = loop_is_on(settings.schedule, run.budget, run.now)
-    if run.rounded_from is None and run.forwards.begins(step, lr_scale):
-        run.rounded_from = step
-    forward = run.forwards.plain if run.rounded_from is None else run.forwards.rounded_at(step - run.rounded_from)
+    forward = run.forwards.plain
+    if settings.qat:
+        if run.rounded_from is None and rounding_begins(settings.qat, step, lr_scale):
+            run.rounded_from = step
+        if run.rounded_from is not None:
+            forward = run.forwards.rounded_at(step - run.rounded_from)
     loss = _accumulate(run, forward, looped)
     norms = run.optimizer.gradients.norms.double()
     run.optimizer.step(lr_scale=lr_scale, momentum=momentum)

@@ -119,18 +119,18 @@ class Muon:
         torch._foreach_mul_(stack.parameters, 1 - lr * self.settings.weight_decay)
         torch._foreach_add_(stack.parameters, list(O.unbind(0)), alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def named_tensors(self) -> dict[str, Tensor]:
         """Momentum by parameter name, gathered from the ranks: the same whatever their number."""
-        state: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for stack, V in zip(self.stacks, self.momenta, strict=True):
             whole = self.world.stack(V).wait()
-            state |= {name: whole[i] for i, name in enumerate(stack.names)}
-        return state
+            tensors |= {name: whole[i] for i, name in enumerate(stack.names)}
+        return tensors
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take this rank's share of what state_dict returned."""
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take this rank's share of what named_tensors returned."""
         for stack, V in zip(self.stacks, self.momenta, strict=True):
             whole = torch.zeros(stack.total.shape, dtype=V.dtype, device=V.device)
             for i, name in enumerate(stack.names):
-                whole[i] = state[name]
+                whole[i] = tensors[name]
             V.copy_(whole[self.world.rank * len(V) : (self.world.rank + 1) * len(V)])

@@ -59,18 +59,18 @@ class Optimizer:
             adamw.reset()
         torch._foreach_zero_(self.muon.momenta)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def named_tensors(self) -> dict[str, Tensor]:
         """Momentum and moments by name, whole on every rank."""
-        state = {f"muon/{name}": momentum for name, momentum in self.muon.state_dict().items()}
+        tensors = {f"muon/{name}": momentum for name, momentum in self.muon.named_tensors().items()}
         for adamw in self.adamw.values():
-            state |= {f"adamw/{name}": moment for name, moment in adamw.state_dict().items()}
-        return state
+            tensors |= {f"adamw/{name}": moment for name, moment in adamw.named_tensors().items()}
+        return tensors
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what state_dict returned, with any number of ranks."""
-        self.muon.load_state_dict(under("muon", state))
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what named_tensors returned, with any number of ranks."""
+        self.muon.load_tensors(under("muon", tensors))
         for adamw in self.adamw.values():
-            adamw.load_state_dict(under("adamw", state))
+            adamw.load_tensors(under("adamw", tensors))
 
 
 def under(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -36,6 +36,11 @@ def soft_round(W: Tensor, sharpness: Tensor, *, bits: int, min_clip: float) -> T
     return (low + torch.sigmoid(sharpness * (z - low - 0.5))).clamp(-n, n) * s
 
 
+def rounding_begins(settings: params.Qat, step: int, lr_scale: float) -> bool:
+    """Whether it may begin at the step with that 0-based index and learning-rate multiplier."""
+    return step >= settings.min_step and lr_scale < settings.below_lr
+
+
 class Rounded:
     """A network whose matrices, those of the bigram and value tables included, are rounded before every use."""
 

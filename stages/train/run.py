@@ -76,14 +76,14 @@ class Run:
         kinds = {"last": last} | {kind: ema.weights() for kind, ema in self.emas.items()}
         return kinds | ({"swa": self.swa.weights()} if self.swa.count else {})
 
-    def tensors(self) -> dict[str, Tensor]:
+    def named_tensors(self) -> dict[str, Tensor]:
         """The tensors of a resume point. Every rank must call: the ranks' shares of the momentum are gathered."""
         kinds: dict[str, dict[str, Tensor]] = {"model": dict(self.model.named_parameters())}
         kinds |= {kind: ema.mean for kind, ema in self.emas.items()} | {"swa": self.swa.mean}
         named = {f"{kind}/{name}": value for kind, values in kinds.items() for name, value in values.items()}
-        return named | self.optimizer.state_dict()
+        return named | self.optimizer.named_tensors()
 
-    def state(self) -> dict[str, Any]:
+    def bookmark(self) -> dict[str, Any]:
         """The rest of a resume point, fit for JSON."""
         return {
             "step": self.now.step,
@@ -104,7 +104,7 @@ class Run:
         # In the order of the parameters, which the file does not keep.
         self.swa.mean = {name: swa[name].to(self.world.device) for name in self.swa.parameters if swa}
         self.swa.count = state["swa"]
-        self.optimizer.load_state_dict(tensors)
+        self.optimizer.load_tensors(tensors)
         self.loader.load_state_dict(state["loader"])
         self.history = [(step, figures) for step, figures in state["history"]]
         self.rounded_from = state["rounded_from"]
