@@ -103,7 +103,8 @@ class Trainer:
         def trained(lane: int) -> list[Parameter]:
             self._set(start)
             for batch_RT1 in batches[lane :: self.settings.lanes]:
-                self._backward(batch_RT1, 1.0)
+                for parameter, gradient in zip(self.parameters, self._gradients(batch_RT1, 1.0), strict=True):
+                    parameter.grad = gradient
                 self._step(self.optimizers[lane], lr)
             return self.parameters
 
@@ -120,19 +121,18 @@ class Trainer:
         """One step on the batch of every lane, for those that have one left."""
         active = sum(map(len, batches))
 
-        def backward(lane: int) -> None:
-            for batch_RT1 in batches[lane]:
-                self._backward(batch_RT1, 1 / active)
+        def gradients(lane: int) -> Sequence[Tensor | None]:
+            return self._gradients(batches[lane][0], 1 / active) if batches[lane] else [None] * len(self.parameters)
 
-        sum_gradients(self.parameters, len(batches), backward, self.world)
+        sum_gradients(self.parameters, len(batches), gradients, self.world)
         self._step(self.optimizers[self.mine[0]], lr)
 
-    def _backward(self, batch_RT1: Tensor, weight: float) -> None:
-        """Add the gradient of weight · mean loss."""
+    def _gradients(self, batch_RT1: Tensor, weight: float) -> Sequence[Tensor | None]:
+        """Of weight · mean loss."""
         loss = self.loss(batch_RT1[:, :-1], batch_RT1[:, 1:])
-        (weight * loss).backward()
         self.total += loss.detach() * len(batch_RT1)
         self.stepped(len(batch_RT1))
+        return torch.autograd.grad(weight * loss, self.parameters, allow_unused=True)
 
     def _step(self, optimizer: torch.optim.AdamW, lr: float) -> None:
         for group in optimizer.param_groups:

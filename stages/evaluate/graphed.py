@@ -1,4 +1,5 @@
-"""A network's forward pass as one CUDA graph: recorded once, then replayed without the host launching its kernels.
+"""A network's forward pass, or its gradients, as one CUDA graph: recorded once, then replayed without the host
+launching its kernels.
 
 Compiling the pass would save about as much a batch and take ten seconds first.
 """
@@ -10,25 +11,26 @@ from torch import Tensor
 
 
 class Graphed:
-    """A function of one tensor whose kernels depend on nothing but its shape, recorded for the first shape it meets.
+    """A function of one tensor whose kernels depend on nothing but its shape, recorded once for every shape it meets.
 
-    Runs without gradients. What it returns may be overwritten by the next call. Weights are read where they lie: the
-    graph sees changes in place.
+    Runs without gradients, unless the function takes its own. What it returns may be overwritten by the next call.
+    Weights are read where they lie: the graph sees changes in place.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
-        self._graph = torch.cuda.CUDAGraph()
-        self._input: Tensor | None = None
+        # By shape: a graph, and where it reads and writes.
+        self._recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """The function of `x`, on CUDA."""
-        if self._input is None:
+        if x.shape not in self._recorded:
             return self._record(x)
-        self._input.copy_(x)
-        self._graph.replay()
-        return self._output
+        graph, reads, writes = self._recorded[x.shape]
+        reads.copy_(x)
+        graph.replay()
+        return writes
 
     def _record(self, x: Tensor) -> Tensor:
         """The function of `x` by an ordinary run, and the graph from then on.
@@ -37,7 +39,7 @@ class Graphed:
         """
         # What earlier graphs held: nothing can be given back while one is recorded.
         torch.cuda.empty_cache()
-        same = x.clone()
+        graph, same = torch.cuda.CUDAGraph(), x.clone()
         # On another stream, as recording asks; and not by torch.cuda.graph, which would wait for the run to end.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -45,12 +47,12 @@ class Graphed:
             # Kernels are built and libraries choose theirs on a run before.
             first = self.function(same)
             # Other threads, NCCL's watchdog among them, may go on asking the device meanwhile.
-            self._graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(capture_error_mode="thread_local")
             try:
-                self._output = self.function(same)
+                writes = self.function(same)
             finally:
-                self._graph.capture_end()
-        self._input = same
+                graph.capture_end()
+        self._recorded[x.shape] = graph, same, writes
         torch.cuda.current_stream().wait_stream(stream)
         # Made on another stream: not to be reused there before it is read here.
         first.record_stream(torch.cuda.current_stream())

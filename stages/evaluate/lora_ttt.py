@@ -14,7 +14,7 @@ Legend: N targets, B documents of a batch, T tokens of a window, C targets of a 
 """
 
 import copy
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -152,13 +152,14 @@ class LoraTttPass(Pass):
         s, parameters = self.settings, list(self.model.parameters())
         share = s.global_chunk_tokens // s.lanes
 
-        def backward(lane: int) -> None:
+        def gradients(lane: int) -> Sequence[Tensor | None]:
             row = tokens[lane * share : (lane + 1) * share + 1]
             bounds = document_bounds(row[:-1].cpu().numpy(), cut=self.model.config.seq_len, bucket=BOUNDS)
             segments = torch.from_numpy(bounds).to(row.device)
-            (self.model(row[None, :-1], row[None, 1:], segments=segments) / s.lanes).backward()
+            loss = self.model(row[None, :-1], row[None, 1:], segments=segments) / s.lanes
+            return torch.autograd.grad(loss, parameters, allow_unused=True)
 
-        sum_gradients(parameters, s.lanes, backward, self.world)
+        sum_gradients(parameters, s.lanes, gradients, self.world)
         clip_grad_norm_(parameters, s.grad_clip)
         optimizer.step()
         optimizer.zero_grad()

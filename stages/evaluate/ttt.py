@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from model.compiler import compiled_on_gpu
 from model.gpt import GPT
 from stages import params
 from stages.adapt.exchange import sum_gradients
@@ -27,6 +26,7 @@ from stages.adapt.trainable import Named, trainable
 from stages.distributed import World
 from stages.errors import UserError
 from stages.evaluate.evaluator import Evaluator
+from stages.evaluate.graphed import graphed
 from stages.evaluate.passes import Pass, State
 from stages.evaluate.scoring import WindowPass, plain_head, stream_windows
 from stages.evaluate.slot import OffsetHead
@@ -68,7 +68,8 @@ class TttPass(WindowPass):
         super().__init__(model, tokens_N1, chunks, world, batch_windows=settings.batch_windows, head=head, width=width)
         self.settings, self.free, self._rounded = settings, dict(free), RoundedWeights(model)
         self._optimizer = torch.optim.SGD(self.free.values(), lr=settings.lr, momentum=settings.momentum)
-        self._loss = compiled_on_gpu(loss_with(model, settings.fake_quantize), tokens_N1.device)
+        self._loss = loss_with(model, settings.fake_quantize)
+        self._gradients = graphed(self._flat_gradients, tokens_N1.device)
 
     def learn(self, chunk: int) -> None:
         """Train on the chunk's rows, settings.epochs times over, in steps of at most batch_rows rows."""
@@ -78,24 +79,33 @@ class TttPass(WindowPass):
             group["lr"] = self.settings.lr * cosine(chunk, self.chunks)
         begin, end = chunk * self.settings.chunk_tokens, (chunk + 1) * self.settings.chunk_tokens
         shape, size = (-1, self.model.config.seq_len), self.settings.batch_rows
-        inputs_RT, targets_RT = (self.tokens_N1[begin + k : end + k].view(shape) for k in (0, 1))
+        rows_2RT = torch.stack([self.tokens_N1[begin + k : end + k].view(shape) for k in (0, 1)])
         for _ in range(self.settings.epochs):
-            for inputs, targets in zip(inputs_RT.split(size), targets_RT.split(size), strict=True):
-                self._step(inputs, targets)
+            for rows in rows_2RT.split(size, 1):
+                self._step(rows)
 
-    def _step(self, inputs_RT: Tensor, targets_RT: Tensor) -> None:
+    def _step(self, rows_2RT: Tensor) -> None:
         """One step on the mean loss of all rows, of which each process takes its share of lanes."""
         parameters = list(self.free.values())
+        sizes, rows = [parameter.numel() for parameter in parameters], rows_2RT.size(1)
 
-        def backward(lane: int) -> None:
-            inputs, targets = inputs_RT[lane::LANES], targets_RT[lane::LANES]
-            (len(inputs) / len(inputs_RT) * self._loss(inputs, targets)).backward()
+        def gradients(lane: int) -> list[Tensor]:
+            of_lane = rows_2RT[:, lane::LANES]
+            pieces = (self._gradients(of_lane) * (of_lane.size(1) / rows)).split(sizes)
+            return [piece.view_as(parameter) for piece, parameter in zip(pieces, parameters, strict=True)]
 
-        sum_gradients(parameters, min(LANES, len(inputs_RT)), backward, self.world)
+        sum_gradients(parameters, min(LANES, rows), gradients, self.world)
         clip_grad_norm_(parameters, self.settings.grad_clip)
         self._optimizer.step()
         self._rounded.round()
         self._optimizer.zero_grad()
+
+    @torch.enable_grad()
+    def _flat_gradients(self, rows_2RT: Tensor) -> Tensor:
+        """Of the mean loss of inputs and targets, for all parameters that learn, one after the other."""
+        loss = self._loss(rows_2RT[0], rows_2RT[1])
+        gradients = torch.autograd.grad(loss, list(self.free.values()), materialize_grads=True)
+        return torch.cat([gradient.flatten() for gradient in gradients])
 
     def state(self) -> State:
         """The trained parameters and their momentum."""
