@@ -71,14 +71,17 @@ def by_chunk(windows: Windows, *, targets: int, chunk_tokens: int) -> list[Windo
     chunks = -(-targets // chunk_tokens)
     # Both lists are in order of the first scored position, so that chunks are runs of windows.
     chunk = ((windows.start + windows.first) // chunk_tokens).clamp(max=chunks - 1)
-    ends = torch.bincount(chunk, minlength=chunks).cumsum(0).tolist()
-    return [windows[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+    return _cut(windows, torch.bincount(chunk, minlength=chunks).cumsum(0).tolist())
 
 
 def runs(windows: Windows, marked: Tensor) -> list[Windows]:
     """The windows in order, cut wherever `marked` (W,) changes."""
     cuts = ((marked.diff() != 0).nonzero()[:, 0] + 1).tolist()
-    return [windows[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(windows)], strict=True)]
+    return _cut(windows, [*cuts, len(windows)])
+
+
+def _cut(windows: Windows, ends: list[int]) -> list[Windows]:
+    return [windows[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def in_groups(windows: Windows, size: int) -> list[Windows]:
