@@ -1,6 +1,6 @@
 """How fast documents become shards, and the memory it takes.
 
-    python benchmarks/tokenize_speed.py CORPUS.jsonl.zst TOKENIZER.model [--transform caseops] [--val-documents N]
+    python -m benchmarks.tokenize_speed CORPUS.jsonl.zst TOKENIZER.model [--transform caseops] [--val-documents N]
 
 Prints one line of JSON: MB of text per second over the whole export (reading, encoding, checking, writing), CPU seconds
 of all processes (which, unlike the time, do not depend on what else the machine does), and the peak resident

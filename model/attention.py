@@ -142,9 +142,9 @@ def attend_nested(q_1UHE: Tensor, k_1UKE: Tensor, v_1UKE: Tensor, shared: Shared
     """As `attend` within overlapping windows, of what is kept by row: o_BTHE, without a gradient."""
     assert shared.rows_BT is not None
     if fused(q_1UHE) and powers_of_two(*q_1UHE.shape[2:], k_1UKE.size(2)):
-        from model.kernels.nested import SMALLEST_BLOCK, block_size, nested_attention
+        from model.kernels.nested import SMALLEST, block_size, nested_attention
 
-        if block_size(shared.spacing, shared.rows_BT.size(1)) >= SMALLEST_BLOCK:
+        if min(block_size(shared.spacing, shared.rows_BT.size(1)), q_1UHE.size(3)) >= SMALLEST:
             return nested_attention(q_1UHE, k_1UKE, v_1UKE, shared.rows_BT, shared.spacing)
     q_BTHE, k_BTKE, v_BTKE = map(shared.placed, (q_1UHE, k_1UKE, v_1UKE))
     return attend(q_BTHE, k_BTKE, v_BTKE, None)
@@ -168,6 +168,7 @@ class Attention(nn.Module):
         self.o = nn.Parameter(torch.empty(width, width))
         self.q_gain = nn.Parameter(torch.empty(config.heads))
         self.exclusive = index >= config.layers - config.xsa_last_layers
+        self.leaves_values = config.value_residual and index == 0
         self.vrl_gate = nn.Parameter(torch.empty(())) if config.value_residual and index > 0 else None
         gate = config.attn_gate
         self.gate_scale = gate.scale if gate else 1.0
@@ -224,7 +225,7 @@ class Attention(nn.Module):
 
     def _values(self, v_BTKE: Tensor, shared: Shared) -> Tensor:
         """The layer's own values plus the value embedding, then mixed with the first layer's raw ones."""
-        if self.index == 0:
+        if self.leaves_values:
             shared.first_values = v_BTKE
         if self.index in shared.value_embeddings:
             v_BTKE = v_BTKE + shared.value_embeddings[self.index].view_as(v_BTKE)

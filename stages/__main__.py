@@ -81,7 +81,7 @@ def trained_weights(params: Params, seed: int, folder: Path, world: World) -> di
         trained = train(model, loader, validation, params.train, world, log=lambda step, figures: None, tick=tick)
     kind = kept_kind(params.average)
     if kind not in trained.weights:
-        raise UserError(f"average.method: {kind}: training kept only {', '.join(trained.weights)}")
+        raise UserError(f"params.yaml: average.method: {kind}: training kept only {', '.join(trained.weights)}")
     return trained.weights[kind]
 
 

@@ -532,6 +532,9 @@ class Params(Section):
             self.average.method != "ema" or self.average.ema_decay in train.ema_decays,
             f"average.ema_decay ({self.average.ema_decay}) must be one of train.ema_decays {train.ema_decays}",
         )
+        for name, section in (("adapt", self.adapt), ("ttt", self.ttt)):
+            blocks, layers = section.freeze_blocks, self.model.layers
+            _need(blocks <= layers, f"{name}.freeze_blocks ({blocks}) exceeds model.layers ({layers})")
         _need(
             not self.adapt.epochs or self.processes <= self.adapt.lanes,
             f"adapt.lanes ({self.adapt.lanes}) is less than the {self.processes} processes",

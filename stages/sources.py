@@ -3,16 +3,20 @@
 import hashlib
 from pathlib import Path
 
+import yaml
+
 from stages.tokenize.shards import file_sha256
 
 
-def sources_sha256(*folders: str) -> str:
-    """SHA-256 over the path and the text of every .py file below these folders of the project ("stages/train").
+def stage_sources_sha256(stage: str) -> str:
+    """SHA-256 over the path and the text of every .py file that dvc.yaml lists as read by a stage.
 
-    They are found beside this file, whatever the working directory.
+    Both are found beside this file, whatever the working directory.
     """
     root = Path(__file__).parents[1]
+    deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    code = [root / dep for dep in deps if dep.split("/")[0] in ("model", "stages")]
     digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
+    for path in sorted(path for dep in code for path in (dep.rglob("*.py") if dep.is_dir() else [dep])):
         digest.update(f"{path.relative_to(root)} {file_sha256(path)}\n".encode())
     return digest.hexdigest()

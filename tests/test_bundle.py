@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, Experiment
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stages.compress.bundle import bundle, program_text, quoted, self_extracting
@@ -66,6 +66,12 @@ def test_the_file_runs_alone_and_calls_the_entry_with_its_settings(program: Path
     assert json.loads(_run_alone(file, tmp_path / "alone")) == ["app", 2.25, True]
 
 
+def test_lines_before_and_behind_do_not_matter(program: Path, tmp_path: Path) -> None:
+    """An editor may end the file with an empty line, and its owner may begin it with a comment."""
+    file = b"#coding:latin1\n# Mine.\n" + bundle(program, "app.__main__", [{"side": 1.5}]) + b"\n"
+    assert json.loads(_run_alone(file, tmp_path / "alone")) == ["app", 2.25, True]
+
+
 def test_a_bundle_is_a_module_too_and_then_runs_nothing(program: Path, tmp_path: Path) -> None:
     """Processes that multiprocessing spawns import the main file again."""
     (tmp_path / "train_gpt.py").write_bytes(bundle(program, "app.__main__", [{}]))
@@ -90,6 +96,7 @@ def test_equal_repositories_give_equal_bytes(program: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@example(b"'''\"\"\"")
 @given(
     st.text(st.sampled_from("\\\0\r\n'\"aby\x85\xff\x1a\x0c"), max_size=40).map(lambda t: t.encode("l1")) | st.binary()
 )

@@ -18,6 +18,7 @@ STAGES: dict[str, Any] = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["
 # Modules that cannot change a result: stages do not run again for them, nor for what they import in turn.
 EXEMPT = {
     "stages": "how OpenMP's threads wait",
+    "stages.ahead": "refuses, or leaves all as it was",
     "stages.command_line": "usage",
     "stages.errors": "messages",
     "stages.files": "files that appear whole or not at all",

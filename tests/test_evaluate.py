@@ -122,7 +122,7 @@ def test_points_belong_to_the_code_that_made_them(compressed: Experiment) -> Non
         "from stages.evaluate.inputs import fingerprint;"
         "print(fingerprint(Path('artifacts'), 1337, 'ttt', load_params('params.yaml')))"
     )
-    sources = ("stages/train/loop.py", "model/attention.py", "stages/evaluate/ttt.py", "stages/adapt/trainable.py")
+    sources = ("stages/train/loop.py", "model/attention.py", "stages/evaluate/ttt.py", "stages/train/qat.py")
     before, train, *others = compressed.printed_as_sources_change(code, *sources)
     assert len({before, *others}) == 4
     ResumePoints(compressed.folder / "resume", before).save(3, {"nats": torch.ones(2)}, {"step": 3})

@@ -293,7 +293,9 @@ def test_rows_are_drawn_once_each_and_a_short_text_is_refused() -> None:
     rows = torch.cat(list(random_rows(lambda start, count: text[start : start + count], 100, (3, 3, 10), seed=0)))
     assert rows.shape == (9, 10)
     assert len(rows[:, 0].unique()) == 9
-    with pytest.raises(UserError, match=r"100 tokens of text, expected at least model\.seq_len = 128"):
+    with pytest.raises(
+        UserError, match=r"params\.yaml: quantize\.gptq\.calibration: 100 tokens, expected at least 128"
+    ):
         next(random_rows(lambda start, count: text[start : start + count], 100, (1, 1, 128), seed=0))
 
 

@@ -49,6 +49,8 @@ def test_the_laptop_default_loads() -> None:
         ("train.compile", 1, "train.compile: Input should be a valid boolean"),
         ("model.heads", 3, "model: heads (3) must divide width (32)"),
         ("sliding.stride", 128, "sliding.stride (128) exceeds model.seq_len (64)"),
+        ("ttt.freeze_blocks", 3, "ttt.freeze_blocks (3) exceeds model.layers (2)"),
+        ("adapt.freeze_blocks", 3, "adapt.freeze_blocks (3) exceeds model.layers (2)"),
         ("tokenize.vocab_size", 512, "model.vocab_size (320) must equal tokenize.vocab_size (512)"),
         ("train.micro_batch_tokens", 300, "train: micro_batch_tokens (300) must divide batch_tokens (512)"),
         ("average.ema_decay", 0.5, "average.ema_decay (0.5) must be one of train.ema_decays [0.95]"),

@@ -215,3 +215,11 @@ def _two_machines(made: Experiment) -> None:
     assert '"processes": 2' in (made.folder / f"artifacts/train/{SEED}/train.json").read_text()
     shell(made.folder, then)
     assert f"train@{SEED}" not in shell(made.folder, "dvc status")
+
+
+def test_the_tree_names_what_is_there() -> None:
+    tree = README.split("## The tree")[1].split("\n## ")[0]
+    folders = [path.parent.name for path in (REPOSITORY / "stages").glob("*/__init__.py")]
+    files = [path.name for name in ("model", "stages") for path in (REPOSITORY / name).glob("*.py")]
+    wanted = {f"{name}/" for name in folders} | set(files) - {"__init__.py"}
+    assert {name for name in wanted if not re.search(rf"(?<![\w/]){re.escape(name)}(?!\w)", tree)} == set()

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Experiment, tiny_params
+import yaml
+from conftest import REPOSITORY, Experiment, tiny_params
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -310,6 +311,21 @@ def test_a_seed_that_params_do_not_list_is_refused(ready: Experiment) -> None:
         check_inputs(params, 7, ready.folder / "artifacts/tokens", ready.folder / "resume")
 
 
+def test_what_later_stages_will_miss_is_told_before_training(
+    ready: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = yaml.safe_load((REPOSITORY / "records/r1172.yaml").read_text())["quantize"]
+    record["gptq"] |= {"calibration": "text", "path": "nowhere.txt"}
+    ready.set_params(ready.params | {"quantize": record})
+    message = "error: params.yaml: quantize.gptq.path: nowhere.txt: no such file; expected UTF-8 text"
+    assert ready.fails("train", "--check", SEED) == message
+    record["gptq"] |= {"calibration": "train", "path": None}
+    ready.params["compress"]["codec"] = "lrzip"
+    ready.set_params(ready.params)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "compress.codec: lrzip is not installed" in ready.fails("train", "--check", SEED)
+
+
 @pytest.mark.parametrize("arguments", [[], ["x"], ["1", "2"], ["--check", "1"], ["-1"]])
 def test_a_wrong_command_line_is_refused(arguments: list[str]) -> None:
     with pytest.raises(UserError, match=r"usage: python -m stages\.train <seed>"):
@@ -347,14 +363,17 @@ def test_late_qat_changes_training_from_its_first_step_on(ready: Experiment, kin
 
 
 @pytest.mark.parametrize(
-    "loader",
+    "settings",
     [
-        {"kind": "coprime", "names": "shards/train_%06d.bin"},
-        {"kind": "packed", "bucket": 16},
+        {"loader": {"kind": "coprime", "names": "shards/train_%06d.bin"}},
+        {"loader": {"kind": "packed", "bucket": 16}},
+        # Rounded from the seventh step on, ever harder.
+        {"qat": {"kind": "soft", "bits": 6, "min_clip": 0.0, "below_lr": 1.1, "min_step": 6, "ramp_steps": 6}},
     ],
+    ids=["coprime", "packed", "rounded"],
 )
-def test_every_loader_trains_and_resumes(ready: Experiment, loader: dict[str, Any], tmp_path: Path) -> None:
-    ready.params["train"]["loader"] = loader
+def test_a_run_is_the_same_when_resumed(ready: Experiment, settings: dict[str, Any], tmp_path: Path) -> None:
+    ready.params["train"] |= settings
     params = change(ready, checkpoint_every=8)
     points = ResumePoints(tmp_path / "resume", "same")
     straight, ticks = run_loop(ready, params, points)

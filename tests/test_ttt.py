@@ -1,6 +1,8 @@
 """Score-first test-time training against PR #1150 (golden/ttt.npz; evaluate.md 3) and the challenge's conditions."""
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from stages import params
 from stages.distributed import alone
 from stages.errors import UserError
 from stages.evaluate.sliding import SlidingEvaluator
-from stages.evaluate.ttt import TttEvaluator, TttPass, cosine
+from stages.evaluate.ttt import TttEvaluator, TttPass, cosine, flat_gradients
 
 SETTINGS: dict[str, Any] = {"stride": 4, "batch_windows": 3, "chunk_tokens": 32, "epochs": 2, "lr": 0.05}
 SETTINGS |= {"momentum": 0.9, "grad_clip": 1.0, "batch_rows": 32, "freeze_blocks": 0}
@@ -89,6 +91,38 @@ def test_every_target_is_scored_by_a_normalised_distribution(seed: int, targets:
     log_probs = _evaluator().log_probs(model, tokens, range(targets))
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(targets, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(-log_probs[range(targets), tokens[1:]], nats, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_gradients_are_those_of_the_network() -> None:
+    """Of lanes of two rows and of one, and of weights that have moved."""
+    device, tokens, moved = torch.device("cuda"), random_stream(5, 12 * 16).cuda(), []
+    start = dict(lively_network().named_parameters())
+    for recorded in (True, False):
+        evaluation = _evaluator(chunk_tokens=11 * 16).begin(lively_network().to_device(device), tokens, alone(device))
+        assert isinstance(evaluation, TttPass)
+        if not recorded:
+            evaluation._gradients = flat_gradients(evaluation.model, list(evaluation.free.values()))
+        for _ in range(2):
+            evaluation.learn(0)
+        moved.append(torch.cat([(p.detach().cpu() - start[name]).flatten() for name, p in evaluation.free.items()]))
+    assert float((moved[0] - moved[1]).norm() / moved[1].norm()) < 1e-2
+
+
+def test_nothing_of_a_pass_outlives_it() -> None:
+    """Not even until the next collection: copies of networks and graphs hold much of a GPU's memory."""
+    gc.disable()
+    try:
+        # Twice, since what PyTorch imports on the way keeps the frames that it was first imported in.
+        for _ in range(2):
+            evaluation = _evaluator().begin(lively_network(), random_stream(6, 96), alone(torch.device("cpu")))
+            evaluation.learn(0)
+            gone = weakref.ref(evaluation)
+            del evaluation
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_the_first_chunk_is_scored_by_the_network_as_it_came() -> None:

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Places of a block.
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, 32
+# Sides of a product's tiles are no smaller, blocks of places no larger.
+SMALLEST, LARGEST_BLOCK = 16, 32
 
 
 @triton.jit

@@ -30,16 +30,17 @@ from stages.compress.program.values import Knowledge
 
 # The function of the entry module that a started program calls.
 ENTRY = "run_shipped"
-# Makes of its own last bytes the program's text, tells linecache of it (tracebacks, inspect, Triton) and runs it. To
-# Python those bytes are a raw string, in which it bears everything but a zero: two letters stand for that.
+# Makes of its own string the program's text, tells linecache of it (tracebacks, inspect, Triton) and runs it. It reads
+# the string as bytes; to Python it is a raw one, which bears everything but a zero: two letters stand for that.
 STUB = """#coding:latin1
 import linecache,pyppmd
-s=pyppmd.decompress_str(open(__file__,"rb").read()[-{size}:-4].replace(b"{zero}",b"\\0"),max_order=16)
+s=pyppmd.decompress_str(open(__file__,"rb").read().split(b{quote}*3)[1][:-1].replace(b"{zero}",b"\\0"),max_order=16)
 n="train_gpt/program.py"
 linecache.cache[n]=len(s),None,s.splitlines(True),n
 exec(compile(s,n,"exec"))
 r{quotes}{data}
-{quotes}"""
+{quotes}
+"""
 
 
 def bundle(root: Path, entry: str, arguments: Sequence[Any]) -> bytes:
@@ -89,7 +90,10 @@ def _fold(tree: ast.Module, settings: Any, classes: dict[type, str], made: set[s
 
 
 def self_extracting(text: str) -> bytes:
-    """A program behind the stub that unpacks it. Raises ValueError if PPMd does not give the same text back."""
+    """A program behind the stub that unpacks it.
+
+    Raises ValueError if PPMd does not give the same text back, or puts out what no string holds (see quoted).
+    """
     packed = pyppmd.compress(text, max_order=16)
     if pyppmd.decompress_str(packed, max_order=16) != text:
         raise ValueError("PPMd does not give the program back")
@@ -105,7 +109,7 @@ def quoted(packed: bytes) -> bytes:
     if quotes is None:
         raise ValueError("the compressed program holds both kinds of quotes in threes: change it a little")
     data = text.replace("\0", zero)
-    return STUB.format(size=len(data) + 4, zero=zero, quotes=quotes, data=data).encode("latin1")
+    return STUB.format(zero=zero, quote=repr(quotes[0]), quotes=quotes, data=data).encode("latin1")
 
 
 def _check_settings_stay(tree: ast.Module, attributes: set[str], classes: set[str]) -> None:

@@ -130,7 +130,9 @@ def _lrzip(data: bytes, options: list[str], *, largest: int) -> bytes:
     """Run lrzip from file to file. The kernel stops it at `largest` bytes: what it reads may be a bomb."""
     program = shutil.which("lrzip")
     if program is None:
-        raise UserError("compress.codec: lrzip: the program is not installed; expected the package lrzip")
+        raise UserError(
+            "params.yaml: compress.codec: lrzip is not installed; expected the program of the package lrzip"
+        )
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in"), Path(folder, "out")
         source.write_bytes(data)

@@ -27,18 +27,19 @@ class CarriedPass(WindowPass):
 
     def __init__(self, model: GPT, tokens_N1: Tensor, windows: Windows, world: World, settings: params.Slot) -> None:
         chunks = in_groups(windows, BATCHES * settings.batch_windows)
-        sizes = {"batch_windows": settings.batch_windows, "width": settings.stride}
-        super().__init__(model, tokens_N1, chunks, world, head=self._head, **sizes)
-        self.settings = settings
-        self._gradient = compiled_on_gpu(gradient, tokens_N1.device)
-        self.offsets = Offsets(model, 1, settings)
+        self.settings, self.offsets = settings, (offsets := Offsets(model, 1, settings))
         # U (M, V) and targets (M,) of this process's batches of the chunk last predicted.
-        self._scored: list[tuple[Tensor, Tensor]] = []
+        self._scored = scored = list[tuple[Tensor, Tensor]]()
 
-    def _head(self, model: GPT, batch: Batch, hid_BXD: Tensor) -> Tensor:
-        U_MV = products(hid_BXD.flatten(0, 1)[batch.rows_M], model)
-        self._scored.append((U_MV, batch.targets_BX.flatten()[batch.rows_M]))
-        return softcap(U_MV + self.offsets.logit_shift(model), model.config.softcap)
+        # Not a method, which would hold self: see WindowPass.
+        def head(model: GPT, batch: Batch, hid_BXD: Tensor) -> Tensor:
+            U_MV = products(hid_BXD.flatten(0, 1)[batch.rows_M], model)
+            scored.append((U_MV, batch.targets_BX.flatten()[batch.rows_M]))
+            return softcap(U_MV + offsets.logit_shift(model), model.config.softcap)
+
+        sizes = {"batch_windows": settings.batch_windows, "width": settings.stride}
+        super().__init__(model, tokens_N1, chunks, world, head=head, **sizes)
+        self._gradient = compiled_on_gpu(gradient, tokens_N1.device)
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Iterator[Prediction]:
         """The predictions of a chunk. None is left out: all of them are learned from."""

@@ -11,7 +11,7 @@ from stages.compress.artifact import load_artifact
 from stages.errors import UserError
 from stages.files import require_file
 from stages.params import Params
-from stages.sources import sources_sha256
+from stages.sources import stage_sources_sha256
 from stages.tokenize.shards import file_sha256
 from stages.tokenize.validation import Validation, load_validation
 
@@ -34,10 +34,10 @@ def load_inputs(artifacts: Path, seed: int, device: torch.device) -> tuple[GPT, 
 
 
 def fingerprint(artifacts: Path, seed: int, name: str, params: Params) -> str:
-    """SHA-256 over what decides an evaluation: the code of model/, stages/evaluate/ and stages/adapt/, the artifact,
-    the tokens' meta.json, the evaluator and its section."""
+    """SHA-256 over what decides an evaluation: its code (dvc.yaml), the artifact, the tokens' meta.json, the
+    evaluator and its section."""
     evaluation = {
-        "code": sources_sha256("model", "stages/evaluate", "stages/adapt"),
+        "code": stage_sources_sha256("evaluate"),
         "model": file_sha256(artifacts / "compress" / str(seed) / "model.bin"),
         "tokens": file_sha256(artifacts / "tokens" / "meta.json"),
         "evaluator": name,

@@ -15,7 +15,10 @@ def measure(scores: Scores, target_bytes: Tensor) -> dict[str, Any]:
     `target_bytes` (N,) int64. Raises UserError if any score is not finite.
     """
     if not scores.nats_N.isfinite().all():
-        raise UserError("some targets have no finite score; are the weights, or a learning rate in params.yaml, sane?")
+        raise UserError(
+            "some targets have no finite score: the network overflows, as trained or once it has adapted "
+            "(params.yaml: lower its lr)"
+        )
     nats_N, bytes_N = scores.nats_N * scores.times_N, target_bytes * scores.times_N
     scored = int(scores.times_N.sum())
     return {

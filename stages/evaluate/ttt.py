@@ -11,16 +11,18 @@ Legend: N targets, R rows of a training step, T tokens of a row.
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from model.gpt import GPT
 from stages import params
 from stages.adapt.exchange import sum_gradients
-from stages.adapt.fake_quantize import loss_with
+from stages.adapt.fake_quantize import Loss, loss_with
 from stages.adapt.rounding import RoundedWeights
 from stages.adapt.trainable import Named, trainable
 from stages.distributed import World
@@ -68,8 +70,8 @@ class TttPass(WindowPass):
         super().__init__(model, tokens_N1, chunks, world, batch_windows=settings.batch_windows, head=head, width=width)
         self.settings, self.free, self._rounded = settings, dict(free), RoundedWeights(model)
         self._optimizer = torch.optim.SGD(self.free.values(), lr=settings.lr, momentum=settings.momentum)
-        self._loss = loss_with(model, settings.fake_quantize)
-        self._gradients = graphed(self._flat_gradients, tokens_N1.device)
+        gradients = flat_gradients(loss_with(model, settings.fake_quantize), list(self.free.values()))
+        self._gradients = graphed(gradients, tokens_N1.device)
 
     def learn(self, chunk: int) -> None:
         """Train on the chunk's rows, settings.epochs times over, in steps of at most batch_rows rows."""
@@ -100,13 +102,6 @@ class TttPass(WindowPass):
         self._rounded.round()
         self._optimizer.zero_grad()
 
-    @torch.enable_grad()
-    def _flat_gradients(self, rows_2RT: Tensor) -> Tensor:
-        """Of the mean loss of inputs and targets, for all parameters that learn, one after the other."""
-        loss = self._loss(rows_2RT[0], rows_2RT[1])
-        gradients = torch.autograd.grad(loss, list(self.free.values()), materialize_grads=True)
-        return torch.cat([gradient.flatten() for gradient in gradients])
-
     def state(self) -> State:
         """The trained parameters and their momentum."""
         weights = {f"weight/{name}": parameter.detach() for name, parameter in self.free.items()}
@@ -120,6 +115,17 @@ class TttPass(WindowPass):
             parameter.copy_(state[f"weight/{name}"])
             if f"momentum/{name}" in state:
                 self._optimizer.state[parameter]["momentum_buffer"] = state[f"momentum/{name}"]
+
+
+def flat_gradients(loss: Loss, parameters: list[Parameter]) -> Callable[[Tensor], Tensor]:
+    """The gradient of the mean loss of inputs and targets (2, R, T), for all parameters one after the other."""
+
+    @torch.enable_grad()
+    def gradients(rows_2RT: Tensor) -> Tensor:
+        found = torch.autograd.grad(loss(rows_2RT[0], rows_2RT[1]), parameters, materialize_grads=True)
+        return torch.cat([gradient.flatten() for gradient in found])
+
+    return gradients
 
 
 def cosine(chunk: int, chunks: int) -> float:

@@ -29,7 +29,7 @@ class Repository:
             from huggingface_hub import errors, hf_hub_download
         except ImportError:
             raise UserError(
-                "fetch.source = hub needs the package huggingface_hub (pip install huggingface_hub)"
+                "params.yaml: fetch.source = hub needs the package huggingface_hub (pip install huggingface_hub)"
             ) from None
         self._hf_hub_download, self._errors = hf_hub_download, errors
         self._hub = hub
@@ -131,12 +131,15 @@ def fetch_hub(hub: FetchHub, folder: Path, *, cache: Path | None = None) -> Expo
 def _plan(manifest: dict[str, Any], hub: FetchHub) -> Export:
     datasets = {entry["name"]: entry for entry in manifest["datasets"]}
     if hub.variant not in datasets:
-        raise UserError(f"fetch.variant: {hub.repository} has no {hub.variant}, only {', '.join(sorted(datasets))}")
+        raise UserError(
+            f"params.yaml: fetch.variant: {hub.repository} has no {hub.variant}, only {', '.join(sorted(datasets))}"
+        )
     dataset = datasets[hub.variant]
     stats = dataset["stats"]
     if hub.train_shards > stats["files_train"]:
         raise UserError(
-            f"fetch.train_shards ({hub.train_shards}): {hub.variant} has {stats['files_train']} training shards"
+            f"params.yaml: fetch.train_shards ({hub.train_shards}): {hub.variant} has {stats['files_train']} training "
+            "shards"
         )
     tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
     sidecar = bool(dataset.get("val_bytes_glob"))

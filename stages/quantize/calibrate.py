@@ -16,7 +16,6 @@ from torch import Tensor
 from model.gpt import GPT, MATRICES
 from stages.adapt.network import load_network
 from stages.errors import UserError
-from stages.files import require_file
 from stages.params import Gptq, Params
 from stages.progress import Progress
 from stages.quantize.classes import tensor_class
@@ -84,7 +83,7 @@ def random_rows(
     batches, rows, length = shape
     if total < length:
         raise UserError(
-            f"quantize.gptq.calibration: {total} tokens of text, expected at least model.seq_len = {length}"
+            f"params.yaml: quantize.gptq.calibration: {total} tokens, expected at least {length} (model.seq_len)"
         )
     chosen = np.random.default_rng(seed).choice(
         total // length, batches * rows, replace=batches * rows > total // length
@@ -96,9 +95,9 @@ def random_rows(
 def _text_tokens(path: Path, tokenizer: Path) -> np.ndarray:
     """A text file as tokens (n,) int64."""
     try:
-        text = require_file(path, "nobody but you").read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: quantize.gptq.path: expected UTF-8 text") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"params.yaml: quantize.gptq.path: {path}: expected a file of UTF-8 text") from None
     return np.array(Tokenizer(tokenizer).encode(text), dtype=np.int64)
 
 

@@ -84,7 +84,7 @@ def gptq(
         factors = factorize(H, damping=damping)
     except torch.linalg.LinAlgError:
         raise UserError(
-            "quantize.gptq: a Hessian is not finite: the network overflows on the calibration text"
+            "params.yaml: quantize.gptq: a Hessian is not finite: the network overflows on the calibration text"
         ) from None
     tried: list[Tensor] = []
     for p in range(scales.size(1)):

@@ -66,14 +66,14 @@ def quantize_to_size(
         coarseness = min(coarseness, COARSEST)
     if fitting:
         return fitting
-    raise UserError(f"quantize.target_bytes: {target} bytes cannot be met, the last try took {size}")
+    raise UserError(f"params.yaml: quantize.target_bytes: {target} bytes cannot be met, the last try took {size}")
 
 
 def _require_matrices(state: QuantizedState, settings: Quantize, size: int) -> None:
     if not any(isinstance(value, Quantized) for value in state.values()):
         raise UserError(
-            f"quantize.target_bytes: {settings.target_bytes} bytes cannot be met: as all matrices have at most "
-            f"passthrough_elements ({settings.passthrough_elements}), they stay float16 and take {size}"
+            f"params.yaml: quantize.target_bytes: {settings.target_bytes} bytes cannot be met: as all matrices have at "
+            f"most passthrough_elements ({settings.passthrough_elements}), they stay float16 and take {size}"
         )
 
 

@@ -116,8 +116,8 @@ def _corrected(matrices: dict[str, Tensor], found: dict[str, Quantized], setting
     for name, rank in ranks.items():
         if rank * errors[name].size(1) % settings.group:
             raise UserError(
-                f"quantize.lqer.group ({settings.group}) must divide {rank} * {errors[name].size(1)}, the rank and "
-                f"columns of {name}"
+                f"params.yaml: quantize.lqer.group ({settings.group}) must divide {rank} * {errors[name].size(1)}, the "
+                f"rank and columns of {name}"
             )
     return {
         name: replace(found[name], correction=low_rank(errors[name], rank=rank, group=settings.group))
@@ -150,5 +150,5 @@ def _check_finite(name: str, weight: Tensor) -> None:
     if bad:
         raise UserError(
             f"tensor {name}: {bad} of {weight.numel()} weights are not finite float16 numbers: training has diverged; "
-            "expected |weight| <= 65504 (lower train.muon.lr or train.adamw's rates)"
+            "expected |weight| <= 65504 (params.yaml: lower train.muon.lr, train.adamw's rates or adapt.lr)"
         )

@@ -51,9 +51,11 @@ def adopt_export(fetched: Path, folder: Path, settings: Tokenize) -> dict[str, A
 def _require_agreement(about: dict[str, Any], settings: Tokenize) -> None:
     for key in ("vocab_size", "val_documents", "transform"):
         if getattr(settings, key) != about[key]:
-            raise UserError(f"tokenize.{key}: expected {about[key]}, as {about['variant']} has it")
+            raise UserError(f"params.yaml: tokenize.{key}: expected {about[key]}, as {about['variant']} has it")
     if settings.model is not None:
-        raise UserError(f"tokenize.model: expected null, since {about['variant']} brings its own tokenizer")
+        raise UserError(
+            f"params.yaml: tokenize.model: expected null, since {about['variant']} brings its own tokenizer"
+        )
 
 
 def _count(folder: Path, split: Any, vocab_size: int) -> tuple[int, int]:

@@ -67,9 +67,11 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int, trainer: Trainer, 
     except RuntimeError as error:
         reason = str(error).strip().rpartition("] ")[2]
         raise UserError(
-            f"tokenize.vocab_size ({vocab_size}): SentencePiece cannot train on this text: {reason}"
+            f"params.yaml: tokenize.vocab_size ({vocab_size}): SentencePiece cannot train on this text: {reason}"
         ) from None
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if pieces != vocab_size:
-        raise UserError(f"tokenize.vocab_size ({vocab_size}): the training split is only enough for {pieces} pieces")
+        raise UserError(
+            f"params.yaml: tokenize.vocab_size ({vocab_size}): the training split is only enough for {pieces} pieces"
+        )
     return model.getvalue()

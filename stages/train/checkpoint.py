@@ -21,16 +21,16 @@ from torch import Tensor
 from stages.errors import UserError
 from stages.files import write_atomic
 from stages.params import Params
-from stages.sources import sources_sha256
+from stages.sources import stage_sources_sha256
 from stages.tokenize.shards import file_sha256
 from stages.weights import save_tensors
 
 
 def fingerprint(params: Params, seed: int, tokens: Path) -> str:
-    """SHA-256 over what decides a run: the code of model/ and stages/train/, their sections of params.yaml, the seed,
-    and the tokens' meta.json."""
+    """SHA-256 over what decides a run: its code (dvc.yaml), the sections model and train of params.yaml, the seed, and
+    the tokens' meta.json."""
     experiment = {
-        "code": sources_sha256("model", "stages/train"),
+        "code": stage_sources_sha256("train"),
         "model": params.model.model_dump(),
         "train": params.train.model_dump(),
         "seed": seed,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from stages.ahead import check_ahead
 from stages.distributed import World, alone
 from stages.errors import UserError
 from stages.params import CoprimeLoader, PackedLoader, Params, SequentialLoader, ShuffledLoader, Train
@@ -31,6 +32,7 @@ def check_inputs(params: Params, seed: int, tokens: Path, resume: Path) -> None:
     verify_tokens(tokens, vocab_size=params.model.vocab_size)
     load_validation(tokens, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
     train_stream(params, tokens, ALONE).next_batch()
+    check_ahead(params)
     with only_run(resume):
         pass
 
