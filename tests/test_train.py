@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -295,6 +296,15 @@ def test_a_fault_of_several_processes_is_told_once_and_without_a_traceback(ready
     done = ready.run("python", "-m", "stages.torchrun", *arguments, ok=False)
     assert done.stderr.count("error: params.yaml: train: loss") == 1, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_single_process_needs_no_launcher(tmp_path: Path) -> None:
+    """As dvc.yaml starts it, it runs in the process that DVC waits for, and knows of no ranks."""
+    (tmp_path / "shown.py").write_text("import os, sys; print(os.getppid(), 'RANK' in os.environ, __name__, *sys.argv)")
+    command = [sys.executable, "-m", "stages.torchrun", "--standalone", "--nproc-per-node=1", "-m", "shown", "7"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(os.getpid()), "False", "__main__", str(tmp_path / "shown.py"), "7"]
 
 
 def test_training_works_in_a_git_repository_without_a_commit(ready: Experiment) -> None:
