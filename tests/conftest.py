@@ -117,7 +117,9 @@ class Experiment:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first, so that two workers end together."""
-    items.sort(key=lambda item: item.path.name not in ("test_pipeline.py", "test_train.py"))
+    longest = ("pipeline", "train", "bundle", "evaluate", "collect", "records", "adapt", "fetch", "certify_stage")
+    order = {f"test_{name}.py": place for place, name in enumerate(longest)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture

@@ -149,7 +149,8 @@ def test_a_record_trains_alike_on_one_process_and_on_two(record: str, experiment
     experiment.stage("tokenize")
     losses = []
     for processes in (1, 2):
-        experiment.run("torchrun", "--standalone", f"--nproc-per-node={processes}", "-m", "stages.train", "1337")
+        launch = ("-m", "stages.torchrun", "--standalone", f"--nproc-per-node={processes}", "-m", "stages.train")
+        experiment.run("python", *launch, "1337")
         trained = experiment.folder / "artifacts/train/1337"
         assert json.loads((trained / "train.json").read_text())["steps"] == TOY_STEPS
         rows = (trained / "live/plots/metrics/train_loss.tsv").read_text().splitlines()[1:]

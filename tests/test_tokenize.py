@@ -19,6 +19,7 @@ from stages.errors import UserError
 from stages.fetch.documents import read_texts
 from stages.params import Tokenize
 from stages.tokenize.compressors import compressed_bytes
+from stages.tokenize.documents import check_documents
 from stages.tokenize.encode import Batch, PlainEncoder, encode_batch
 from stages.tokenize.export import export
 from stages.tokenize.shards import open_shard, shard_paths
@@ -178,26 +179,29 @@ def test_a_given_model_is_used_as_it_is(experiment: Experiment, folding_model: P
 
 
 def test_faults_are_told_before_any_work(experiment: Experiment, model: Path) -> None:
-    def fails(**tokenize: object) -> str:
-        experiment.set_params(experiment.params | {"tokenize": base | tokenize})
-        return experiment.fails("tokenize")
+    folder, settings = experiment.folder, experiment.params["tokenize"]
 
-    base = experiment.params["tokenize"]
-    assert "data/docs: no docs.jsonl or docs.jsonl.zst" in fails()
+    def refused(**changes: object) -> str:
+        with pytest.raises(UserError) as caught:
+            check_documents(folder / "data/docs", Tokenize.model_validate(settings | changes))
+        return str(caught.value)
+
+    assert "data/docs: no docs.jsonl or docs.jsonl.zst" in experiment.fails("tokenize")
     experiment.stage("fetch")
-    assert "docs.jsonl: 24 documents, expected more than tokenize.val_documents = 24" in fails(val_documents=24)
-    assert "absent.model: no such file" in fails(model="absent.model")
-    (experiment.folder / "cut.model").write_bytes(model.read_bytes()[:100])
-    assert "cut.model: not a SentencePiece model" in fails(model="cut.model")
-    write_model(experiment.folder / "small.model", {4: "a"}, VOCAB_SIZE - 1)
-    assert "small.model: 319 pieces, expected tokenize.vocab_size = 320" in fails(model="small.model")
+    assert "docs.jsonl: 24 documents, expected more than tokenize.val_documents = 24" in refused(val_documents=24)
+    assert "absent.model: no such file" in refused(model="absent.model")
+    (folder / "cut.model").write_bytes(model.read_bytes()[:100])
+    assert "cut.model: not a SentencePiece model" in refused(model=str(folder / "cut.model"))
+    write_model(folder / "small.model", {4: "a"}, VOCAB_SIZE - 1)
+    wrong = refused(model=str(folder / "small.model"))
+    assert "small.model: 319 pieces, expected tokenize.vocab_size = 320" in wrong
     swapped = proto.ModelProto.FromString(model.read_bytes())
     swapped.pieces[1].piece, swapped.pieces[2].piece = "</s>", "<s>"
-    (experiment.folder / "swapped.model").write_bytes(swapped.SerializeToString())
-    assert "swapped.model: the id of BOS is 2, expected 1" in fails(model="swapped.model")
-    (experiment.folder / "data/docs/docs.jsonl").write_bytes(b"")
-    assert "docs.jsonl: no documents" in fails()
-    assert not (experiment.folder / "artifacts/tokens").exists()
+    (folder / "swapped.model").write_bytes(swapped.SerializeToString())
+    assert "swapped.model: the id of BOS is 2, expected 1" in refused(model=str(folder / "swapped.model"))
+    (folder / "data/docs/docs.jsonl").write_bytes(b"")
+    assert "docs.jsonl: no documents" in experiment.fails("tokenize")
+    assert not (folder / "artifacts/tokens").exists()
 
 
 def test_a_vocabulary_too_large_for_the_text_is_an_error() -> None:
