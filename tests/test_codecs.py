@@ -187,5 +187,5 @@ def test_the_shuffle_is_that_of_r1172() -> None:
 
 def test_a_missing_program_is_an_error_that_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(byte_codecs.shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match="of the package lrzip"):
+    with pytest.raises(UserError, match="lrzip is not installed; expected the program of the package lrzip"):
         Lrzip().encode(b"data")

@@ -17,6 +17,7 @@ from torch.distributed.run import get_args_parser
 from stages.params import load_params
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TREE = README.partition("## The tree")[2].partition("## ")[0]
 SEED = "1337"
 
 
@@ -120,8 +121,7 @@ def test_torchrun_knows_the_options_and_the_records_the_processes() -> None:
 
 
 def test_files_and_folders_of_the_tree_exist() -> None:
-    tree = README.partition("## The tree")[2].partition("## ")[0]
-    entries = re.findall(r"^ {4}( *)(\S+)", tree, flags=re.MULTILINE)
+    entries = re.findall(r"^ {4}( *)(\S+)", TREE, flags=re.MULTILINE)
     parent = ""
     for indent, name in entries:
         parent = parent if indent else name
@@ -218,8 +218,7 @@ def _two_machines(made: Experiment) -> None:
 
 
 def test_the_tree_names_what_is_there() -> None:
-    tree = README.split("## The tree")[1].split("\n## ")[0]
     folders = [path.parent.name for path in (REPOSITORY / "stages").glob("*/__init__.py")]
     files = [path.name for name in ("model", "stages") for path in (REPOSITORY / name).glob("*.py")]
     wanted = {f"{name}/" for name in folders} | set(files) - {"__init__.py"}
-    assert {name for name in wanted if not re.search(rf"(?<![\w/]){re.escape(name)}(?!\w)", tree)} == set()
+    assert {name for name in wanted if not re.search(rf"(?<![\w/]){re.escape(name)}(?!\w)", TREE)} == set()
