@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stages.compress.codecs import CODECS
-from stages.quantize.classes import tensor_class
-from stages.quantize.codes import Quantized, code_histogram, entropy_bits, load_codes
+from fairway.codec.codecs import CODECS
+from fairway.codec.codes import Quantized, code_histogram, entropy_bits, load_codes, tensor_class
 
 LAYERS, WIDTH, KV_WIDTH = 11, 512, 256
 # (name, matrices by class, bits that the limit says)

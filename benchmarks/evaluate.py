@@ -21,20 +21,19 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
-from model.config import ModelConfig
-from model.embedding import BOS
-from model.gpt import GPT
-from stages import params
-from stages.adapt.adapt import adapt
-from stages.determinism import make_deterministic
-from stages.distributed import World, start_world
-from stages.evaluate.collect import collect
-from stages.evaluate.evaluator import Evaluator
-from stages.evaluate.registry import make_evaluator
-from stages.evaluate.streaming import StreamingEvaluator
+from fairway.adaptation.row_training import AdaptSettings, adapt
+from fairway.evaluation.collect import collect
+from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.registry import make_evaluator
+from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
+from fairway.model.config import ModelConfig
+from fairway.model.gpt import GPT
+from fairway.params import Params, load_params
+from fairway.runtime.distributed import World, make_deterministic, start_world
+from fairway.tokens.tokenizer import BOS
 
 STREAM_TOKENS, GPUS, LIMIT_S = 62_021_632, 8, 600
-STREAMING = params.Streaming(block_tokens=8192, lanes=8)
+STREAMING = StreamingSettings(block_tokens=8192, lanes=8)
 # Seconds for 1,048,576 targets on one H200 that we hold ourselves to.
 TARGET_S = {
     ("r1150", "sliding"): 5.5,
@@ -78,7 +77,7 @@ def random_network(config: ModelConfig) -> GPT:
 
 def _record(record: str, only: list[str] | None, targets: int, world: World) -> str:
     """Prints a record's lines; whether it keeps the limit."""
-    settings = params.load_params(Path(f"records/{record}.yaml"))
+    settings = load_params(Path(f"records/{record}.yaml"))
     model = random_network(settings.model).to_device(world.device)
     wanted = [*settings.evaluators, *(["adapt"] if settings.adapt.epochs else []), "streaming"]
     whole_s = {
@@ -93,7 +92,7 @@ def _record(record: str, only: list[str] | None, targets: int, world: World) -> 
     return f"{record}: {' + '.join(counted)}: {total_s:.0f} of {LIMIT_S} s: {verdict}"
 
 
-def _line(record: str, name: str, settings: params.Params, model: GPT, targets: int, world: World) -> float:
+def _line(record: str, name: str, settings: Params, model: GPT, targets: int, world: World) -> float:
     """Prints a line of the table; seconds for the whole stream on all GPUs."""
     tokens_N1 = random_stream(settings.model.vocab_size, targets).to(world.device)
     epochs, label, work = _work(name, settings, model, world)
@@ -119,7 +118,7 @@ def _line(record: str, name: str, settings: params.Params, model: GPT, targets: 
 Work = Callable[[Tensor], float]
 
 
-def _work(name: str, settings: params.Params, model: GPT, world: World) -> tuple[int, str, Work]:
+def _work(name: str, settings: Params, model: GPT, world: World) -> tuple[int, str, Work]:
     """How often a score needs it, what to call it, and the thing itself."""
     if name == "adapt":
         epochs = settings.adapt.epochs
@@ -129,7 +128,7 @@ def _work(name: str, settings: params.Params, model: GPT, world: World) -> tuple
         return 1, name, evaluate_once(StreamingEvaluator(STREAMING), model, world)
     stride = getattr(getattr(settings, name), "stride", None)
     label = name if stride is None else f"{name}, stride {stride}"
-    return 1, label, evaluate_once(make_evaluator(name, settings), model, world)
+    return 1, label, evaluate_once(make_evaluator(name, getattr(settings, name)), model, world)
 
 
 def random_stream(vocab_size: int, targets: int) -> Tensor:
@@ -149,7 +148,7 @@ def evaluate_once(evaluator: Evaluator, model: GPT, world: World) -> Work:
     return work
 
 
-def adapt_once(model: GPT, settings: params.Adapt) -> Work:
+def adapt_once(model: GPT, settings: AdaptSettings) -> Work:
     """One epoch before quantization, on a copy, of whole rows."""
     seq_len = model.config.seq_len
     return lambda tokens_N1: adapt(

@@ -16,16 +16,16 @@ from typing import Any
 
 import yaml
 
-from model.gpt import GPT
-from stages.distributed import start_world
-from stages.fetch.documents import open_lines
-from stages.params import Params
-from stages.tokenize.documents import tokenize_documents
-from stages.tokenize.validation import load_validation
-from stages.train.inputs import train_stream
-from stages.train.loader import Prefetcher
-from stages.train.loop import train
-from stages.train.run import Figures
+from fairway.model.gpt import GPT
+from fairway.params import Params
+from fairway.runtime.distributed import start_world
+from fairway.tokens.documents import open_lines
+from fairway.tokens.export import tokenize_documents
+from fairway.tokens.loader import Prefetcher
+from fairway.tokens.validation import load_validation
+from fairway.training.loop import train
+from fairway.training.run import Figures
+from fairway.training.training_inputs import train_stream
 
 SHOWN_STEPS = (1, 2, 3, 10)
 
@@ -91,7 +91,7 @@ def _learn(params: Params, seed: int, tokens: Path) -> None:
         model.init_weights(seed)
         model.to_device(world.device)
         validation = load_validation(tokens, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
-        with Prefetcher(train_stream(params, tokens, world), world.device) as loader:
+        with Prefetcher(train_stream(params.model, params.train, tokens, world), world.device) as loader:
             trained = train(model, loader, validation, params.train, world, log=show, tick=lambda step, figures: None)
     print(f"seed {seed}, {trained.steps} steps: {json.dumps(trained.val_bpb)}")
 

@@ -10,13 +10,11 @@ import time
 
 import numpy as np
 
-from model.gpt import GPT
-from stages.determinism import make_deterministic
-from stages.distributed import start_world
-from stages.params import load_params
-from stages.quantize.calibrate import calibrated_names, random_rows
-from stages.quantize.hessian import collect_hessians
-from stages.quantize.state import quantize_state
+from fairway.model.gpt import GPT
+from fairway.params import load_params
+from fairway.quantization.calibrate import calibrated_names, collect_hessians, random_rows
+from fairway.quantization.quantize_weights import quantize_state
+from fairway.runtime.distributed import make_deterministic, start_world
 
 
 def main() -> None:

@@ -15,10 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from stages.params import Tokenize
-from stages.tokenize.encode import RESERVED
-from stages.tokenize.export import export
-from stages.tokenize.tokenizer import Tokenizer, check_tokenizer
+from fairway.tokens.export import export
+from fairway.tokens.tokenizer import RESERVED, Tokenizer, TokenizeSettings, check_tokenizer
 
 
 def main() -> None:
@@ -30,7 +28,7 @@ def main() -> None:
     parser.add_argument("--val-documents", type=int, default=400)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
-    settings = Tokenize(
+    settings = TokenizeSettings(
         model=str(arguments.tokenizer),
         transform=arguments.transform,
         vocab_size=Tokenizer(arguments.tokenizer).model.vocab_size(),

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.backends import attention_backend
-from model.compiler import compiled
-from model.config import ModelConfig
-from model.gpt import GPT, param_groups
-from stages.distributed import World, start_world
-from stages.params import Train, load_params
-from stages.train.ema import Ema
-from stages.train.loader import Batch
-from stages.train.optimizer import Optimizer
-from stages.train.packing import BOS, document_bounds
+from fairway.model.backends import attention_backend, compiled
+from fairway.model.config import ModelConfig
+from fairway.model.gpt import GPT, param_groups
+from fairway.params import load_params
+from fairway.runtime.distributed import World, start_world
+from fairway.tokens.data_orders import BOS, document_bounds
+from fairway.tokens.loader import Batch
+from fairway.training.averages import Ema
+from fairway.training.optimizer import Optimizer
+from fairway.training.train_settings import TrainSettings
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
 class Step:
     """One optimizer step on the same micro-batches each time."""
 
-    def __init__(self, model: ModelConfig, train: Train, world: World, *, looped: bool) -> None:
+    def __init__(self, model: ModelConfig, train: TrainSettings, world: World, *, looped: bool) -> None:
         self.world, self.looped, self.tokens = world, looped, train.batch_tokens
         self.network = GPT(model)
         self.network.init_weights(1)

@@ -20,9 +20,11 @@ from pathlib import Path
 
 import torch
 
-from model.backends import attention_backend
-from stages.errors import run_stage
-from stages.params import FetchHub, FetchSdists, Params, load_params
+from fairway.model.backends import attention_backend
+from fairway.params import Params, load_params
+from fairway.runtime.errors import run_stage
+from fairway.tokens.hub import FetchHub
+from fairway.tokens.sdists import FetchSdists
 
 GIB = 2**30
 # How long to wait for a server's answer, in seconds.

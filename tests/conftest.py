@@ -15,7 +15,7 @@ import torch
 import yaml
 from filelock import FileLock
 
-from stages.files import output_folder
+from fairway.runtime.files import output_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -76,7 +76,7 @@ class Experiment:
         if (folder / "params.yaml").exists():
             self.params: dict[str, Any] = yaml.safe_load((folder / "params.yaml").read_text())
             return
-        for name in ("model", "records", "stages"):
+        for name in ("fairway", "records", "stages"):
             shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
             shutil.copy(REPOSITORY / name, folder / name)

@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 from conftest import REPOSITORY, Experiment
 
-from stages.params import load_params
-from stages.report.facts import Facts, facts
-from stages.report.page import page
-from stages.report.published import load_published
-from stages.report.runs import collect
+from fairway.params import load_params
+from fairway.reporting.facts import Facts, facts
+from fairway.reporting.page import page
+from fairway.reporting.published import load_published
+from fairway.reporting.runs import collect
 
 CONDITIONS = ("causality", "normalisation", "score_first", "single_pass", "decoder", "accounting")
 
@@ -86,7 +86,14 @@ class Figures:
         (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params))
         params = load_params(self.folder / "params.yaml")
         runs = collect(self.folder / "artifacts", params.seeds, list(params.evaluators))
-        return facts(params, runs, load_published(self.folder / "records/published.yaml"), self.meta)
+        return facts(
+            runs,
+            load_published(self.folder / "records/published.yaml"),
+            self.meta,
+            report=params.report,
+            kept=params.average.kind,
+            shipped=params.compress.evaluator,
+        )
 
     def page(self) -> str:
         """The page's HTML."""

@@ -12,7 +12,7 @@ from test_model_golden import golden as golden_model
 from test_model_golden import golden_config
 from torch import Tensor
 
-from model.gpt import GPT
+from fairway.model.gpt import GPT
 
 
 @lru_cache

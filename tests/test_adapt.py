@@ -12,16 +12,14 @@ from conftest import Experiment, launch
 from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream
 from torch import Tensor
 
-from model.gpt import GPT
-from stages import params
-from stages.adapt.adapt import adapt, epoch_lr
-from stages.adapt.rows import load_rows
-from stages.adapt.trainable import trainable
-from stages.distributed import World
-from stages.errors import UserError
-from stages.params import load_params
-from stages.tokenize.shards import write_shard
-from stages.weights import load_tensors, save_tensors
+from fairway.adaptation.row_training import AdaptSettings, adapt, epoch_lr, load_rows
+from fairway.adaptation.trainable import trainable
+from fairway.model.gpt import GPT
+from fairway.params import load_params
+from fairway.runtime.distributed import World
+from fairway.runtime.errors import UserError
+from fairway.runtime.files import load_tensors, save_tensors
+from fairway.tokens.shards import write_shard
 
 SETTINGS: dict[str, Any] = {"epochs": 2, "split": "train", "lr": 4.5e-3, "lr_floor": 0.1, "batch_rows": 3}
 SETTINGS |= {"grad_clip": 1.0, "freeze_blocks": 1}
@@ -37,8 +35,8 @@ R1958 = {
 }
 
 
-def _settings(**changes: Any) -> params.Adapt:
-    return params.Adapt(**(SETTINGS | changes))
+def _settings(**changes: Any) -> AdaptSettings:
+    return AdaptSettings(**(SETTINGS | changes))
 
 
 def _rows(tokens: Tensor, seq_len: int) -> Tensor:
@@ -74,7 +72,7 @@ def test_losses_and_weights_match_the_records(run: str) -> None:
     np.testing.assert_allclose(moved, arrays[f"{run}/checksum_after_epoch"][1], rtol=0.03, atol=1e-2)
 
 
-def _rows_of_steps(rows: int, settings: params.Adapt) -> list[np.ndarray]:
+def _rows_of_steps(rows: int, settings: AdaptSettings) -> list[np.ndarray]:
     """How many rows each step of each lane has: of a run of its own, or of every lanes-th batch."""
     whole = np.arange(rows)
     if settings.coupling == "epoch":
@@ -134,7 +132,7 @@ def test_every_epoch_loses_less_on_the_same_rows() -> None:
 RANKS = """
 import torch
 from test_adapt import adapted
-from stages.distributed import start_world
+from fairway.runtime.distributed import start_world
 
 torch.set_num_threads(1)
 with start_world() as world:

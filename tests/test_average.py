@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from stages.average.choose import kept_weights
-from stages.errors import UserError
-from stages.params import Average
-from stages.train.ema import Ema, Swa
-from stages.weights import save_tensors
+from fairway.runtime.errors import UserError
+from fairway.runtime.files import save_tensors
+from fairway.training.averages import AverageSettings, Ema, Swa, kept_weights
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "schedule.npz")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -81,7 +79,7 @@ def test_averages_do_not_follow_the_parameter_they_were_copied_from() -> None:
 def test_each_method_takes_its_own_weights(tmp_path: Path, method: str, kind: str) -> None:
     for i, name in enumerate(("ema_0.98", "ema_0.9", "swa", "last")):
         save_tensors(tmp_path / f"{name}.safetensors", {name: torch.full((2,), i, dtype=torch.bfloat16)})
-    average = Average.model_validate({"method": method, "ema_decay": 0.98})
+    average = AverageSettings.model_validate({"method": method, "ema_decay": 0.98})
     weights = kept_weights(tmp_path, average, made_by=MADE_BY)
     assert list(weights) == [kind]
     assert weights[kind].dtype == torch.bfloat16
@@ -90,9 +88,9 @@ def test_each_method_takes_its_own_weights(tmp_path: Path, method: str, kind: st
 def test_weights_that_were_not_collected_are_an_error(tmp_path: Path) -> None:
     save_tensors(tmp_path / "last.safetensors", {"w": torch.zeros(1)})
     with pytest.raises(UserError, match=r"average\.method: swa needs .*swa\.safetensors; training kept only last"):
-        kept_weights(tmp_path, Average(method="swa", ema_decay=0.98), made_by=MADE_BY)
+        kept_weights(tmp_path, AverageSettings(method="swa", ema_decay=0.98), made_by=MADE_BY)
 
 
 def test_a_seed_that_was_not_trained_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"no such file; `{MADE_BY}` makes it"):
-        kept_weights(tmp_path / "7", Average(method="last", ema_decay=0.98), made_by=MADE_BY)
+        kept_weights(tmp_path / "7", AverageSettings(method="last", ema_decay=0.98), made_by=MADE_BY)

@@ -17,11 +17,11 @@ from conftest import REPOSITORY, Experiment
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stages.compress.bundle import bundle, program_text, quoted, self_extracting
-from stages.compress.settings import shipped_params
-from stages.params import Params, load_params
+from fairway.packing.bundle import bundle, program_text, quoted, self_extracting
+from fairway.params import Params, load_params
+from fairway.whole_record import shipped_params
 
-ENTRY = "stages.__main__"
+ENTRY = "fairway.whole_record"
 # What the authors counted as code (PR #1958, #1172).
 LARGEST_BYTES = {"r1958": 33_684, "r1172": 23_349}
 
@@ -211,7 +211,7 @@ def test_the_shipped_program_scores_the_shipped_model_alone(scored: str) -> None
 
 
 def test_the_repository_gives_the_same_score(scored: str, folder: Path, finished: Experiment) -> None:
-    own = finished.run("python", "-m", "stages", str(folder)).stdout
+    own = finished.run("python", "-m", "fairway.whole_record", str(folder)).stdout
     assert _score(own) == _score(scored)
 
 
@@ -296,9 +296,9 @@ def test_a_record_trains_compresses_and_scores_alone(record: str, tokenized: Exp
 @pytest.mark.long
 def test_the_bytes_do_not_depend_on_the_order_of_sets() -> None:
     code = (
-        "import hashlib, sys; from pathlib import Path; from stages.compress.bundle import bundle;"
-        "from stages.compress.settings import shipped_params; from stages.params import load_params;"
-        "file = bundle(Path(), 'stages.__main__', [shipped_params(load_params('params.yaml')), 1]);"
+        "import hashlib, sys; from pathlib import Path; from fairway.packing.bundle import bundle;"
+        "from fairway.whole_record import shipped_params; from fairway.params import load_params;"
+        "file = bundle(Path(), 'fairway.whole_record', [shipped_params(load_params('params.yaml')), 1]);"
         "print(hashlib.sha256(file).hexdigest())"
     )
     found = {

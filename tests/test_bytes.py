@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from stages.errors import UserError
-from stages.tokenize.bytes import ByteTable, byte_table
+from fairway.runtime.errors import UserError
+from fairway.tokens.tokenizer import ByteTable, byte_table
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "bpb_bytes.json").read_text(encoding="utf-8"))
 # Pieces that only the multi-document streams use, read from the published models.

@@ -11,14 +11,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from stages.errors import UserError
-from stages.fetch.documents import read_texts
-from stages.tokenize.caseops import OPERATORS, decode, encode, original_pieces
-from stages.tokenize.encode import CaseOpsEncoder
-from stages.tokenize.shards import open_shard, shard_paths, sidecar_paths
-from stages.tokenize.tokenizer import check_tokenizer
-from stages.tokenize.trainer import train_tokenizer
-from stages.tokenize.validation import load_validation, verify_tokens
+from fairway.runtime.errors import UserError
+from fairway.tokens.caseops import OPERATORS, decode, encode, original_pieces
+from fairway.tokens.documents import read_texts
+from fairway.tokens.encoding import CaseOpsEncoder
+from fairway.tokens.shards import open_shard, shard_paths, sidecar_paths
+from fairway.tokens.tokenizer import check_tokenizer, train_tokenizer
+from fairway.tokens.validation import load_validation, verify_tokens
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "caseops.json").read_text(encoding="utf-8"))
 VOCAB_SIZE = 340

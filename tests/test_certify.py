@@ -11,23 +11,22 @@ from streams import random_stream
 from test_model import R1150, SMALL
 from torch import Tensor
 
-from model.config import ModelConfig
-from model.embedding import BOS
-from model.gpt import GPT
-from stages import params
-from stages.certify.accounting import Evaluation, Provenance, accounting, with_provenance
-from stages.certify.certify import certify
-from stages.certify.finding import Finding, legal
-from stages.distributed import World
-from stages.errors import UserError
-from stages.evaluate.evaluator import Evaluator
-from stages.evaluate.lora_ttt import LoraTttEvaluator
-from stages.evaluate.passes import Pass, Prediction
-from stages.evaluate.scoring import Batch, WindowPass, in_chunks, plain_head, stream_windows
-from stages.evaluate.sliding import SlidingEvaluator
-from stages.evaluate.slot import OffsetHead, Places, SlotEvaluator, context_places
-from stages.evaluate.streaming import StreamingEvaluator
-from stages.evaluate.ttt import TttEvaluator
+from fairway.certification.accounting import Evaluation, Finding, Provenance, accounting, legal, with_provenance
+from fairway.certification.experiments import CertifySettings, certify
+from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
+from fairway.evaluation.passes import Pass, Prediction
+from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, plain_head, stream_windows
+from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
+from fairway.evaluation.slot import OffsetHead, Places, SlotEvaluator, context_places
+from fairway.evaluation.slot_offsets import SlotFitSettings, SlotSettings
+from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
+from fairway.evaluation.ttt import TttEvaluator, TttSettings
+from fairway.model.config import ModelConfig
+from fairway.model.gpt import GPT
+from fairway.runtime.distributed import World
+from fairway.runtime.errors import UserError
+from fairway.tokens.tokenizer import BOS
 
 SLIDING: dict[str, Any] = {"stride": 8, "batch_windows": 6}
 TTT = SLIDING | {"chunk_tokens": 160, "epochs": 2, "lr": 0.05, "momentum": 0.9, "grad_clip": 1.0}
@@ -41,14 +40,14 @@ Make = Callable[[], Evaluator]
 
 
 def _slot(**changes: Any) -> Make:
-    return lambda: SlotEvaluator(params.Slot(**(SLOT | changes)))
+    return lambda: SlotEvaluator(SlotSettings(**(SLOT | changes)))
 
 
 LEGAL: dict[str, Make] = {
-    "sliding": lambda: SlidingEvaluator(params.Sliding(**SLIDING)),
-    "streaming": lambda: StreamingEvaluator(params.Streaming(block_tokens=32, lanes=2)),
-    "ttt": lambda: TttEvaluator(params.Ttt(**TTT)),
-    "lora_ttt": lambda: LoraTttEvaluator(params.LoraTtt(**LORA)),
+    "sliding": lambda: SlidingEvaluator(SlidingSettings(**SLIDING)),
+    "streaming": lambda: StreamingEvaluator(StreamingSettings(block_tokens=32, lanes=2)),
+    "ttt": lambda: TttEvaluator(TttSettings(**TTT)),
+    "lora_ttt": lambda: LoraTttEvaluator(LoraTttSettings(**LORA)),
     "slot, carried": _slot(carried=True),
     "slot, context of each window": _slot(fitted_on="context", bias=True),
 }
@@ -74,7 +73,7 @@ def _stream(targets: int) -> Tensor:
 
 
 def _certify(make: Make, tokens: int) -> dict[str, Finding]:
-    settings = params.Certify(tokens=tokens, stream_tokens=tokens + 1000)
+    settings = CertifySettings(tokens=tokens, stream_tokens=tokens + 1000)
     return certify(make, _network(), _network, _stream(tokens + 1000), settings, lambda _: None)
 
 
@@ -114,7 +113,7 @@ class SharedContext(Evaluator):
     """Context-only SLOT as PR #1217, #1306, #1322 and #1333 had it: one offset for a batch of overlapping windows."""
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        head = OffsetHead(params.SlotFit(steps=3, lr=0.02, fitted_on="context"), tokens_N1.device)
+        head = OffsetHead(SlotFitSettings(steps=3, lr=0.02, fitted_on="context"), tokens_N1.device)
         head.places = self._places
         windows = stream_windows("slot", model, len(tokens_N1) - 1, stride=8, as_published=False)
         return _Headed(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6, head=head)
@@ -129,7 +128,7 @@ class _Headed(WindowPass):
 
 
 def _ttt_with_slot() -> Evaluator:
-    return TttEvaluator(params.Ttt(**TTT, slot=params.SlotFit(steps=3, lr=0.02)))
+    return TttEvaluator(TttSettings(**TTT, slot=SlotFitSettings(steps=3, lr=0.02)))
 
 
 FITTED_AHEAD: dict[str, Make] = {
@@ -151,7 +150,7 @@ def test_offsets_fitted_on_what_they_score_fail(name: str) -> None:
 
 
 def test_the_published_list_of_windows_fails_for_its_repetitions_alone() -> None:
-    findings = _certify(lambda: SlidingEvaluator(params.Sliding(**SLIDING, published_window_list=True)), tokens=40)
+    findings = _certify(lambda: SlidingEvaluator(SlidingSettings(**SLIDING, published_window_list=True)), tokens=40)
     assert _failed(findings) == {"single_pass"}
     assert findings["single_pass"].evidence["most_often"] == 2
 
@@ -181,7 +180,7 @@ class Peeking(SlidingEvaluator):
     ("ahead", "expected"), [(1, {"causality", "normalisation", "score_first"}), (2, {"causality"})]
 )
 def test_a_glance_ahead_is_caught(ahead: int, expected: set[str]) -> None:
-    findings = _certify(lambda: Peeking(params.Sliding(**SLIDING), ahead), tokens=40)
+    findings = _certify(lambda: Peeking(SlidingSettings(**SLIDING), ahead), tokens=40)
     assert expected <= _failed(findings)
     assert legal(findings.values()) is False
 
@@ -197,7 +196,7 @@ class Rescaling(SlidingEvaluator):
 
 
 def test_probabilities_that_sum_to_more_than_one_are_caught() -> None:
-    findings = _certify(lambda: Rescaling(params.Sliding(**SLIDING)), tokens=40)
+    findings = _certify(lambda: Rescaling(SlidingSettings(**SLIDING)), tokens=40)
     assert "normalisation" in _failed(findings)
     assert findings["normalisation"].evidence["claimed_over_predicted"] == pytest.approx(1.001, abs=1e-5)
     assert findings["normalisation"].evidence["sum_error"] == pytest.approx(1e-3, abs=1e-5)
@@ -228,7 +227,7 @@ class BetterOfTwo(SlidingEvaluator):
 
 
 def test_the_better_of_two_scores_is_caught() -> None:
-    findings = _certify(lambda: BetterOfTwo(params.Sliding(**SLIDING)), tokens=40)
+    findings = _certify(lambda: BetterOfTwo(SlidingSettings(**SLIDING)), tokens=40)
     assert {"single_pass", "normalisation"} <= _failed(findings)
 
 
@@ -241,7 +240,7 @@ class Omitting(SlidingEvaluator):
 
 
 def test_targets_left_out_are_noticed() -> None:
-    findings = _certify(lambda: Omitting(params.Sliding(**SLIDING)), tokens=40)
+    findings = _certify(lambda: Omitting(SlidingSettings(**SLIDING)), tokens=40)
     assert {name for name, finding in findings.items() if finding.verdict == "fail"} == {"single_pass"}
     assert findings["single_pass"].evidence["missed"] > 0
 
@@ -262,20 +261,20 @@ class TrainingFirst(TttEvaluator):
 
 
 def test_training_before_scoring_is_caught() -> None:
-    findings = _certify(lambda: TrainingFirst(params.Ttt(**TTT)), tokens=40)
+    findings = _certify(lambda: TrainingFirst(TttSettings(**TTT)), tokens=40)
     assert {"causality", "score_first"} <= _failed(findings)
 
 
 def test_nothing_is_proven_about_learning_where_nothing_is_learned() -> None:
-    settings = params.Certify(tokens=40, stream_tokens=128)
+    settings = CertifySettings(tokens=40, stream_tokens=128)
     findings = certify(LEGAL["ttt"], _network(), _network, _stream(600), settings, lambda _: None)
     assert {name for name, f in findings.items() if f.verdict == "unproven"} == {"causality", "score_first", "decoder"}
     assert legal(findings.values()) == "unproven"
 
 
 def test_a_piece_too_short_for_the_evaluator_is_told() -> None:
-    evaluator = StreamingEvaluator(params.Streaming(block_tokens=32, lanes=20))
-    settings = params.Certify(tokens=40, stream_tokens=64)
+    evaluator = StreamingEvaluator(StreamingSettings(block_tokens=32, lanes=20))
+    settings = CertifySettings(tokens=40, stream_tokens=64)
     with pytest.raises(UserError, match=r"certify.stream_tokens \(64\): too few for this evaluator"):
         certify(lambda: evaluator, _network(), _network, _stream(600), settings, lambda _: None)
 

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import Figures
 
-from stages.certify.coder import PRECISION, Decoder, Encoder, counts
-from stages.certify.inputs import read_figures, read_nats
-from stages.errors import UserError
+from fairway.certification.accounting import read_nats
+from fairway.certification.decoder import PRECISION, Decoder, Encoder, counts
+from fairway.runtime.errors import UserError
+from fairway.runtime.files import read_figures
 
 CONDITIONS = ["causality", "normalisation", "score_first", "single_pass", "decoder", "accounting"]
 

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.compress import byte_codecs
-from stages.compress.byte_codecs import Brotli, ByteCodec, Lrzip, Lzma, Shuffled, Zstd
-from stages.compress.codecs import CODECS
-from stages.compress.entropy import MAX_BUCKETS, PREFIX, RowColumnAns
-from stages.compress.similar import find_references, restore, subtract
-from stages.errors import UserError
+from fairway.codec import byte_codecs
+from fairway.codec.byte_codecs import Brotli, ByteCodec, Lrzip, Lzma, Shuffled, Zstd
+from fairway.codec.codecs import CODECS
+from fairway.codec.entropy_coder import MAX_BUCKETS, PREFIX, RowColumnAns, find_references, restore, subtract
+from fairway.runtime.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 NO_LRZIP = pytest.mark.skipif(shutil.which("lrzip") is None, reason="lrzip is not installed")

@@ -11,18 +11,18 @@ from conftest import launch
 from streams import lively_network, random_stream
 from torch import Tensor
 
-from model.embedding import BOS
-from model.gpt import GPT
-from stages import params
-from stages.distributed import alone
-from stages.evaluate.collect import Scores, collect
-from stages.evaluate.evaluator import Evaluator
-from stages.evaluate.lora_ttt import LoraTttEvaluator
-from stages.evaluate.sliding import SlidingEvaluator
-from stages.evaluate.slot import SlotEvaluator
-from stages.evaluate.streaming import StreamingEvaluator
-from stages.evaluate.ttt import TttEvaluator
-from stages.train.checkpoint import ResumePoints
+from fairway.evaluation.collect import Scores, collect
+from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
+from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
+from fairway.evaluation.slot import SlotEvaluator
+from fairway.evaluation.slot_offsets import SlotFitSettings, SlotSettings
+from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
+from fairway.evaluation.ttt import TttEvaluator, TttSettings
+from fairway.model.gpt import GPT
+from fairway.runtime.distributed import alone
+from fairway.runtime.resume import ResumePoints
+from fairway.tokens.tokenizer import BOS
 
 CPU = torch.device("cpu")
 WINDOWS: dict[str, Any] = {"stride": 4, "batch_windows": 2}
@@ -32,15 +32,15 @@ LORA = {"chunk_tokens": 4, "batch_documents": 2, "rank": 2, "alpha": 4.0, "lr": 
 LORA |= {"weight_decay": 0.5, "prefix_documents": 8, "phases": 2, "global_chunk_tokens": 64, "global_lr": 0.02}
 LORA |= {"global_momentum": 0.9, "grad_clip": 1.0, "lanes": 4, "seed": 0}
 EVALUATORS: dict[str, Evaluator] = {
-    "sliding": SlidingEvaluator(params.Sliding(**WINDOWS)),
-    "published": SlidingEvaluator(params.Sliding(**WINDOWS, published_window_list=True)),
-    "ttt": TttEvaluator(params.Ttt(**TTT)),
-    "ttt_bfloat16": TttEvaluator(params.Ttt(**TTT)),
-    "ttt_slot": TttEvaluator(params.Ttt(**TTT, slot=params.SlotFit(steps=2, lr=0.01))),
-    "slot": SlotEvaluator(params.Slot(**WINDOWS, steps=3, lr=0.01)),
-    "carried": SlotEvaluator(params.Slot(**WINDOWS, steps=3, lr=0.01, bias=True, carried=True)),
-    "streaming": StreamingEvaluator(params.Streaming(block_tokens=4, lanes=4)),
-    "lora_ttt": LoraTttEvaluator(params.LoraTtt(**LORA)),
+    "sliding": SlidingEvaluator(SlidingSettings(**WINDOWS)),
+    "published": SlidingEvaluator(SlidingSettings(**WINDOWS, published_window_list=True)),
+    "ttt": TttEvaluator(TttSettings(**TTT)),
+    "ttt_bfloat16": TttEvaluator(TttSettings(**TTT)),
+    "ttt_slot": TttEvaluator(TttSettings(**TTT, slot=SlotFitSettings(steps=2, lr=0.01))),
+    "slot": SlotEvaluator(SlotSettings(**WINDOWS, steps=3, lr=0.01)),
+    "carried": SlotEvaluator(SlotSettings(**WINDOWS, steps=3, lr=0.01, bias=True, carried=True)),
+    "streaming": StreamingEvaluator(StreamingSettings(block_tokens=4, lanes=4)),
+    "lora_ttt": LoraTttEvaluator(LoraTttSettings(**LORA)),
 }
 EVERY = pytest.mark.parametrize("name", EVALUATORS)
 
@@ -107,8 +107,8 @@ def test_every_target_is_scored_once_but_for_the_published_list(name: str) -> No
 RANKS = """
 import torch
 from test_collect import EVALUATORS, network, stream
-from stages.distributed import start_world
-from stages.evaluate.collect import collect
+from fairway.runtime.distributed import start_world
+from fairway.evaluation.collect import collect
 
 torch.set_num_threads(1)
 with start_world() as world:

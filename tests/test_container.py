@@ -18,14 +18,14 @@ from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.config import ModelConfig
-from model.gpt import GPT
-from stages.compress.artifact import load_artifact
-from stages.compress.codecs import CODECS
-from stages.compress.container import DIGEST_BYTES, PREFIX, check_round_trip, pack, read_header, unpack
-from stages.compress.header import MAX_VALUES
-from stages.errors import UserError
-from stages.quantize.codes import LowRank, Quantized, QuantizedState, dequantize, largest_code
+from fairway.codec.artifact import load_artifact
+from fairway.codec.codecs import CODECS
+from fairway.codec.codes import LowRank, Quantized, QuantizedState, dequantize, largest_code
+from fairway.codec.container import DIGEST_BYTES, PREFIX, check_round_trip, pack, read_header, unpack
+from fairway.codec.header import MAX_VALUES
+from fairway.model.config import ModelConfig
+from fairway.model.gpt import GPT
+from fairway.runtime.errors import UserError
 
 CONFIG = ModelConfig.model_validate(yaml.safe_load((REPOSITORY / "params.yaml").read_text())["model"])
 NAMES = ["embed.token", "layer0.attn.q", "layer10.attn.q", "layer2.mlp.up", "ve.table", "bigram.proj"]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Experiment
 
+from fairway.params import load_params
 from stages.doctor import Check, fewer_processes, remedies, table
-from stages.params import load_params
 
 # Nothing listens on the port that discards what it is sent.
 NOWHERE = "http://127.0.0.1:9"

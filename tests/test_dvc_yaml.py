@@ -3,60 +3,42 @@
 import ast
 import json
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import REPOSITORY, Experiment
+from import_graph import MODULES, closure, package, tree
 
-from stages.compress.program.link import Linker
-from stages.params import Params
+from fairway.params import Params
 
 STAGES: dict[str, Any] = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
-# Modules that cannot change a result: stages do not run again for them, nor for what they import in turn.
+# Modules that cannot change a result, so that no stage runs again for them, nor for what they alone import.
 EXEMPT = {
-    "stages": "how OpenMP's threads wait",
-    "stages.ahead": "refuses, or leaves all as it was",
-    "stages.command_line": "usage",
-    "stages.errors": "messages",
-    "stages.files": "files that appear whole or not at all",
-    "stages.params": "the values it reads are listed one by one, as params",
-    "stages.progress": "a bar on the terminal",
-    "stages.sources": "which resume points are this code's",
-    "stages.train.checkpoint": "a resumed run ends as an unbroken one",
-    "stages.weights": "tensors are read as they were written",
+    "fairway": "how OpenMP's threads wait",
+    "fairway.params": "its values are listed one by one, as params",
+    "fairway.preflight": "refuses to start, or changes nothing",
+    "fairway.runtime": "files, processes, messages and progress",
 }
-# These take the program of the whole record apart: one packs it, one lists the packages that it imports.
-PACKS_PROGRAM = ("compress", "submission")
 
 
-@cache
-def imported(entry: str) -> dict[str, ast.Module]:
-    """The files that a module imports, with their text, but for exempt ones and those without a statement."""
-    linker, found, wanted = Linker(REPOSITORY), list[str](), [entry]
-    while new := linker.closure(wanted, [*EXEMPT, *found]):
-        found += new
-        wanted = list(linker.inner_imports(new))
-    texts = {name: linker.module(name).statements for name in found}
-    return {_file(name): ast.Module(text, []) for name, text in texts.items() if set(map(type, text)) - {ast.Expr}}
+def imported(stage: str) -> set[str]:
+    """The modules whose code decides a stage's result."""
+    exempt = frozenset(name for name in MODULES if name in EXEMPT or f"fairway.{package(name)}" in EXEMPT)
+    found = closure(f"stages.{stage}", not_through=exempt)
+    # The program that ships holds the classes of the settings too.
+    return found | {"fairway.params"} if stage == "compress" else found
 
 
-def _file(module: str) -> str:
-    path = module.replace(".", "/")
-    return f"{path}.py" if (REPOSITORY / f"{path}.py").is_file() else f"{path}/__init__.py"
-
-
-def code(stage: str) -> set[str]:
-    """The files that decide a stage's result."""
-    program = imported("stages.__main__") if stage in PACKS_PROGRAM else {}
-    return {*imported(f"stages.{stage}.__main__"), *program}
+def folder(module: str) -> str:
+    """How dvc.yaml lists a module: its package in fairway, or the file itself."""
+    return f"fairway/{package(module)}" if package(module) else str(MODULES[module].relative_to(REPOSITORY))
 
 
 def deps(stage: str) -> list[str]:
     """The listed files and folders that are code."""
-    return [path for path in STAGES[stage]["deps"] if path.split("/")[0] in ("model", "stages")]
+    return [path for path in STAGES[stage]["deps"] if path.split("/")[0] in ("fairway", "stages")]
 
 
 def _covers(dep: str, file: str) -> bool:
@@ -69,21 +51,16 @@ def re_run_by(file: str) -> set[str]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_code_that_a_stage_imports_is_listed(stage: str) -> None:
-    assert [file for file in sorted(code(stage)) if not any(_covers(dep, file) for dep in deps(stage))] == []
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_code_that_is_listed_is_imported(stage: str) -> None:
-    assert [dep for dep in deps(stage) if not any(_covers(dep, file) for file in code(stage))] == []
+def test_the_code_listed_is_the_code_imported_by_folder(stage: str) -> None:
+    assert sorted(deps(stage)) == sorted({folder(module) for module in imported(stage)})
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_sections_that_a_stage_reads_are_listed(stage: str) -> None:
     read = {
         node.attr
-        for text in imported(f"stages.{stage}.__main__").values()
-        for node in ast.walk(text)
+        for module in imported(stage)
+        for node in ast.walk(tree(module))
         if isinstance(node, ast.Attribute) and re.fullmatch(r"params|load_params\(.*\)", ast.unparse(node.value))
     }
     # DVC makes stages and commands of the seeds, the evaluators and the processes.
@@ -92,15 +69,17 @@ def test_sections_that_a_stage_reads_are_listed(stage: str) -> None:
 
 
 def test_every_exemption_is_a_module_that_a_stage_imports() -> None:
-    linker = Linker(REPOSITORY)
-    assert set(EXEMPT) <= set(linker.closure([f"stages.{stage}.__main__" for stage in STAGES]))
+    reached = set().union(*(closure(f"stages.{stage}") for stage in STAGES))
+    assert {
+        name for name in EXEMPT if not any(module == name or module.startswith(f"{name}.") for module in reached)
+    } == set()
 
 
 def test_what_comes_late_re_runs_nothing_early() -> None:
-    assert re_run_by("stages/evaluate/ttt.py") == {"compress", "evaluate", "certify", "submission"}
-    assert re_run_by("stages/adapt/adapt.py") == {"adapt", "compress", "submission"}
-    for packing in ("stages/compress/bundle.py", "stages/compress/program/fold.py"):
-        assert re_run_by(packing) == {"compress", "size_check", "submission"}
+    assert re_run_by("fairway/evaluation/ttt.py") == {"compress", "evaluate", "certify"}
+    assert re_run_by("fairway/packing/bundle.py") == {"compress", "submission"}
+    for shown in ("fairway/reporting/page.py", "stages/doctor.py", "fairway/runtime/progress.py"):
+        assert re_run_by(shown) <= {"report", "submission"}
 
 
 def test_the_commands_that_params_yaml_names_read_an_unwatched_file_again(experiment: Experiment) -> None:

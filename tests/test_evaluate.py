@@ -13,15 +13,15 @@ import pytest
 import torch
 from conftest import Experiment
 
-from model.gpt import GPT
-from stages.compress.container import pack
-from stages.evaluate.bpb import bpb
-from stages.evaluate.inputs import fingerprint
-from stages.files import write_atomic
-from stages.params import load_params
-from stages.quantize.state import quantize_state
-from stages.tokenize.validation import load_validation
-from stages.train.checkpoint import ResumePoints
+from fairway.codec.container import pack
+from fairway.evaluation.collect import bpb
+from fairway.evaluation.registry import evaluation_fingerprint
+from fairway.model.gpt import GPT
+from fairway.params import load_params
+from fairway.quantization.quantize_weights import quantize_state
+from fairway.runtime.files import write_atomic
+from fairway.runtime.resume import ResumePoints
+from fairway.tokens.validation import load_validation
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_points_belong_to_artifact_tokens_and_settings(compressed: Experiment) -
 
     def mark(**changes: Any) -> str:
         compressed.set_params(compressed.params | changes)
-        return fingerprint(artifacts, 1337, "ttt", load_params(compressed.folder / "params.yaml"))
+        return evaluation_fingerprint(artifacts, 1337, "ttt", load_params(compressed.folder / "params.yaml").ttt)
 
     first = mark()
     assert mark(sliding=compressed.params["sliding"] | {"stride": 8}) == first
@@ -118,12 +118,17 @@ def test_points_belong_to_artifact_tokens_and_settings(compressed: Experiment) -
 
 def test_points_belong_to_the_code_that_made_them(compressed: Experiment) -> None:
     code = (
-        "from pathlib import Path; from stages.params import load_params;"
-        "from stages.evaluate.inputs import fingerprint;"
-        "print(fingerprint(Path('artifacts'), 1337, 'ttt', load_params('params.yaml')))"
+        "from pathlib import Path; from fairway.params import load_params;"
+        "from fairway.evaluation.registry import evaluation_fingerprint;"
+        "print(evaluation_fingerprint(Path('artifacts'), 1337, 'ttt', load_params('params.yaml').ttt))"
     )
-    matter = ("model/attention.py", "stages/evaluate/ttt.py", "stages/adapt/trainable.py", "stages/train/qat.py")
-    before, train, *others = compressed.printed_as_sources_change(code, "stages/train/loop.py", *matter)
+    matter = (
+        "fairway/model/attention.py",
+        "fairway/evaluation/ttt.py",
+        "fairway/adaptation/trainable.py",
+        "fairway/model/rounding.py",
+    )
+    before, train, *others = compressed.printed_as_sources_change(code, "fairway/training/loop.py", *matter)
     assert len({before, *others}) == 5
     ResumePoints(compressed.folder / "resume", before).save(3, {"nats": torch.ones(2)}, {"step": 3})
     assert ResumePoints(compressed.folder / "resume", train).load() is not None

@@ -6,8 +6,8 @@ import torch
 from conftest import launch
 from torch import Tensor
 
-from stages.adapt.exchange import sum_gradients, sum_over_lanes
-from stages.distributed import alone
+from fairway.adaptation.lanes import sum_gradients, sum_over_lanes
+from fairway.runtime.distributed import alone
 
 LANES = 8
 LIKE = [torch.empty(40, 30), torch.empty(7)]
@@ -23,8 +23,8 @@ def lane_results(lane: int) -> list[Tensor | None]:
 RANKS = """
 import torch
 from test_exchange import LANES, LIKE, lane_results
-from stages.adapt.exchange import sum_over_lanes
-from stages.distributed import start_world
+from fairway.adaptation.lanes import sum_over_lanes
+from fairway.runtime.distributed import start_world
 
 with start_world() as world:
     for lanes in (1, 2, LANES):

@@ -19,14 +19,13 @@ from conftest import Experiment
 from pyarrow import parquet
 from test_bytes import byte_pieces, write_model
 
-from stages.errors import UserError
-from stages.fetch.documents import documents_path, read_texts
-from stages.fetch.hub import fetch_hub
-from stages.fetch.sdists import read_folder
-from stages.params import FetchHub, Tokenize
-from stages.tokenize.hosted import adopt_export
-from stages.tokenize.shards import write_shard
-from stages.tokenize.validation import load_validation, verify_tokens
+from fairway.runtime.errors import UserError
+from fairway.tokens.documents import documents_path, read_texts
+from fairway.tokens.hub import FetchHub, adopt_export, fetch_hub
+from fairway.tokens.sdists import read_folder
+from fairway.tokens.shards import write_shard
+from fairway.tokens.tokenizer import TokenizeSettings
+from fairway.tokens.validation import load_validation, verify_tokens
 
 # A build backend inside the sdist itself: pip needs nothing else to read the package's metadata.
 PYPROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
@@ -355,7 +354,7 @@ def adopt(fetched: Path, tmp_path: Path, **changes: Any) -> tuple[Path, dict[str
     settings = {"model": None, "vocab_size": 263, "val_documents": 2, "shard_tokens": 1000} | changes
     folder = tmp_path / "tokens"
     folder.mkdir()
-    meta = adopt_export(fetched, folder, Tokenize(**settings))
+    meta = adopt_export(fetched, folder, TokenizeSettings(**settings))
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder, meta
 

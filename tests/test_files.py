@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from stages.errors import UserError
-from stages.files import output_folder, require_file, write_atomic
+from fairway.runtime.errors import UserError
+from fairway.runtime.files import output_folder, require_file, write_atomic
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from stages.files import output_folder
+from fairway.runtime.files import output_folder
 with output_folder(Path(sys.argv[1])) as folder:
     (folder / "half.bin").write_bytes(b"half")
     print("writing", flush=True)

@@ -14,19 +14,18 @@ from conftest import REPOSITORY, Experiment
 from test_model_golden import golden_network
 from torch import Tensor
 
-from model.gpt import GPT
-from stages.compress.artifact import load_artifact
-from stages.compress.container import pack
-from stages.errors import UserError
-from stages.params import Params, Quantize
-from stages.quantize.calibrate import calibrate, generate_text, random_rows
-from stages.quantize.clip import nearest_codes, percentile_scales, sigma_scales
-from stages.quantize.codes import Quantized, load_codes
-from stages.quantize.gptq import factorize, gptq, gptq_codes
-from stages.quantize.hessian import collect_hessians
-from stages.quantize.lqer import low_rank, quantize_factors
-from stages.quantize.state import quantize_state
-from stages.weights import save_tensors
+from fairway.codec.artifact import load_artifact
+from fairway.codec.codes import Quantized, load_codes
+from fairway.codec.container import pack
+from fairway.model.gpt import GPT
+from fairway.params import Params
+from fairway.quantization.calibrate import calibrate, collect_hessians, generate_text, random_rows
+from fairway.quantization.clip import nearest_codes, percentile_scales, sigma_scales
+from fairway.quantization.gptq import factorize, gptq, gptq_codes
+from fairway.quantization.lqer import low_rank, quantize_factors
+from fairway.quantization.quantize_weights import QuantizeSettings, quantize_state
+from fairway.runtime.errors import UserError
+from fairway.runtime.files import save_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 PERCENTILES = [0.999, 0.9995, 0.9999, 0.99999, 1.0]
@@ -49,9 +48,9 @@ def _golden(record: str) -> dict[str, Any]:
         return found | {"config": json.loads(arrays["config_json"].tobytes())}
 
 
-def _settings(**changes: object) -> Quantize:
+def _settings(**changes: object) -> QuantizeSettings:
     section = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["quantize"]
-    return Quantize.model_validate(section | {"method": "gptq", "gptq": GPTQ} | changes)
+    return QuantizeSettings.model_validate(section | {"method": "gptq", "gptq": GPTQ} | changes)
 
 
 def _random(rows: int, columns: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -274,7 +273,8 @@ def test_every_calibration_gives_a_hessian_for_every_matrix(
     (tmp_path / "text.txt").write_text("some words of a text " * 100)
     changes = {"calibration": calibration, "path": str(tmp_path / "text.txt") if calibration == "text" else None}
     raw = raw | {"quantize": raw["quantize"] | {"method": "gptq", "gptq": GPTQ | changes | {"batch_rows": 1}}}
-    arguments = Params.model_validate(raw), model.state_dict(), Path("weights"), tokens
+    params = Params.model_validate(raw)
+    arguments = params.model, params.quantize.gptq, model.state_dict(), Path("weights"), tokens
     hessians = calibrate(*arguments, seed=1, device=CPU)
     assert len(hessians) == 6 * model.config.layers
     assert all(bool(H.isfinite().all()) and float(H.trace()) > 0 for H in hessians.values())
@@ -285,7 +285,10 @@ def test_every_calibration_gives_a_hessian_for_every_matrix(
 def test_without_the_section_nothing_is_calibrated(calibrated: tuple[dict[str, Any], GPT, Path]) -> None:
     raw, model, tokens = calibrated
     params = Params.model_validate(raw)
-    assert calibrate(params, model.state_dict(), Path("weights"), tokens, seed=1, device=CPU) == {}
+    assert (
+        calibrate(params.model, params.quantize.gptq, model.state_dict(), Path("weights"), tokens, seed=1, device=CPU)
+        == {}
+    )
 
 
 def test_rows_are_drawn_once_each_and_a_short_text_is_refused() -> None:

@@ -9,15 +9,14 @@ import torch.nn.functional as F
 from test_model import EVERY_RECORD, RECORDS
 from torch import Tensor
 
-from model import attention, head, norm
-from model.backends import attention_backend
-from model.compiler import compiled
-from model.config import ModelConfig
-from model.gpt import GPT
-from model.mlp import Mlp
-from model.precision import rms_norm
-from model.rope import rotary_table, rotate
-from stages.evaluate.overlapping import overlapping_hidden
+from fairway.evaluation.windows import overlapping_hidden
+from fairway.model import attention, embedding, norm
+from fairway.model.backends import attention_backend, compiled
+from fairway.model.config import ModelConfig
+from fairway.model.gpt import GPT
+from fairway.model.mlp import Mlp
+from fairway.model.precision import rms_norm
+from fairway.model.rope import rotary_table, rotate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,7 +59,7 @@ def assert_same(
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "pairs"), [(8, 4, 64, 8), (6, 2, 32, 16)])
 def test_queries_and_keys_are_normed_rotated_and_gained(heads: int, kv_heads: int, width: int, pairs: int) -> None:
-    from model.kernels.heads import heads as fused_heads
+    from fairway.model.kernels.heads import heads as fused_heads
 
     rope = ModelConfig.model_validate(RECORDS["r1150"]).rope.model_copy(update={"dims": 2 * pairs})
     table = rotary_table(rope, 165, torch.arange(165.0, device=CUDA), torch.bfloat16)
@@ -144,7 +143,7 @@ def test_the_fused_loss_is_the_softcapped_cross_entropy(vocabulary: int) -> None
     targets = torch.arange(130, device=CUDA).view(2, 65) % vocabulary
 
     def loss(hidden: Tensor, table: Tensor) -> Tensor:
-        return head.mean_cross_entropy(hidden, table, targets, cap=15.0)
+        return embedding.mean_cross_entropy(hidden, table, targets, cap=15.0)
 
     assert_same(loss, loss, random(4, (2, 65, 64), (vocabulary, 64)), close=2e-2)
 
@@ -177,7 +176,7 @@ def test_nested_attention_is_that_of_each_window(
     windows: int, length: int, spacing: int, heads: int, kv_heads: int, width: int
 ) -> None:
     """The first two places of each window have rows of their own."""
-    from model.kernels.nested import nested_attention
+    from fairway.model.kernels.nested import nested_attention
 
     stretch = spacing * (windows - 1) + length
     rows = torch.arange(stretch + 2 * windows, device=CUDA)

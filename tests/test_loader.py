@@ -13,11 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.errors import UserError
-from stages.tokenize.shards import write_shard
-from stages.train.loader import Batch, Prefetcher, Sequential, Stream, Tokens
-from stages.train.packing import PackedRows, document_bounds, segment_bounds
-from stages.train.windows import CoprimeWindows, ShuffledWindows, name_seed
+from fairway.runtime.errors import UserError
+from fairway.tokens.data_orders import (
+    CoprimeWindows,
+    PackedRows,
+    ShuffledWindows,
+    document_bounds,
+    name_seed,
+    segment_bounds,
+)
+from fairway.tokens.loader import Batch, Prefetcher, Sequential, Stream, Tokens
+from fairway.tokens.shards import write_shard
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "loaders.json").read_text())
 CPU = torch.device("cpu")

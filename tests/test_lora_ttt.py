@@ -12,13 +12,19 @@ from hypothesis import strategies as st
 from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream
 from torch import Tensor
 
-from model.embedding import BOS
-from stages import params
-from stages.distributed import alone
-from stages.errors import UserError
-from stages.evaluate.documents import Document, by_length, documents, phase_ends
-from stages.evaluate.lora import AdaptedNetwork, Adapters, Factors, draw_factors
-from stages.evaluate.lora_ttt import LoraTttEvaluator, LoraTttPass
+from fairway.evaluation.lora_adapters import AdaptedNetwork, Adapters, Factors, draw_factors
+from fairway.evaluation.lora_ttt import (
+    Document,
+    LoraTttEvaluator,
+    LoraTttPass,
+    LoraTttSettings,
+    by_length,
+    documents,
+    phase_ends,
+)
+from fairway.runtime.distributed import alone
+from fairway.runtime.errors import UserError
+from fairway.tokens.tokenizer import BOS
 
 CPU = torch.device("cpu")
 GOLDEN: dict[str, Any] = {"chunk_tokens": 8, "batch_documents": 2, "rank": 3, "alpha": 5.4, "lr": 0.01, "beta2": 0.99}
@@ -42,7 +48,7 @@ def test_losses_and_weights_match_pr_1855() -> None:
 
     model = golden_network("r1958", 24)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    evaluation = LoraTttPass(model, tokens, alone(CPU), params.LoraTtt(**GOLDEN), draw)
+    evaluation = LoraTttPass(model, tokens, alone(CPU), LoraTttSettings(**GOLDEN), draw)
     event = 0
     for chunk in range(evaluation.chunks):
         for positions, logits in evaluation.predict(chunk):
@@ -124,7 +130,7 @@ def _stream() -> Tensor:
 
 def test_in_order_of_visits_nothing_is_seen_early() -> None:
     """One document a batch, longest first, is the order of this stream: then it is causal, phases and all."""
-    evaluator = LoraTttEvaluator(params.LoraTtt(**(SMALL | {"batch_documents": 1})))
+    evaluator = LoraTttEvaluator(LoraTttSettings(**(SMALL | {"batch_documents": 1})))
     model, tokens = lively_network("r1958"), _stream()
     for cut in (31, 45, 72):
         changed = tokens.clone()
@@ -136,7 +142,7 @@ def test_in_order_of_visits_nothing_is_seen_early() -> None:
 
 
 def test_distributions_are_normalised_and_are_what_was_scored() -> None:
-    evaluator, model, tokens = LoraTttEvaluator(params.LoraTtt(**SMALL)), lively_network("r1958"), _stream()
+    evaluator, model, tokens = LoraTttEvaluator(LoraTttSettings(**SMALL)), lively_network("r1958"), _stream()
     nats, log_probs = evaluator.score(model, tokens, _silent), evaluator.log_probs(model, tokens, range(76))
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(76, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(-log_probs[range(76), tokens[1:]], nats, rtol=0, atol=1e-5)
@@ -145,7 +151,7 @@ def test_distributions_are_normalised_and_are_what_was_scored() -> None:
 def test_adapters_learn_a_document_that_repeats_itself() -> None:
     tokens = random_stream(3, 16)[:-1].repeat(10)
     tokens[0] = BOS
-    settings = params.LoraTtt(**(SMALL | {"lr": 0.05, "phases": 0, "batch_documents": 1}))
+    settings = LoraTttSettings(**(SMALL | {"lr": 0.05, "phases": 0, "batch_documents": 1}))
     nats = LoraTttEvaluator(settings).score(lively_network("r1958"), tokens, _silent)
     assert float(nats[-32:].mean()) < float(nats[:32].mean()) - 0.1 < math.inf
 
@@ -154,7 +160,7 @@ def test_the_model_is_left_as_it_was() -> None:
     model, tokens = lively_network("r1958"), _stream()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     hidden = model.hidden(tokens[None, :16]).detach()
-    LoraTttEvaluator(params.LoraTtt(**SMALL)).score(model, tokens, _silent)
+    LoraTttEvaluator(LoraTttSettings(**SMALL)).score(model, tokens, _silent)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(model.hidden(tokens[None, :16]).detach(), hidden)
 
@@ -167,6 +173,6 @@ def test_the_model_is_left_as_it_was() -> None:
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], expected: str) -> None:
-    settings = params.LoraTtt(**(SMALL | changes))
+    settings = LoraTttSettings(**(SMALL | changes))
     with pytest.raises(UserError, match=expected):
         LoraTttEvaluator(settings).begin(lively_network("r1958"), _stream(), alone(CPU))

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from model.attention import attend
-from model.compiler import compiled
-from model.config import ModelConfig, Rope
-from model.embedding import BOS, bigram_bucket
-from model.gpt import GPT, param_groups
-from model.precision import rms_norm
-from model.rope import frequencies
+from fairway.model.attention import attend
+from fairway.model.backends import compiled
+from fairway.model.config import ModelConfig, Rope
+from fairway.model.embedding import bigram_bucket
+from fairway.model.gpt import GPT, param_groups
+from fairway.model.precision import rms_norm
+from fairway.model.rope import frequencies
+from fairway.tokens.tokenizer import BOS
 
 # The published networks (PR #1150, #1172, #1488, #1958), as differences from the first.
 R1150: dict[str, Any] = {
@@ -306,7 +307,7 @@ def test_the_network_is_one_graph_for_the_compiler(record: str, looped: bool) ->
 
 def test_on_a_cpu_the_compiler_is_not_even_imported() -> None:
     """Its import takes a second, in every stage."""
-    code = "import sys, stages.train.__main__, stages.certify.__main__; print('torch._dynamo' in sys.modules)"
+    code = "import sys, stages.train, stages.certify; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

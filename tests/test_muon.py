@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from stages import params
-from stages.distributed import World, alone
-from stages.train.gradients import Gradients, Stack, clip_factor
-from stages.train.muon import Muon, coefficients, normalize_rows, orthogonalize
+from fairway.runtime.distributed import World, alone
+from fairway.training.gradients import Gradients, Stack, clip_factor
+from fairway.training.muon import Muon, MuonSettings, coefficients, normalize_rows, orthogonalize
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "muon.npz")
 CONFIG = json.loads(GOLDEN["config_json"].tobytes())
@@ -37,7 +36,7 @@ def _change(stack: Stack, start: Tensor) -> Tensor:
     return torch.stack([p.detach() for p in stack.parameters]) - start
 
 
-def muon_settings(record: str, **changes: Any) -> params.Muon:
+def muon_settings(record: str, **changes: Any) -> MuonSettings:
     """The record's Muon; lr and decay as in golden/muon.npz."""
     config = CONFIG["records"].get(record, {"lr": 0.02, "wd": 0.1, "rn": False})
     chosen = {
@@ -51,7 +50,7 @@ def muon_settings(record: str, **changes: Any) -> params.Muon:
         "row_normalize": config["rn"],
         "ns_association": "scale_first" if record == "r1488" else "square_first",
     }
-    return params.Muon(**chosen | changes)
+    return MuonSettings(**chosen | changes)
 
 
 @pytest.mark.parametrize("kind", ["classic", "classic2d", "polar"])

@@ -11,8 +11,8 @@ import torch
 import yaml
 from conftest import REPOSITORY, tiny_params
 
-from stages.errors import UserError
-from stages.params import Params, load_params
+from fairway.params import Params, load_params
+from fairway.runtime.errors import UserError
 
 LORA = yaml.safe_load((REPOSITORY / "records/r1958-lora-ttt.yaml").read_text())["lora_ttt"]
 

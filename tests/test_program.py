@@ -7,10 +7,10 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
-from stages.compress.bundle import program_text
-from stages.compress.program.link import link
-from stages.compress.program.names import bound_names, global_names
-from stages.compress.program.shorten import shorten
+from fairway.packing.bundle import program_text
+from fairway.packing.link import link
+from fairway.packing.names import bound_names, global_names
+from fairway.packing.shorten import shorten
 
 
 class Fit(BaseModel):

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from model.gpt import GPT
-from stages import params
-from stages.train.forwards import compiled_forward
-from stages.train.qat import Rounded, rounding_begins, row_scales, soft_round, straight_through
+from fairway.model.gpt import GPT
+from fairway.model.rounding import row_scales, soft_round, straight_through
+from fairway.params import Params
+from fairway.training.forwards import compiled_forward
+from fairway.training.qat import QatSettings, Rounded, rounding_begins
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "gptq_rtn.npz")
 RECORDS = {"bits": 6, "min_clip": 1.0}
@@ -57,14 +58,14 @@ def test_soft_rounding_hardens_into_rounding(seed: int, bits: int) -> None:
     assert bool(((hard - W).abs() <= 0.5001 * scales).all())
 
 
-def qat(kind: str, **changes: Any) -> params.Qat:
+def qat(kind: str, **changes: Any) -> QatSettings:
     chosen = {"kind": kind, "below_lr": 0.5, "min_step": 2, "ramp_steps": 10, **RECORDS}
-    return params.Qat(**chosen | changes)
+    return QatSettings(**chosen | changes)
 
 
 def network() -> tuple[GPT, Tensor, Tensor]:
     """A small network with every matrix in play, and a batch."""
-    model = GPT(params.Params.model_validate(tiny_params(Path("corpus.jsonl"))).model)
+    model = GPT(Params.model_validate(tiny_params(Path("corpus.jsonl"))).model)
     model.init_weights(0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -10,12 +10,18 @@ from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.errors import UserError
-from stages.params import Quantize
-from stages.quantize.classes import tensor_class
-from stages.quantize.clip import coarse_scales, percentile_scales, plain_rows, searched_rows
-from stages.quantize.codes import Quantized, code_histogram, dequantize, entropy_bits, load_codes, save_codes
-from stages.quantize.state import quantize_state
+from fairway.codec.codes import (
+    Quantized,
+    code_histogram,
+    dequantize,
+    entropy_bits,
+    load_codes,
+    save_codes,
+    tensor_class,
+)
+from fairway.quantization.clip import coarse_scales, percentile_scales, plain_rows, searched_rows
+from fairway.quantization.quantize_weights import QuantizeSettings, quantize_state
+from fairway.runtime.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 PERCENTILES = [0.999, 0.9995, 0.9999, 0.99999, 1.0]
@@ -28,9 +34,9 @@ def rtn() -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def _settings(**changes: object) -> Quantize:
+def _settings(**changes: object) -> QuantizeSettings:
     section = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["quantize"]
-    return Quantize.model_validate(section | changes)
+    return QuantizeSettings.model_validate(section | changes)
 
 
 def _searched(

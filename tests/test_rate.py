@@ -9,18 +9,17 @@ import yaml
 from conftest import REPOSITORY
 from torch import Tensor
 
-from stages.errors import UserError
-from stages.params import Quantize
-from stages.quantize.codes import Quantized, QuantizedState, code_histogram, entropy_bits
-from stages.quantize.rate import quantize_to_size, wider_by
-from stages.quantize.state import quantize_state
+from fairway.codec.codes import Quantized, QuantizedState, code_histogram, entropy_bits
+from fairway.quantization.quantize_weights import QuantizeSettings, quantize_state
+from fairway.quantization.rate import quantize_to_size, wider_by
+from fairway.runtime.errors import UserError
 
 SIGMAS = {"attn": 10.0, "mlp": 8.0, "embed": 10.0, "other": 10.0}
 
 
-def _settings(**changes: object) -> Quantize:
+def _settings(**changes: object) -> QuantizeSettings:
     section = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["quantize"]
-    return Quantize.model_validate(section | changes)
+    return QuantizeSettings.model_validate(section | changes)
 
 
 def _weights() -> dict[str, Tensor]:

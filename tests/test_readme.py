@@ -14,7 +14,7 @@ import yaml
 from conftest import REPOSITORY, Experiment
 from torch.distributed.run import get_args_parser
 
-from stages.params import load_params
+from fairway.params import load_params
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 TREE = README.partition("## The tree")[2].partition("## ")[0]
@@ -96,7 +96,7 @@ def test_a_target_of_make_does_what_it_says(command: str) -> None:
 
 
 def test_a_record_can_be_planned_on_any_machine(tmp_path: Path) -> None:
-    for name in ("records", "stages", "model"):
+    for name in ("records", "stages", "fairway"):
         shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
     shell(tmp_path, "git init -q && dvc init -q")
@@ -163,7 +163,7 @@ def test_the_worked_example_scores(finished_copy: Experiment) -> None:
     begin = "EVALUATORS: dict[str, Callable[[Any], Evaluator]] = {\n"
     edit("evaluate/registry.py", lambda text: text.replace(begin, f"{begin}{entry}"))
     imported = "from stages.evaluate.tempered import TemperedEvaluator\n"
-    edit("evaluate/registry.py", lambda text: text.replace("from stages.params", f"{imported}from stages.params", 1))
+    edit("evaluate/registry.py", lambda text: text.replace("from fairway.params", f"{imported}from fairway.params", 1))
 
     bpb = {}
     for temperature in (1.0, 1.5):
@@ -218,7 +218,7 @@ def _two_machines(made: Experiment) -> None:
 
 
 def test_the_tree_names_what_is_there() -> None:
-    folders = [path.parent.name for path in (REPOSITORY / "stages").glob("*/__init__.py")]
-    files = [path.name for name in ("model", "stages") for path in (REPOSITORY / name).glob("*.py")]
-    wanted = {f"{name}/" for name in folders} | set(files) - {"__init__.py"}
+    stages = {path.name for path in (REPOSITORY / "stages").glob("*.py")}
+    nouns = {path.name + "/" * path.is_dir() for path in (REPOSITORY / "fairway").glob("[a-z]*")}
+    wanted = stages | nouns
     assert {name for name in wanted if not re.search(rf"(?<![\w/]){re.escape(name)}(?!\w)", TREE)} == set()

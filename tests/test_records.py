@@ -13,8 +13,8 @@ import torch
 import yaml
 from conftest import REPOSITORY, Experiment, tiny_params
 
-from model.gpt import GPT
-from stages.params import Params, load_params
+from fairway.model.gpt import GPT
+from fairway.params import Params, load_params
 
 PARAMETERS = {"r1150": 26_993_756, "r1172": 27_201_116, "r1488": 26_862_694, "r1958": 35_945_671}
 TOY_STEPS = 20
@@ -106,7 +106,7 @@ def test_a_variant_looks_at_no_token_before_it_is_scored(name: str) -> None:
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """By file of records/, the stages that a dry run lists, in their order."""
     folder = tmp_path_factory.mktemp("plans")
-    for name in ("records", "stages", "model"):
+    for name in ("records", "stages", "fairway"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "dvc.yaml", folder)
     for command in (["git", "init", "-q"], [str(Path(sys.executable).parent / "dvc"), "init", "-q"]):
@@ -149,7 +149,7 @@ def test_a_record_trains_alike_on_one_process_and_on_two(record: str, experiment
     experiment.stage("tokenize")
     losses = []
     for processes in (1, 2):
-        launch = ("-m", "stages.torchrun", "--standalone", f"--nproc-per-node={processes}", "-m", "stages.train")
+        launch = ("-m", "fairway.runtime.launch", "--standalone", f"--nproc-per-node={processes}", "-m", "stages.train")
         experiment.run("python", *launch, "1337")
         trained = experiment.folder / "artifacts/train/1337"
         assert json.loads((trained / "train.json").read_text())["steps"] == TOY_STEPS
@@ -179,7 +179,7 @@ def test_a_variant_runs_from_documents_to_its_scores(name: str, experiment: Expe
         experiment.stage(stage, "1337")
     scores = {}
     for evaluator in params["evaluators"]:
-        launch = ("-m", "stages.torchrun", "--standalone", "--nproc-per-node=2", "-m", "stages.evaluate")
+        launch = ("-m", "fairway.runtime.launch", "--standalone", "--nproc-per-node=2", "-m", "stages.evaluate")
         experiment.run("python", *launch, "1337", evaluator)
         metrics = json.loads((experiment.folder / f"artifacts/evaluate/1337/{evaluator}/metrics.json").read_text())
         assert metrics["scored"] == metrics["targets"], "every token is scored once"

@@ -14,14 +14,13 @@ import yaml
 from conftest import REPOSITORY, Experiment
 from reports import Figures, certificate, certify, write_certificate
 
-from stages.errors import UserError
-from stages.report import series
-from stages.report.budgets import adapt_s, budgets, eval_s
-from stages.report.comparison import compare
-from stages.report.published import load_published
-from stages.report.significance import welch
-from stages.report.summary import summarize
-from stages.report.table import markdown
+from fairway.reporting import tables
+from fairway.reporting.budgets import adapt_s, budgets, eval_s
+from fairway.reporting.comparison import compare
+from fairway.reporting.published import load_published
+from fairway.reporting.significance import welch
+from fairway.reporting.tables import markdown, summarize
+from fairway.runtime.errors import UserError
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -198,7 +197,7 @@ def test_plots_are_tables_of_series(three: Figures) -> None:
     found = three.facts()
     curve, positions, sizes = (
         list(csv.DictReader(text.splitlines()))
-        for text in (series.curve(found), series.positions(found), series.sizes(found))
+        for text in (tables.curve(found), tables.positions(found), tables.sizes(found))
     )
     assert {row["series"] for row in curve} == {"seed 1337", "seed 42", "seed 2025"}
     assert {row["series"] for row in positions} == {"sliding", "ttt", "slot (illegal)"}
@@ -211,7 +210,7 @@ def test_dvc_draws_the_plots(one: Figures, evaluated: Experiment, tmp_path: Path
     for name in ("curve", "positions", "sizes"):
         path = experiment.folder / f"results/{name}.csv"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(getattr(series, name)(found))
+        path.write_text(getattr(tables, name)(found))
     experiment.run("dvc", "init", "--no-scm", "-q")
     shutil.copytree(REPOSITORY / ".dvc/plots", experiment.folder / ".dvc/plots")
     drawn = json.loads(experiment.run("dvc", "plots", "show", "--json").stdout)["data"]

@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import certificate, write_certificate
 
-from stages.errors import UserError
-from stages.report.budgets import Budget
-from stages.report.certificates import Certificate, broken, load_certificate, standing, worst
-from stages.report.parts import size_parts
-from stages.report.plot import BOTTOM, TOP, Line, plot, ticks
-from stages.report.positions import PARTS, profile
-from stages.report.published import Published, load_published, named_record
-from stages.report.scores import Score
-from stages.report.significance import spread, welch
+from fairway.reporting.budgets import Budget
+from fairway.reporting.certificates import Certificate, broken, load_certificate, standing, worst
+from fairway.reporting.plot import BOTTOM, TOP, Line, plot, ticks
+from fairway.reporting.published import Published, load_published, named_record
+from fairway.reporting.runs import PARTS, profile
+from fairway.reporting.scores import Score
+from fairway.reporting.significance import spread, welch
+from fairway.reporting.tables import size_parts
+from fairway.runtime.errors import UserError
 
 PUBLISHED = REPOSITORY / "records/published.yaml"
 # Means and sample deviations of the reported figures as worked out from the logs (spec of the records).

@@ -8,25 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages import params
-from stages.train.schedule import Budget, Moment, loop_is_on, lr_multiplier, muon_momentum
+from fairway.training.muon import MuonSettings
+from fairway.training.schedule import Budget, Moment, ScheduleSettings, loop_is_on, lr_multiplier, muon_momentum
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "schedule.npz")
 CONFIG = json.loads(GOLDEN["config_json"].tobytes())
 RECORDS = ("r1150", "r1172", "r1488", "r1958")
-PLAIN = params.Schedule(warmdown_unit="fraction", warmdown=0.5, floor=0.1)
+PLAIN = ScheduleSettings(warmdown_unit="fraction", warmdown=0.5, floor=0.1)
 
 
-def _schedule(record: str) -> params.Schedule:
+def _schedule(record: str) -> ScheduleSettings:
     warmdown = CONFIG[record]["warmdown"]
     if isinstance(warmdown, dict):
         share, floor = warmdown["frac"], warmdown["min_lr"]
-        return params.Schedule(warmdown_unit="fraction", warmdown=share, floor=floor, loop_from=0.35)
-    return params.Schedule(warmdown_unit="steps", warmdown=float(warmdown), floor=0.0)
+        return ScheduleSettings(warmdown_unit="fraction", warmdown=share, floor=floor, loop_from=0.35)
+    return ScheduleSettings(warmdown_unit="steps", warmdown=float(warmdown), floor=0.0)
 
 
-def _muon(momentum: float) -> params.Muon:
-    return params.Muon(
+def _muon(momentum: float) -> MuonSettings:
+    return MuonSettings(
         lr=0.025,
         weight_decay=0.04,
         momentum=momentum,

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from test_bytes import write_model
 
-from stages.errors import UserError
-from stages.tokenize.shards import ShardWriter, file_sha256, open_shard, shard_paths, write_shard
-from stages.tokenize.validation import load_validation, verify_tokens
+from fairway.runtime.errors import UserError
+from fairway.runtime.fingerprint import file_sha256
+from fairway.tokens.shards import ShardWriter, open_shard, shard_paths, write_shard
+from fairway.tokens.validation import load_validation, verify_tokens
 
 VOCAB_SIZE = 8
 

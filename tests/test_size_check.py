@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import Experiment
 
-from model.gpt import GPT
-from stages.compress.container import pack
-from stages.params import Params
-from stages.quantize.state import quantize_state
-from stages.size_check.weigh import over_cap, weigh
+from fairway.codec.artifact import over_cap, weigh
+from fairway.codec.container import pack
+from fairway.model.gpt import GPT
+from fairway.params import Params
+from fairway.quantization.quantize_weights import quantize_state
 
 SEED = "1337"
 

@@ -13,20 +13,16 @@ from streams import golden, golden_network, golden_tokens, lively_network, rando
 from test_model import RECORDS
 from torch import Tensor
 
-from model.gpt import GPT
-from stages import params
-from stages.distributed import alone
-from stages.errors import UserError
-from stages.evaluate.bpb import bpb
-from stages.evaluate.collect import collect
-from stages.evaluate.metrics import measure
-from stages.evaluate.overlapping import overlapping_hidden
-from stages.evaluate.scoring import WindowPass, stream_windows
-from stages.evaluate.sliding import SlidingEvaluator
-from stages.evaluate.windows import Windows, published, scored_once
+from fairway.evaluation.collect import bpb, collect, measure
+from fairway.evaluation.scoring import WindowPass, stream_windows
+from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
+from fairway.evaluation.windows import Windows, overlapping_hidden, published, scored_once
+from fairway.model.gpt import GPT
+from fairway.runtime.distributed import alone
+from fairway.runtime.errors import UserError
 
 CPU = torch.device("cpu")
-EVALUATOR = SlidingEvaluator(params.Sliding(stride=4, batch_windows=3))
+EVALUATOR = SlidingEvaluator(SlidingSettings(stride=4, batch_windows=3))
 
 
 def _silent(_: int) -> None:
@@ -35,7 +31,7 @@ def _silent(_: int) -> None:
 
 def test_nats_and_bpb_match_pr_1958() -> None:
     arrays, tokens = golden("sliding"), golden_tokens("sliding", "stream")
-    nats = SlidingEvaluator(params.Sliding(stride=16, batch_windows=4)).score(
+    nats = SlidingEvaluator(SlidingSettings(stride=16, batch_windows=4)).score(
         golden_network("r1958", 64), tokens, _silent
     )
     np.testing.assert_allclose(nats, arrays["l2/nll"], rtol=0, atol=1e-3)
@@ -110,7 +106,7 @@ def test_batches_give_the_nats_of_windows_alone(
 def test_only_the_windows_of_the_ends_share_no_batch_with_others(
     targets: int, stride: int, batch_windows: int, published_list: bool
 ) -> None:
-    chosen = params.Sliding(stride=stride, batch_windows=batch_windows, published_window_list=published_list)
+    chosen = SlidingSettings(stride=stride, batch_windows=batch_windows, published_window_list=published_list)
     evaluation = SlidingEvaluator(chosen).begin(lively_network("r1150"), random_stream(3, targets), alone(CPU))
     assert isinstance(evaluation, WindowPass)
     usual = [(chunk.first == 16 - stride) & (chunk.length == 16) for chunk in evaluation.windows]
@@ -134,7 +130,7 @@ def test_a_recorded_pass_on_a_gpu_scores_as_a_cpu_does(record: str) -> None:
 
 def test_stride_of_a_whole_window_is_plain_evaluation() -> None:
     arrays, tokens = golden("sliding"), golden_tokens("sliding", "stream")
-    nats = SlidingEvaluator(params.Sliding(stride=64, batch_windows=4)).score(
+    nats = SlidingEvaluator(SlidingSettings(stride=64, batch_windows=4)).score(
         golden_network("r1150", 64), tokens, _silent
     )
     batches = [float(part.mean()) for part in nats.split(4 * 64)]
@@ -144,7 +140,7 @@ def test_stride_of_a_whole_window_is_plain_evaluation() -> None:
 
 def test_with_the_published_list_figures_count_repeats_as_the_record_did() -> None:
     arrays, tokens = golden("sliding"), golden_tokens("sliding", "stream")
-    settings = params.Sliding(stride=16, batch_windows=4, published_window_list=True)
+    settings = SlidingSettings(stride=16, batch_windows=4, published_window_list=True)
     evaluation = SlidingEvaluator(settings).begin(golden_network("r1150", 64), tokens, alone(CPU))
     scores = collect(evaluation, tokens, alone(CPU), scored=lambda positions, nats: None)
     target_bytes = torch.zeros(960, dtype=torch.int64)
@@ -178,13 +174,13 @@ def test_batches_do_not_matter_and_distributions_are_what_was_scored(
 ) -> None:
     model, tokens = lively_network(), random_stream(seed, targets)
     counted: list[int] = []
-    evaluator = SlidingEvaluator(params.Sliding(stride=stride, batch_windows=batch_windows))
+    evaluator = SlidingEvaluator(SlidingSettings(stride=stride, batch_windows=batch_windows))
     nats = evaluator.score(model, tokens, counted.append)
     assert (nats.shape, nats.dtype, sum(counted)) == ((targets,), torch.float64, targets)
     log_probs = evaluator.log_probs(model, tokens, range(targets))
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(targets, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(-log_probs[range(targets), tokens[1:]], nats, rtol=0, atol=1e-5)
-    one_by_one = SlidingEvaluator(params.Sliding(stride=stride, batch_windows=1)).score(model, tokens, _silent)
+    one_by_one = SlidingEvaluator(SlidingSettings(stride=stride, batch_windows=1)).score(model, tokens, _silent)
     torch.testing.assert_close(nats, one_by_one, rtol=0, atol=1e-4)
 
 
@@ -206,6 +202,6 @@ def test_positions_come_back_in_the_order_asked() -> None:
 
 def test_a_stride_beyond_the_models_rows_is_refused() -> None:
     with pytest.raises(UserError, match=r"params.yaml: sliding.stride \(17\) exceeds the model's seq_len \(16\)"):
-        SlidingEvaluator(params.Sliding(stride=17, batch_windows=1)).score(
+        SlidingEvaluator(SlidingSettings(stride=17, batch_windows=1)).score(
             lively_network(), random_stream(1, 40), _silent
         )

@@ -11,27 +11,26 @@ from hypothesis import strategies as st
 from streams import golden, golden_network, golden_tokens, lively_network, random_stream
 from torch import Tensor
 
-from model.gpt import GPT
-from stages import params
-from stages.distributed import alone
-from stages.evaluate.carried import CarriedPass
-from stages.evaluate.offsets import Offsets, step_lr
-from stages.evaluate.scoring import Batch, make_batch
-from stages.evaluate.sliding import SlidingEvaluator
-from stages.evaluate.slot import FITTED_ON, OffsetHead, SlotEvaluator
-from stages.evaluate.windows import in_groups, published, scored_once
+from fairway.evaluation.scoring import Batch, make_batch
+from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
+from fairway.evaluation.slot import FITTED_ON, OffsetHead, SlotEvaluator
+from fairway.evaluation.slot_carried import CarriedPass
+from fairway.evaluation.slot_offsets import Offsets, SlotFitSettings, SlotSettings, step_lr
+from fairway.evaluation.windows import in_groups, published, scored_once
+from fairway.model.gpt import GPT
+from fairway.runtime.distributed import alone
 
 CPU = torch.device("cpu")
 RECORDS = {
-    "r1150_fp32": params.SlotFit(steps=5, lr=3e-3),
-    "r1172_fp32": params.SlotFit(steps=8, lr=5e-3),
-    "r1488": params.SlotFit(steps=24, lr=0.012, lr_end=1e-3, fitted_on="scored", bias=True),
+    "r1150_fp32": SlotFitSettings(steps=5, lr=3e-3),
+    "r1172_fp32": SlotFitSettings(steps=8, lr=5e-3),
+    "r1488": SlotFitSettings(steps=24, lr=0.012, lr_end=1e-3, fitted_on="scored", bias=True),
 }
 SLOT: dict[str, Any] = {"stride": 4, "batch_windows": 3, "steps": 5, "lr": 0.05}
 
 
 def _evaluator(**changes: Any) -> SlotEvaluator:
-    return SlotEvaluator(params.Slot(**(SLOT | changes)))
+    return SlotEvaluator(SlotSettings(**(SLOT | changes)))
 
 
 def _silent(_: int) -> None:
@@ -98,7 +97,7 @@ def test_the_fitted_places_of_pr_1488_are_counted_as_published() -> None:
         assert float(places.weight_GP.max()) == pytest.approx(1 / count)
 
 
-def literal_logits(model: GPT, batch: Batch, hid_BTD: Tensor, fit: params.SlotFit) -> Tensor:
+def literal_logits(model: GPT, batch: Batch, hid_BTD: Tensor, fit: SlotFitSettings) -> Tensor:
     """SLOT written down literally: h + δ through the head at every place, backward, torch's AdamW. Logits (B, T, V)."""
     windows, (B, T, D) = batch.windows, hid_BTD.shape
     offset_T, first_B1, length_B1 = torch.arange(T), windows.first[:, None], windows.length[:, None]
@@ -140,7 +139,7 @@ def test_the_closed_form_equals_the_literal_one(
 ) -> None:
     """Total nats within 1e-4, whatever the form."""
     model, tokens = lively_network(), random_stream(seed, targets)
-    fit = params.SlotFit(steps=steps, lr=0.01, lr_end=lr_end, fitted_on=fitted_on, bias=bias)
+    fit = SlotFitSettings(steps=steps, lr=0.01, lr_end=lr_end, fitted_on=fitted_on, bias=bias)
     for windows in in_groups(scored_once(targets, seq_len=16, stride=4), batch_windows)[:2]:
         batch = make_batch(tokens, windows, seq_len=16)
         with torch.no_grad():
@@ -152,7 +151,7 @@ def test_the_closed_form_equals_the_literal_one(
 
 def test_adamw_matches_torch() -> None:
     model, generator = lively_network(), torch.Generator().manual_seed(1)
-    offsets = Offsets(model, 2, params.SlotFit(steps=6, lr=0.02, bias=True))
+    offsets = Offsets(model, 2, SlotFitSettings(steps=6, lr=0.02, bias=True))
     delta, bias = torch.zeros(2, 32, requires_grad=True), torch.zeros(2, 40, requires_grad=True)
     optimizer = torch.optim.AdamW([delta, bias], lr=0.02, weight_decay=1e-8, eps=1e-5)
     for _ in range(6):
@@ -167,7 +166,7 @@ def test_adamw_matches_torch() -> None:
 def test_a_carried_offset_equals_its_literal_form() -> None:
     """Score a chunk, then AdamW steps by autograd on that chunk's mean loss, with one optimizer for the stream."""
     model, tokens = lively_network(), random_stream(4, 200)
-    slot = params.Slot(**SLOT, carried=True, bias=True)
+    slot = SlotSettings(**SLOT, carried=True, bias=True)
     windows = scored_once(200, seq_len=16, stride=4)
     evaluation = CarriedPass(model, tokens, windows, alone(CPU), slot)
     delta, bias = torch.zeros(32, requires_grad=True), torch.zeros(40, requires_grad=True)
@@ -215,7 +214,7 @@ def test_the_records_forms_depend_on_the_target_they_predict(changes: dict[str, 
 @pytest.mark.parametrize("changes", [{}, {"fitted_on": "scored"}, {"fitted_on": "context"}, {"carried": True}])
 def test_without_steps_slot_is_sliding(changes: dict[str, Any]) -> None:
     model, tokens = lively_network(), random_stream(3, 80)
-    sliding = SlidingEvaluator(params.Sliding(stride=4, batch_windows=3))
+    sliding = SlidingEvaluator(SlidingSettings(stride=4, batch_windows=3))
     found = _evaluator(steps=0, **changes).score(model, tokens, _silent)
     torch.testing.assert_close(found, sliding.score(model, tokens, _silent), rtol=0, atol=1e-5)
 
@@ -224,7 +223,7 @@ def test_without_steps_slot_is_sliding(changes: dict[str, Any]) -> None:
 def test_the_causal_forms_learn_a_skewed_stream(changes: dict[str, Any]) -> None:
     model = lively_network()
     tokens = torch.randint(2, 5, (401,), generator=torch.Generator().manual_seed(1))
-    sliding = SlidingEvaluator(params.Sliding(stride=4, batch_windows=3)).score(model, tokens, _silent)
+    sliding = SlidingEvaluator(SlidingSettings(stride=4, batch_windows=3)).score(model, tokens, _silent)
     found = _evaluator(bias=True, steps=20, **changes).score(model, tokens, _silent)
     assert float(found[200:].mean()) < float(sliding[200:].mean()) - 0.1
 

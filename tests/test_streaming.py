@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import model.attention
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,20 +12,18 @@ from streams import lively_network, random_stream
 from test_model import RECORDS
 from torch import Tensor
 
-import model.attention
-from model.attention import attend_recent
-from stages import params
-from stages.distributed import alone
-from stages.errors import UserError
-from stages.evaluate.memory import RememberingNetwork
-from stages.evaluate.sliding import SlidingEvaluator
-from stages.evaluate.streaming import StreamingEvaluator
+from fairway.evaluation.kv_cache import RememberingNetwork
+from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
+from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
+from fairway.model.attention import attend_recent
+from fairway.runtime.distributed import alone
+from fairway.runtime.errors import UserError
 
 ROW = 16
 
 
 def _evaluator(**changes: Any) -> StreamingEvaluator:
-    return StreamingEvaluator(params.Streaming(**({"block_tokens": 8, "lanes": 1} | changes)))
+    return StreamingEvaluator(StreamingSettings(**({"block_tokens": 8, "lanes": 1} | changes)))
 
 
 def _silent(_: int) -> None:
@@ -79,7 +78,7 @@ def test_lanes_are_streams_of_their_own() -> None:
 
 def test_the_first_row_is_plain_evaluation() -> None:
     network, tokens = lively_network(), random_stream(8, 64)
-    plain = SlidingEvaluator(params.Sliding(stride=ROW, batch_windows=1)).score(network, tokens, _silent)
+    plain = SlidingEvaluator(SlidingSettings(stride=ROW, batch_windows=1)).score(network, tokens, _silent)
     found = _evaluator().score(network, tokens, _silent)
     torch.testing.assert_close(found[:ROW], plain[:ROW], rtol=0, atol=1e-5)
     assert float((found[ROW:] - plain[ROW:]).abs().max()) > 1e-3

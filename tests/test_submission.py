@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY, Experiment
 from reports import write_certificate
 
-from stages.submission.requirements import outside_imports, requirements
+from fairway.reporting.handed_in import outside_imports, requirements
 
 SEED = "1337"
 BASELINE_KEYS = {"author", "github_id", "name", "blurb", "date", "val_loss", "val_bpb", "bytes_total", "bytes_code"}
@@ -112,10 +112,10 @@ def test_its_program_alone_gives_the_submitted_score(scored: Experiment, tmp_pat
 
 
 def test_requirements_are_what_the_program_imports() -> None:
-    outside = outside_imports(REPOSITORY, "stages.__main__")
+    outside = outside_imports(REPOSITORY, "fairway.whole_record")
     assert {"torch", "numpy", "pydantic", "yaml", "sentencepiece"} <= outside
-    assert not {"dvc", "dvclive", "matplotlib", "pytest", "stages", "model", "json"} & outside
-    lines = requirements(REPOSITORY, "stages.__main__").splitlines()
+    assert not {"dvc", "dvclive", "matplotlib", "pytest", "stages", "fairway", "json"} & outside
+    lines = requirements(REPOSITORY, "fairway.whole_record").splitlines()
     pinned = (REPOSITORY / "requirements.txt").read_text().splitlines()
     assert {line for line in lines if not line.startswith(("triton", "flash"))} <= set(pinned)
 

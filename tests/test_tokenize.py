@@ -15,17 +15,13 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as proto
 from test_bytes import byte_pieces, write_model
 
-from stages.errors import UserError
-from stages.fetch.documents import read_texts
-from stages.params import Tokenize
-from stages.tokenize.compressors import compressed_bytes
-from stages.tokenize.documents import check_documents
-from stages.tokenize.encode import Batch, PlainEncoder, encode_batch
-from stages.tokenize.export import export
-from stages.tokenize.shards import open_shard, shard_paths
-from stages.tokenize.tokenizer import Tokenizer
-from stages.tokenize.trainer import train_tokenizer
-from stages.tokenize.validation import load_validation, verify_tokens
+from fairway.runtime.errors import UserError
+from fairway.tokens.documents import read_texts
+from fairway.tokens.encoding import Batch, PlainEncoder, encode_batch
+from fairway.tokens.export import check_documents, compressed_bytes, export
+from fairway.tokens.shards import open_shard, shard_paths
+from fairway.tokens.tokenizer import Tokenizer, TokenizeSettings, train_tokenizer
+from fairway.tokens.validation import load_validation, verify_tokens
 
 VOCAB_SIZE = 320
 VAL_DOCUMENTS = 4
@@ -105,7 +101,7 @@ def test_a_tokenizer_without_byte_fallback_is_refused(tmp_path: Path) -> None:
 
 def run_export(corpus: Path, model: Path, folder: Path, *, shard_tokens: int = 100_000, workers: int = 1) -> dict:
     folder.mkdir()
-    settings = Tokenize(
+    settings = TokenizeSettings(
         model=None, vocab_size=VOCAB_SIZE, val_documents=VAL_DOCUMENTS, shard_tokens=shard_tokens, trainer="lossless"
     )
     return export(corpus, model, folder, settings=settings, workers=workers)
@@ -183,7 +179,7 @@ def test_faults_are_told_before_any_work(experiment: Experiment, model: Path) ->
 
     def refused(**changes: object) -> str:
         with pytest.raises(UserError) as caught:
-            check_documents(folder / "data/docs", Tokenize.model_validate(settings | changes))
+            check_documents(folder / "data/docs", TokenizeSettings.model_validate(settings | changes))
         return str(caught.value)
 
     assert "data/docs: no docs.jsonl or docs.jsonl.zst" in experiment.fails("tokenize")

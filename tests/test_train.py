@@ -20,20 +20,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.gpt import GPT
-from stages.command_line import stage_arguments
-from stages.distributed import World, alone
-from stages.errors import UserError
-from stages.params import Params, load_params
-from stages.tokenize.shards import shard_paths
-from stages.tokenize.validation import load_validation
-from stages.train.checkpoint import ResumePoints, fingerprint, only_run
-from stages.train.inputs import check_inputs, check_world, train_stream
-from stages.train.loader import Prefetcher
-from stages.train.loop import Trained, train
-from stages.train.memory import memory_named
-from stages.train.run import Figures
-from stages.weights import load_tensors
+from fairway.model.gpt import GPT
+from fairway.params import Params, load_params
+from fairway.preflight import check_inputs
+from fairway.runtime.distributed import World, alone
+from fairway.runtime.errors import UserError, stage_arguments
+from fairway.runtime.files import load_tensors
+from fairway.runtime.resume import ResumePoints, only_run
+from fairway.tokens.loader import Prefetcher
+from fairway.tokens.shards import shard_paths
+from fairway.tokens.validation import load_validation
+from fairway.training.loop import Trained, train
+from fairway.training.run import Figures
+from fairway.training.training_inputs import check_world, fingerprint, train_stream
+from fairway.training.training_outputs import memory_named
 
 SEED = "1337"
 ALONE = alone(torch.device("cpu"))
@@ -85,7 +85,7 @@ def run_loop(
     model.init_weights(1337)
     validation = load_validation(tokens, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
     ticks: list[Figures] = []
-    with Prefetcher(train_stream(params, tokens, ALONE), ALONE.device) as loader:
+    with Prefetcher(train_stream(params.model, params.train, tokens, ALONE), ALONE.device) as loader:
         trained = train(
             model,
             loader,
@@ -215,23 +215,27 @@ def test_a_second_run_of_the_same_seed_is_refused(tmp_path: Path) -> None:
 def test_a_changed_experiment_does_not_see_the_resume_point(ready: Experiment) -> None:
     tokens = ready.folder / "artifacts/tokens"
     params = load_params(ready.folder / "params.yaml")
-    same = fingerprint(params, 1, tokens)
+    same = fingerprint(params.model, params.train, 1, tokens)
     ResumePoints(ready.folder / "resume", same).save(3, {"model/w": torch.ones(2)}, {"step": 3})
     assert ResumePoints(ready.folder / "resume", same).load() is not None
-    others = [fingerprint(params, 2, tokens), fingerprint(change(ready, grad_clip=0.5), 1, tokens)]
+    changed = change(ready, grad_clip=0.5)
+    others = [
+        fingerprint(params.model, params.train, 2, tokens),
+        fingerprint(changed.model, changed.train, 1, tokens),
+    ]
     (tokens / "meta.json").write_text("{}")
-    others.append(fingerprint(params, 1, tokens))
+    others.append(fingerprint(params.model, params.train, 1, tokens))
     assert len({same, *others}) == 4
     assert all(ResumePoints(ready.folder / "resume", other).load() is None for other in others)
 
 
 def test_changed_code_does_not_see_the_resume_point(ready: Experiment) -> None:
     code = (
-        "from pathlib import Path; from stages.params import load_params;"
-        "from stages.train.checkpoint import fingerprint;"
-        "print(fingerprint(load_params('params.yaml'), 1, Path('artifacts/tokens')))"
+        "from pathlib import Path; from fairway.params import load_params;"
+        "from fairway.runtime.resume import fingerprint;"
+        "p = load_params('params.yaml'); print(fingerprint(p.model, p.train, 1, Path('artifacts/tokens')))"
     )
-    sources = ("stages/report/page.py", "model/attention.py", "stages/train/loop.py")
+    sources = ("fairway/reporting/page.py", "fairway/model/attention.py", "fairway/training/loop.py")
     before, report, model, train = ready.printed_as_sources_change(code, *sources)
     assert len({before, model, train}) == 3
     ResumePoints(ready.folder / "resume", before).save(3, {"model/w": torch.ones(2)}, {"step": 3})
@@ -293,7 +297,7 @@ def test_bad_input_is_one_line_before_any_training(ready: Experiment) -> None:
 def test_a_fault_of_several_processes_is_told_once_and_without_a_traceback(ready: Experiment) -> None:
     change(ready, adamw={"table_lr": 1.0e30})
     arguments = ["--standalone", "--nproc-per-node=2", "-m", "stages.train", SEED]
-    done = ready.run("python", "-m", "stages.torchrun", *arguments, ok=False)
+    done = ready.run("python", "-m", "fairway.runtime.launch", *arguments, ok=False)
     assert done.stderr.count("error: params.yaml: train: loss") == 1, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
 
@@ -301,7 +305,7 @@ def test_a_fault_of_several_processes_is_told_once_and_without_a_traceback(ready
 def test_a_single_process_needs_no_launcher(tmp_path: Path) -> None:
     """As dvc.yaml starts it, it runs in the process that DVC waits for, and knows of no ranks."""
     (tmp_path / "shown.py").write_text("import os, sys; print(os.getppid(), 'RANK' in os.environ, __name__, *sys.argv)")
-    command = [sys.executable, "-m", "stages.torchrun", "--standalone", "--nproc-per-node=1", "-m", "shown", "7"]
+    command = [sys.executable, "-m", "fairway.runtime.launch", "--standalone", "--nproc-per-node=1", "-m", "shown", "7"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(os.getpid()), "False", "__main__", str(tmp_path / "shown.py"), "7"]

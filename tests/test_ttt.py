@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream
 
-from stages import params
-from stages.distributed import alone
-from stages.errors import UserError
-from stages.evaluate.sliding import SlidingEvaluator
-from stages.evaluate.ttt import TttEvaluator, TttPass, cosine, flat_gradients
+from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
+from fairway.evaluation.slot_offsets import SlotFitSettings
+from fairway.evaluation.ttt import TttEvaluator, TttPass, TttSettings, cosine, flat_gradients
+from fairway.runtime.distributed import alone
+from fairway.runtime.errors import UserError
 
 SETTINGS: dict[str, Any] = {"stride": 4, "batch_windows": 3, "chunk_tokens": 32, "epochs": 2, "lr": 0.05}
 SETTINGS |= {"momentum": 0.9, "grad_clip": 1.0, "batch_rows": 32, "freeze_blocks": 0}
@@ -25,7 +25,7 @@ GOLDEN = SETTINGS | {"stride": 16, "batch_windows": 5, "chunk_tokens": 128, "epo
 
 
 def _evaluator(**changes: Any) -> TttEvaluator:
-    return TttEvaluator(params.Ttt(**(SETTINGS | changes)))
+    return TttEvaluator(TttSettings(**(SETTINGS | changes)))
 
 
 def _silent(_: int) -> None:
@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "freeze0": {},
     "freeze2": {"freeze_blocks": 2, "freeze": "vectors"},
     "freeze0_fakequant": {"fake_quantize": "side"},
-    "freeze0_fakequant_slot": {"fake_quantize": "side", "slot": params.SlotFit(steps=5, lr=3e-3)},
+    "freeze0_fakequant_slot": {"fake_quantize": "side", "slot": SlotFitSettings(steps=5, lr=3e-3)},
 }
 
 
@@ -128,7 +128,7 @@ def test_nothing_of_a_pass_outlives_it() -> None:
 def test_the_first_chunk_is_scored_by_the_network_as_it_came() -> None:
     model, tokens = lively_network(), random_stream(4, 96)
     ttt = _evaluator().score(model, tokens, _silent)
-    sliding = SlidingEvaluator(params.Sliding(stride=4, batch_windows=3)).score(model, tokens, _silent)
+    sliding = SlidingEvaluator(SlidingSettings(stride=4, batch_windows=3)).score(model, tokens, _silent)
     torch.testing.assert_close(ttt[:32], sliding[:32], rtol=0, atol=1e-5)
     assert float((ttt[32:] - sliding[32:]).abs().max()) > 1e-3
 
@@ -136,7 +136,7 @@ def test_the_first_chunk_is_scored_by_the_network_as_it_came() -> None:
 def test_without_epochs_it_is_sliding() -> None:
     model, tokens = lively_network(), random_stream(4, 90)
     ttt = _evaluator(epochs=0).score(model, tokens, _silent)
-    sliding = SlidingEvaluator(params.Sliding(stride=4, batch_windows=3)).score(model, tokens, _silent)
+    sliding = SlidingEvaluator(SlidingSettings(stride=4, batch_windows=3)).score(model, tokens, _silent)
     torch.testing.assert_close(ttt, sliding, rtol=0, atol=1e-5)
 
 

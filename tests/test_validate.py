@@ -7,10 +7,10 @@ import pytest
 import torch
 from streams import golden, golden_network, golden_tokens
 
-from stages.distributed import alone
-from stages.tokenize.validation import Validation
-from stages.train.packing import document_bounds
-from stages.train.validate import validate
+from fairway.runtime.distributed import alone
+from fairway.tokens.data_orders import document_bounds
+from fairway.tokens.validation import Validation
+from fairway.training.forwards import validate
 
 ALONE = alone(torch.device("cpu"))
 

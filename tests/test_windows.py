@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streams import golden
 
-from stages.evaluate.windows import Windows, by_chunk, in_groups, published, runs, scored_once
+from fairway.evaluation.windows import Windows, by_chunk, in_groups, published, runs, scored_once
 
 SP1024, CASEOPS = 62_021_632, 47_851_520
 

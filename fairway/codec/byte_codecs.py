@@ -1,0 +1,147 @@
+"""Bytes to fewer bytes and back, one small class per compressor.
+
+`decode` is told how many bytes to expect, never makes more, and raises ValueError on anything but exactly that many.
+"""
+
+import lzma
+import resource
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import brotli
+import numpy as np
+import zstandard
+
+from fairway.runtime.errors import UserError
+
+
+class ByteCodec(Protocol):
+    """A lossless compressor."""
+
+    def encode(self, data: bytes) -> bytes:
+        """Compress."""
+
+    def decode(self, data: bytes, size: int) -> bytes:
+        """Decompress to exactly `size` bytes. Raises ValueError if that is not what `data` holds."""
+
+
+class Brotli:
+    """RFC 7932 at quality 11 and its largest standard window, which holds 16 MB of codes (PR #1172, #1855)."""
+
+    def encode(self, data: bytes) -> bytes:
+        """Compress."""
+        return brotli.compress(data, quality=11, lgwin=24)
+
+    def decode(self, data: bytes, size: int) -> bytes:
+        """Decompress to exactly `size` bytes, in steps, so that a bomb is met before it goes off."""
+        decoder = brotli.Decompressor()
+        parts: list[bytes] = []
+        made, rest = 0, data
+        try:
+            while made <= size and not decoder.is_finished():
+                part = decoder.process(rest, output_buffer_limit=min(size + 1 - made, 1 << 24))
+                rest = b""
+                if not part and not decoder.is_finished():
+                    raise ValueError("the stream ends early")
+                parts.append(part)
+                made += len(part)
+        except brotli.error as error:
+            raise ValueError(str(error)) from None
+        return _exactly(b"".join(parts), size)
+
+
+class Zstd:
+    """RFC 8878 at level 22."""
+
+    def encode(self, data: bytes) -> bytes:
+        """Compress."""
+        return zstandard.ZstdCompressor(level=22).compress(data)
+
+    def decode(self, data: bytes, size: int) -> bytes:
+        """Decompress to exactly `size` bytes. Raises ValueError if that is not what `data` holds."""
+        try:
+            with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(data) as reader:
+                return _exactly(reader.read(size + 1), size)
+        except zstandard.ZstdError as error:
+            raise ValueError(str(error)) from None
+
+
+class Lzma:
+    """Raw LZMA2 at preset 6 (PR #1150 and #1488, less the header of their .xz)."""
+
+    FILTERS: list[dict[str, Any]] = [{"id": lzma.FILTER_LZMA2, "preset": 6}]  # noqa: RUF012
+
+    def encode(self, data: bytes) -> bytes:
+        """Compress."""
+        return lzma.compress(data, format=lzma.FORMAT_RAW, filters=self.FILTERS)
+
+    def decode(self, data: bytes, size: int) -> bytes:
+        """Decompress to exactly `size` bytes. Raises ValueError if that is not what `data` holds."""
+        decoder = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=self.FILTERS)
+        try:
+            plain = _exactly(decoder.decompress(data, max_length=size + 1), size)
+        except lzma.LZMAError as error:
+            raise ValueError(str(error)) from None
+        if not decoder.eof:
+            raise ValueError("the stream ends early")
+        return plain
+
+
+class Lrzip:
+    """The lrzip program with its ZPAQ back end at level 9 (PR #1855). One thread: its output depends on how many."""
+
+    def encode(self, data: bytes) -> bytes:
+        """Compress."""
+        return _lrzip(data, ["-z", "-L", "9", "-T"], largest=2 * len(data) + 2**16)
+
+    def decode(self, data: bytes, size: int) -> bytes:
+        """Decompress to exactly `size` bytes. Raises ValueError if that is not what `data` holds."""
+        return _exactly(_lrzip(data, ["-d"], largest=size), size)
+
+
+class Shuffled:
+    """Another codec on float16 data: all low bytes first, then all high bytes (PR #1172, stride 2)."""
+
+    def __init__(self, inner: ByteCodec) -> None:
+        self.inner = inner
+
+    def encode(self, data: bytes) -> bytes:
+        """Compress."""
+        return self.inner.encode(data[::2] + data[1::2])
+
+    def decode(self, data: bytes, size: int) -> bytes:
+        """Decompress to exactly `size` bytes. Raises ValueError if that is not what `data` holds."""
+        shuffled = np.frombuffer(self.inner.decode(data, size), np.uint8)
+        plain = np.empty_like(shuffled)
+        plain[::2], plain[1::2] = shuffled[: (size + 1) // 2], shuffled[(size + 1) // 2 :]
+        return plain.tobytes()
+
+
+def _exactly(data: bytes, size: int) -> bytes:
+    if len(data) != size:
+        raise ValueError(f"expected {size} bytes, the stream holds {'more' if len(data) > size else len(data)}")
+    return data
+
+
+def _lrzip(data: bytes, options: list[str], *, largest: int) -> bytes:
+    """Run lrzip from file to file. The kernel stops it at `largest` bytes: what it reads may be a bomb."""
+    program = shutil.which("lrzip")
+    if program is None:
+        raise UserError(
+            "params.yaml: compress.codec: lrzip is not installed; expected the program of the package lrzip"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "in"), Path(folder, "out")
+        source.write_bytes(data)
+        done = subprocess.run(
+            [program, *options, "-Q", "-p", "1", "-o", str(target), str(source)],
+            capture_output=True,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
+        )
+        if done.returncode:
+            raise ValueError(f"lrzip ended with status {done.returncode}")
+        return target.read_bytes()

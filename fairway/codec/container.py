@@ -1,0 +1,209 @@
+"""model.bin: a network's configuration, codes and scales in one self-describing file.
+
+    "FAIRWAY" | version u8 | bytes of the header, plain and packed, u32 each | header | streams | SHA-256 of all before
+
+Numbers are little-endian; the header (codec/header.py) is JSON packed by Brotli. Streams, in its order: each class
+of tensor has its codes (int8, by the codec), its scales (float16) and the codes of its low-rank corrections; tensors of
+float16 come last. Equal input gives equal bytes.
+
+Reading trusts nothing. A checksum over everything finds damage; lengths are checked before anything is allocated; no
+stream grows beyond what the table says, nor the table beyond what a laptop can hold; nothing in the file is executed.
+Every fault is a UserError.
+"""
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from fairway.codec.byte_codecs import Brotli, Shuffled
+from fairway.codec.codecs import CODECS, Serialized
+from fairway.codec.codes import TENSOR_CLASSES, LowRank, Quantized, QuantizedState, TensorClass, tensor_class
+from fairway.codec.header import Correction, Entry, Group, Header, check_table
+from fairway.model.config import ModelConfig
+from fairway.runtime.errors import UserError
+
+MAGIC = b"FAIRWAY"
+VERSION = 1
+PREFIX = struct.Struct(f"<{len(MAGIC)}sBII")
+DIGEST_BYTES = hashlib.sha256().digest_size
+MAX_HEADER_BYTES = 2**22
+
+PLAIN, FLOAT16 = Brotli(), Shuffled(Brotli())
+
+
+def pack(config: ModelConfig, state: QuantizedState, *, codec: str) -> bytes:
+    """The file's bytes. `codec` is a key of CODECS."""
+    in_order = sorted(state.items(), key=_place)
+    floats = {name: value for name, value in in_order if isinstance(value, Tensor)}
+    groups: list[Group] = []
+    streams: list[bytes] = []
+    for kind in TENSOR_CLASSES:
+        matrices = {name: v for name, v in in_order if isinstance(v, Quantized) and tensor_class(name) == kind}
+        if matrices:
+            group, group_streams = _pack_group(kind, matrices, codec)
+            groups.append(group)
+            streams += group_streams
+    streams.append(_pack_float16(floats.values()))
+    header = Header(
+        model=config,
+        codec=codec,
+        groups=groups,
+        floats=[Entry(name=name, shape=list(value.shape), bits=16) for name, value in floats.items()],
+        floats_bytes=len(streams[-1]),
+    )
+    plain = header.model_dump_json(exclude_defaults=True).encode()
+    packed = PLAIN.encode(plain)
+    body = b"".join([PREFIX.pack(MAGIC, VERSION, len(plain), len(packed)), packed, *streams])
+    return body + hashlib.sha256(body).digest()
+
+
+def unpack(data: bytes) -> tuple[ModelConfig, QuantizedState]:
+    """What pack was given, bit for bit. Raises UserError on a file that is damaged, of another kind, or malicious."""
+    header, position = _read_header(data)
+    state: QuantizedState = {}
+
+    def take(length: int) -> bytes:
+        nonlocal position
+        position += length
+        return data[position - length : position]
+
+    try:
+        for group in header.groups:
+            streams = take(group.codes_bytes), take(group.scales_bytes), take(group.factors_bytes)
+            state |= _unpack_group(group, streams, header.codec)
+        values = _unpack_float16(take(header.floats_bytes), [entry.values for entry in header.floats])
+        state |= {entry.name: value.reshape(entry.shape) for entry, value in zip(header.floats, values, strict=True)}
+    except ValueError as error:
+        raise UserError(f"damaged model file: {error}") from None
+    return header.model, state
+
+
+def check_round_trip(data: bytes, config: ModelConfig, state: QuantizedState) -> None:
+    """Raises AssertionError unless unpacking `data` gives back exactly what was packed."""
+    found_config, found = unpack(data)
+    assert found_config == config, "the configuration changed on its way through the container"
+    assert found.keys() == state.keys(), "the container lost a tensor"
+    for name, value in state.items():
+        assert _same(value, found[name]), f"{name} changed on its way through the container"
+
+
+def read_header(data: bytes) -> Header:
+    """The checked header of a file. Raises UserError as unpack does."""
+    return _read_header(data)[0]
+
+
+def _read_header(data: bytes) -> tuple[Header, int]:
+    """The header and where the streams begin."""
+    if len(data) < PREFIX.size + DIGEST_BYTES or not data.startswith(MAGIC):
+        raise UserError("not a Fairway model file")
+    _, version, plain_bytes, packed_bytes = PREFIX.unpack_from(data)
+    if version != VERSION:
+        raise UserError(f"model file of version {version}, expected {VERSION}")
+    if hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:]:
+        raise UserError("damaged model file: the checksum does not match")
+    start = PREFIX.size + packed_bytes
+    if plain_bytes > MAX_HEADER_BYTES or start > len(data) - DIGEST_BYTES:
+        raise UserError("damaged model file: impossible header length")
+    try:
+        header = Header.model_validate_json(PLAIN.decode(data[PREFIX.size : start], plain_bytes))
+        check_table(header, len(data) - DIGEST_BYTES - start)
+    except ValidationError as error:
+        raise UserError(f"damaged model file: header: {error.errors()[0]['msg']}") from None
+    except ValueError as error:
+        raise UserError(f"damaged model file: {error}") from None
+    return header, start
+
+
+def _pack_group(kind: TensorClass, matrices: dict[str, Quantized], codec: str) -> tuple[Group, list[bytes]]:
+    """The matrices of a class: their part of the header and their three streams."""
+    corrections = [matrix.correction for matrix in matrices.values() if matrix.correction]
+    factors = [_array(factor) for correction in corrections for factor in (correction.a, correction.b)]
+    scales = [part for matrix in matrices.values() for part in _scales(matrix)]
+    streams = [
+        CODECS[codec].encode([_array(matrix.codes) for matrix in matrices.values()]),
+        _pack_float16(scales),
+        Serialized(PLAIN).encode(factors),
+    ]
+    group = Group(
+        kind=kind,
+        matrices=[_entry(name, matrix) for name, matrix in matrices.items()],
+        codes_bytes=len(streams[0]),
+        scales_bytes=len(streams[1]),
+        factors_bytes=len(streams[2]),
+    )
+    return group, streams
+
+
+def _unpack_group(group: Group, streams: tuple[bytes, bytes, bytes], codec: str) -> QuantizedState:
+    """The inverse. Raises ValueError if the streams do not hold exactly these matrices."""
+    entries = group.matrices
+    codes = CODECS[codec].decode(streams[0], [(entry.shape[0], entry.shape[1]) for entry in entries])
+    scales = iter(_unpack_float16(streams[1], [count for entry in entries for count in entry.scale_counts]))
+    factors = iter(Serialized(PLAIN).decode(streams[2], [shape for entry in entries for shape in entry.factor_shapes]))
+    return {
+        entry.name: Quantized(
+            torch.from_numpy(matrix.copy()),
+            next(scales),
+            entry.bits,
+            _correction(factors, scales) if entry.correction else None,
+        )
+        for entry, matrix in zip(entries, codes, strict=True)
+    }
+
+
+def _entry(name: str, matrix: Quantized) -> Entry:
+    correction = None
+    if matrix.correction:
+        correction = Correction(rank=len(matrix.correction.b), scales=len(matrix.correction.b_scale))
+    return Entry(name=name, shape=list(matrix.codes.shape), bits=matrix.bits, correction=correction)
+
+
+def _scales(matrix: Quantized) -> list[Tensor]:
+    """In the order of Entry.scale_counts."""
+    correction = matrix.correction
+    return [matrix.scale, *([correction.a_scale, correction.b_scale] if correction else [])]
+
+
+def _correction(factors: Iterator[np.ndarray], scales: Iterator[Tensor]) -> LowRank:
+    a, b = torch.from_numpy(next(factors).copy()), torch.from_numpy(next(factors).copy())
+    return LowRank(a, b, next(scales), next(scales))
+
+
+def _same(a: Quantized | Tensor, b: Quantized | Tensor) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a.cpu(), b)
+    parts = zip(_tensors(a), _tensors(b), strict=True)
+    return a.bits == b.bits and all(torch.equal(mine.cpu(), other) for mine, other in parts)
+
+
+def _tensors(matrix: Quantized) -> list[Tensor]:
+    correction = matrix.correction
+    return [matrix.codes, *_scales(matrix), *([correction.a, correction.b] if correction else [])]
+
+
+def _place(item: tuple[str, object]) -> tuple[str, int]:
+    """Sorts the same matrix of all layers side by side, layers ascending: compressors like their neighbours alike."""
+    match = re.fullmatch(r"layer(\d+)\.(.*)", item[0])
+    return (match[2], int(match[1])) if match else (item[0], -1)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def _pack_float16(tensors: Iterable[Tensor]) -> bytes:
+    return FLOAT16.encode(b"".join(_array(tensor).astype("<f2", copy=False).tobytes() for tensor in tensors))
+
+
+def _unpack_float16(data: bytes, counts: list[int]) -> list[Tensor]:
+    """Float16 tensors of so many numbers each. Raises ValueError if `data` holds others, or one that is not finite."""
+    values = torch.from_numpy(np.frombuffer(FLOAT16.decode(data, 2 * sum(counts)), "<f2").astype(np.float16))
+    if not bool(values.isfinite().all()):
+        raise ValueError("a number is not finite")
+    return list(values.split(counts))

@@ -1,0 +1,156 @@
+"""Score-first test-time training: each chunk of the stream is scored, then trained on with SGD.
+
+A chunk is trained on when all its targets are scored (exactly those, where the stride divides the window), so every
+target is scored by weights that have not seen it. The last chunk is not trained on. One optimizer serves the whole
+stream: its momentum carries over from chunk to chunk, while the learning rate falls by a cosine over the chunks. With a
+section `slot`, chunks are scored with SLOT; training never sees its offsets.
+Source: PR #549 and #1150 (lr 0.002), #1493 (0.005), after #461. Ours: the list of windows that scores each target once.
+
+Legend: N targets, R rows of a training step, T tokens of a row.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
+
+from fairway.adaptation.lanes import sum_gradients
+from fairway.adaptation.trainable import Loss, Named, RoundedWeights, loss_with, trainable
+from fairway.evaluation.cuda_graph import graphed
+from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.passes import Pass, State
+from fairway.evaluation.scoring import WindowPass, plain_head, stream_windows
+from fairway.evaluation.slot import OffsetHead
+from fairway.evaluation.slot_offsets import SlotFitSettings
+from fairway.evaluation.windows import Windows, by_chunk
+from fairway.model.gpt import GPT
+from fairway.runtime.distributed import World
+from fairway.runtime.errors import UserError
+from fairway.runtime.settings import Section
+
+
+class TttSettings(Section):
+    """Score-first test-time training: SGD on each chunk after it was scored."""
+
+    stride: int = Field(gt=0)
+    batch_windows: int = Field(gt=0)
+    chunk_tokens: int = Field(gt=0)
+    epochs: int = Field(ge=0)
+    lr: float = Field(gt=0)
+    momentum: float = Field(ge=0, lt=1)
+    grad_clip: float = Field(gt=0)
+    batch_rows: int = Field(gt=0)
+    freeze_blocks: int = Field(ge=0)
+    # As in adapt.
+    freeze: Literal["blocks", "vectors"] = "blocks"
+    # Matrices that are rounded to 6 bits while training (PR #1150: side, the projections of bigram and value tables).
+    fake_quantize: Literal["none", "side", "all"] = "none"
+    published_window_list: bool = False
+    # Chunks are scored with SLOT as well (PR #1150).
+    slot: SlotFitSettings | None = None
+
+
+# Parts of a step's rows that go through the network on their own, as on the GPUs of the records. In bfloat16 a gradient
+# depends on which rows it is of: with parts that do not depend on the processes, neither does the result.
+LANES = 8
+
+
+@dataclass(frozen=True)
+class TttEvaluator(Evaluator):
+    """Windows as in sliding evaluation, chunk by chunk, of a copy of the network that keeps learning."""
+
+    settings: TttSettings
+
+    def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
+        """Chunks of chunk_tokens, on a copy of the model."""
+        s, targets, seq_len = self.settings, len(tokens_N1) - 1, model.config.seq_len
+        if s.chunk_tokens % seq_len:
+            raise UserError(
+                f"params.yaml: ttt.chunk_tokens ({s.chunk_tokens}) must be a multiple of model.seq_len ({seq_len})"
+            )
+        windows = stream_windows("ttt", model, targets, stride=s.stride, as_published=s.published_window_list)
+        chunks = by_chunk(windows, targets=targets, chunk_tokens=s.chunk_tokens)
+        model = copy.deepcopy(model)
+        free = trainable(model, freeze_blocks=s.freeze_blocks, freeze=s.freeze)
+        return TttPass(model, free, tokens_N1, chunks, world, s)
+
+
+class TttPass(WindowPass):
+    """A pass that trains `free`, the named parameters of `model`, in place, on each chunk but the last."""
+
+    def __init__(
+        self, model: GPT, free: Named, tokens_N1: Tensor, chunks: list[Windows], world: World, settings: TttSettings
+    ) -> None:
+        head = OffsetHead(settings.slot, tokens_N1.device) if settings.slot else plain_head
+        width = None if settings.slot else settings.stride
+        super().__init__(model, tokens_N1, chunks, world, batch_windows=settings.batch_windows, head=head, width=width)
+        self.settings, self.free, self._rounded = settings, dict(free), RoundedWeights(model)
+        self._optimizer = torch.optim.SGD(self.free.values(), lr=settings.lr, momentum=settings.momentum)
+        gradients = flat_gradients(loss_with(model, settings.fake_quantize), list(self.free.values()))
+        self._gradients = graphed(gradients, tokens_N1.device)
+
+    def learn(self, chunk: int) -> None:
+        """Train on the chunk's rows, settings.epochs times over, in steps of at most batch_rows rows."""
+        if chunk == self.chunks - 1:
+            return
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.lr * cosine(chunk, self.chunks)
+        begin, end = chunk * self.settings.chunk_tokens, (chunk + 1) * self.settings.chunk_tokens
+        shape, size = (-1, self.model.config.seq_len), self.settings.batch_rows
+        rows_2RT = torch.stack([self.tokens_N1[begin + k : end + k].view(shape) for k in (0, 1)])
+        for _ in range(self.settings.epochs):
+            for rows in rows_2RT.split(size, 1):
+                self._step(rows)
+
+    def _step(self, rows_2RT: Tensor) -> None:
+        """One step on the mean loss of all rows, of which each process takes its share of lanes."""
+        parameters = list(self.free.values())
+        sizes, rows = [parameter.numel() for parameter in parameters], rows_2RT.size(1)
+
+        def gradients(lane: int) -> list[Tensor]:
+            of_lane = rows_2RT[:, lane::LANES]
+            pieces = (self._gradients(of_lane) * (of_lane.size(1) / rows)).split(sizes)
+            return [piece.view_as(parameter) for piece, parameter in zip(pieces, parameters, strict=True)]
+
+        sum_gradients(parameters, min(LANES, rows), gradients, self.world)
+        clip_grad_norm_(parameters, self.settings.grad_clip)
+        self._optimizer.step()
+        self._rounded.round()
+        self._optimizer.zero_grad()
+
+    def state(self) -> State:
+        """The trained parameters and their momentum."""
+        weights = {f"weight/{name}": parameter.detach() for name, parameter in self.free.items()}
+        moving = {name: self._optimizer.state.get(parameter, {}) for name, parameter in self.free.items()}
+        return weights | {f"momentum/{name}": of["momentum_buffer"] for name, of in moving.items() if of}
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """Put both back."""
+        for name, parameter in self.free.items():
+            parameter.copy_(state[f"weight/{name}"])
+            if f"momentum/{name}" in state:
+                self._optimizer.state[parameter]["momentum_buffer"] = state[f"momentum/{name}"]
+
+
+def flat_gradients(loss: Loss, parameters: list[Parameter]) -> Callable[[Tensor], Tensor]:
+    """The gradient of the mean loss of inputs and targets (2, R, T), for all parameters one after the other."""
+
+    @torch.enable_grad()
+    def gradients(rows_2RT: Tensor) -> Tensor:
+        found = torch.autograd.grad(loss(rows_2RT[0], rows_2RT[1]), parameters, materialize_grads=True)
+        return torch.cat([gradient.flatten() for gradient in found])
+
+    return gradients
+
+
+def cosine(chunk: int, chunks: int) -> float:
+    """The learning rate of a chunk as a share of the first one's: half a cosine over the chunks, 0 at the last."""
+    return 0.5 * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))

@@ -1,0 +1,129 @@
+# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False
+"""The MLP with its activation computed where the matrix products put out their tiles.
+
+Legend: N tokens, D width, F MLP width, φ(p) = p² for p > 0 and p²/4 below.
+
+    forward     P = n·Upᵀ;  A = φ(P);  y = A·Downᵀ
+    backward    dP = (dy·Down)⊙φ'(P);  dUp = dPᵀ·n;  dn = dP·Up;  dDown = dyᵀ·A
+
+Two of the six products carry the activation: P is rounded to bfloat16 before φ, dy·Down before φ', as if they had been
+stored; what is saved is one pass each over (N, F). After the fused MLP of PR #1855 (and its author's before).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fairway.model.kernels.tiles import halves, programs
+
+# A tile of the result and the depth of a step towards it.
+ROWS, COLUMNS, DEPTH = 128, 128, 64
+
+
+@triton.jit
+def _activate(product, pre, out, n, f, BACKWARD: tl.constexpr):
+    """Put out a tile: P, if asked for, and φ(P), or backward, where P is given, the product times φ'(P)."""
+    stored = product.to(out.dtype)
+    if BACKWARD:
+        p = pre.load([n, f])
+        result = stored.to(tl.float32) * tl.where(p > 0, 2 * p, 0.5 * p)
+    else:
+        if pre is not None:
+            pre.store([n, f], stored)
+        p = stored.to(tl.float32)
+        result = p * p * tl.where(p > 0, 1.0, 0.25)
+    out.store([n, f], result)
+
+
+@triton.jit
+def _product(
+    a, b, factors, pre, out, n_tokens, F, D: tl.constexpr, BACKWARD: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Tiles of a (N, D) · b (F, D)ᵀ, a row of tiles after the other, by PROGRAMS programs in turn."""
+    columns = tl.cdiv(F, COLUMNS)
+    # Flattened: the next tile's loads begin before this one is put out.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, ROWS) * columns, PROGRAMS, flatten=True):
+        n, f = tile // columns * ROWS, tile % columns * COLUMNS
+        product = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for d in range(0, D, DEPTH):
+            product = tl.dot(a.load([n, d]), b.load([f, d]).T, product)
+        if factors is not None:
+            row = n + tl.arange(0, ROWS)
+            product *= tl.load(factors + row, mask=row < n_tokens)[:, None]
+        left, right = halves(product, ROWS, COLUMNS // 2)
+        _put_out(left, pre, out, n, f, BACKWARD, ROWS, COLUMNS)
+        _put_out(right, pre, out, n, f + COLUMNS // 2, BACKWARD, ROWS, COLUMNS)
+
+
+@triton.jit
+def _put_out(half, pre, out, n, f, BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Half a tile, in quarters if P goes with it: pieces take little shared memory, and overlap."""
+    if pre is None:
+        _activate(half, pre, out, n, f, BACKWARD)
+    else:
+        first, second = halves(half, ROWS, COLUMNS // 4)
+        _activate(first, pre, out, n, f, BACKWARD)
+        _activate(second, pre, out, n, f + COLUMNS // 4, BACKWARD)
+
+
+def _launch(
+    a: Tensor, b: Tensor, pre: Tensor | None, out: Tensor, *, factors: Tensor | None = None, backward: bool = False
+) -> None:
+    step, piece = [ROWS, DEPTH], [ROWS, COLUMNS // (2 if pre is None else 4)]
+    blocks = ((a, step), (b, step), (pre, piece), (out, piece))
+    a_tiles, b_tiles, *tiles = (None if x is None else TensorDescriptor.from_tensor(x, block) for x, block in blocks)
+    count = programs(a)
+    sizes = (*out.shape, a.size(1), backward, ROWS, COLUMNS, DEPTH, count)
+    _product[(count,)](a_tiles, b_tiles, factors, *tiles, *sizes, num_warps=4, num_stages=3)
+
+
+@torch.library.custom_op("fairway::mlp", mutates_args=())
+def mlp(n: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, D), and P and A (N, F) for the backward pass, from n (N, D), Up (F, D) and Down (D, F); all bfloat16."""
+    pre, out = _hidden(n, up), _hidden(n, up)
+    _launch(n, up, pre, out)
+    return out @ down.T, pre, out
+
+
+@torch.library.custom_op("fairway::activated", mutates_args=())
+def activated(n: Tensor, factors: Tensor | None, up: Tensor) -> Tensor:
+    """A (N, F) alone, of n (N, D), its rows times factors (one a token, float32) if any, and Up (F, D); no gradient."""
+    out = _hidden(n, up)
+    _launch(n, up, None, out, factors=factors)
+    return out
+
+
+def _hidden(n: Tensor, up: Tensor) -> Tensor:
+    return n.new_empty(n.size(0), up.size(0))
+
+
+activated.register_fake(lambda n, factors, up: _hidden(n, up))
+mlp.register_fake(lambda n, up, down: (torch.empty_like(n), _hidden(n, up), _hidden(n, up)))
+
+
+@torch.library.custom_op("fairway::mlp_backward", mutates_args=())
+def mlp_backward(dy: Tensor, down: Tensor, pre: Tensor) -> Tensor:
+    """dP (N, F)."""
+    out = torch.empty_like(pre)
+    _launch(dy.contiguous(), down.T.contiguous(), pre, out, backward=True)
+    return out
+
+
+mlp_backward.register_fake(lambda dy, down, pre: torch.empty_like(pre))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+def _gradients(ctx, dy, *_):
+    n, up, down, pre, out = ctx.saved_tensors
+    dpre = mlp_backward(dy, down, pre)
+    return dpre @ up, dpre.T @ n, dy.T @ out
+
+
+mlp.register_autograd(_gradients, setup_context=_save)

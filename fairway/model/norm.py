@@ -1,0 +1,67 @@
+"""Sums of the residual stream and their norms, as attention and MLP read them.
+
+Legend: B rows, T tokens, D model width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fairway.model.kernels import fused, in_place, powers_of_two
+from fairway.model.precision import rms_norm
+
+
+@dataclass(frozen=True)
+class Normed:
+    """scale·norm(u): x (B, T, D) times factors (B, T, 1), float32, which are None where x is all of it.
+
+    Where nothing needs a gradient x is u itself, and what multiplies it by a matrix multiplies the rows of the product
+    by the factors: that spares writing and reading the norm.
+    """
+
+    x: Tensor
+    factors: Tensor | None = None
+
+    def map(self, places: Callable[[Tensor], Tensor]) -> "Normed":
+        """What `places` leaves of it."""
+        return Normed(places(self.x), None if self.factors is None else places(self.factors))
+
+    def tensor(self, channels: int | None = None) -> Tensor:
+        """The norm, (B, T, D), or the first so many channels of it."""
+        x = self.x[..., :channels]
+        return x if self.factors is None else (x * self.factors).to(x.dtype)
+
+
+def norm(x_BTD: Tensor, scale: float) -> Normed:
+    """scale·norm(x)."""
+    if in_place(x_BTD):
+        from fairway.model.kernels.join import factors
+
+        x_BTD = x_BTD.contiguous()
+        return Normed(x_BTD, factors(x_BTD, scale))
+    return Normed(scale * rms_norm(x_BTD))
+
+
+def join(
+    sources: list[Tensor], weights: Tensor | None, scale: float, rows_BT: Tensor | None = None
+) -> tuple[Tensor, Normed]:
+    """u = Σ weights[j]⊙sources[j], and scale·norm(u): two or three sources (B, T, D), weights (J, D) of their dtype.
+
+    No weights are all 1, for two sources. `rows_BT`: the last source is (1, U, D), and these say which row of it
+    stands at each place.
+    """
+    aside = in_place(sources[0])
+    if rows_BT is not None and not aside:
+        sources, rows_BT = [*sources[:-1], sources[-1][0][rows_BT]], None
+    if fused(sources[0]) and powers_of_two(sources[0].size(-1)):
+        from fairway.model.kernels.join import mix_norm
+
+        first, second, *third = [source.contiguous() for source in sources]
+        u_BTD, normed = mix_norm(first, second, third[0] if third else None, weights, rows_BT, scale, aside)
+        return u_BTD, Normed(u_BTD, normed) if aside else Normed(normed)
+    terms = sources if weights is None else [w * x for w, x in zip(weights, sources, strict=True)]
+    u_BTD = terms[0]
+    for term in terms[1:]:
+        u_BTD = u_BTD + term
+    return u_BTD, norm(u_BTD, scale)

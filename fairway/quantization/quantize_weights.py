@@ -1,0 +1,205 @@
+"""All weights of a network to codes, each tensor by the rule of its class.
+
+Legend: P candidate scales, N matrices of one shape, R rows, C columns.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fairway.codec.codes import Quantized, QuantizedState, code_histogram, entropy_bits, stays_float, tensor_class
+from fairway.quantization.clip import coarse_scales, percentile_scales, plain_rows, searched_rows, sigma_scales
+from fairway.quantization.gptq import GptqSettings, gptq
+from fairway.quantization.lqer import LqerSettings, low_rank
+from fairway.runtime.errors import UserError
+from fairway.runtime.settings import Section
+
+
+class Bits(Section):
+    """Bits per weight of each class of tensor."""
+
+    attn: int = Field(ge=4, le=8)
+    mlp: int = Field(ge=4, le=8)
+    embed: int = Field(ge=4, le=8)
+    other: int = Field(ge=4, le=8)
+
+
+class Sigmas(Section):
+    """Clip of each class of tensor, in standard deviations of the row."""
+
+    attn: float = Field(gt=0)
+    mlp: float = Field(gt=0)
+    embed: float = Field(gt=0)
+    other: float = Field(gt=0)
+
+
+class QuantizeSettings(Section):
+    """Weights to integer codes and row scales."""
+
+    # "percentile" rounds every matrix to nearest; "gptq" those classes that the section gptq names by GPTQ.
+    method: Literal["percentile", "gptq"]
+    bits: Bits
+    clip_percentiles: list[float] = Field(min_length=1)
+    embed_percentile: float = Field(gt=0, le=1)
+    min_clip: float = Field(ge=0)
+    passthrough_elements: int = Field(ge=0)
+    # Instead of percentiles and min_clip.
+    clip_sigmas: Sigmas | None = None
+    gptq: GptqSettings | None = None
+    lqer: LqerSettings | None = None
+    # Bits of a scale's mantissa: 10 is float16. Few are enough, since codes are formed with the scale as rounded.
+    scale_mantissa_bits: int = Field(default=10, ge=2, le=10)
+    # Widen all steps until model.bin has this size.
+    target_bytes: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _agree(self) -> "QuantizeSettings":
+        if any(not 0 < p <= 1 for p in self.clip_percentiles):
+            raise ValueError(f"clip_percentiles {self.clip_percentiles}: each is a quantile in (0, 1]")
+        if (self.method == "gptq") != (self.gptq is not None):
+            raise ValueError("gptq is the section of method: gptq, and null for every other method")
+        return self
+
+
+LARGEST_FLOAT16 = torch.finfo(torch.float16).max
+FLOAT16_MANTISSA_BITS = 10
+
+
+def quantize_state(
+    weights: dict[str, Tensor],
+    settings: QuantizeSettings,
+    *,
+    hessians: dict[str, Tensor] | None = None,
+    coarseness: float = 1.0,
+) -> tuple[QuantizedState, dict[str, Any]]:
+    """QuantizeSettings weights (any float type, by neutral name); those with a Hessian by GPTQ, the others to nearest.
+
+    `coarseness` multiplies every step. Returns the codes and a report per tensor: class, bits, shape; of matrices also
+    the mean squared error, the clip chosen and the order-0 entropy of the codes (bits per weight). Raises UserError on
+    a weight that is not finite.
+    """
+    for name, weight in weights.items():
+        _check_finite(name, weight)
+    matrices = {
+        name: weight for name, weight in weights.items() if not stays_float(weight, settings.passthrough_elements)
+    }
+    scales = {name: _candidate_scales(name, weight, settings, coarseness) for name, weight in matrices.items()}
+    rounded = _round_with_hessians(matrices, scales, hessians or {}, settings)
+    for name in matrices.keys() - rounded.keys():
+        rounded[name] = _round_to_nearest(name, matrices[name], scales[name], settings)
+    found = {name: matrix for name, (matrix, _) in rounded.items()}
+    if settings.lqer:
+        found |= _corrected(matrices, found, settings.lqer)
+    report = {name: _facts(name, weight) for name, weight in weights.items()}
+    for name, (_, best) in rounded.items():
+        report[name] |= _clip_facts(name, best, settings) | _measure(weights[name], found[name])
+    return {name: found[name] if name in found else weight.half() for name, weight in weights.items()}, report
+
+
+def _bits(name: str, settings: QuantizeSettings) -> int:
+    bits: int = getattr(settings.bits, tensor_class(name))
+    return bits
+
+
+def _percentiles(name: str, settings: QuantizeSettings) -> list[float]:
+    """The records search on matrices and take one percentile for tables."""
+    return settings.clip_percentiles if tensor_class(name) in ("attn", "mlp") else [settings.embed_percentile]
+
+
+def _candidate_scales(name: str, weight: Tensor, settings: QuantizeSettings, coarseness: float) -> Tensor:
+    """Float32 (P, R), of scale_mantissa_bits once they are widened."""
+    bits = _bits(name, settings)
+    if settings.clip_sigmas:
+        scales_PR = sigma_scales(weight, getattr(settings.clip_sigmas, tensor_class(name)), bits=bits)[None]
+    else:
+        scales_PR = percentile_scales(weight, _percentiles(name, settings), bits=bits, min_clip=settings.min_clip)
+    scales_PR = coarseness * scales_PR
+    if settings.scale_mantissa_bits == FLOAT16_MANTISSA_BITS:
+        return scales_PR
+    return coarse_scales(scales_PR, settings.scale_mantissa_bits)
+
+
+def _round_to_nearest(
+    name: str, weight: Tensor, scales_PR: Tensor, settings: QuantizeSettings
+) -> tuple[Quantized, int]:
+    bits = _bits(name, settings)
+    if not settings.clip_sigmas and len(scales_PR) == 1:
+        return plain_rows(weight, scales_PR[0], bits=bits), 0
+    return searched_rows(weight, scales_PR, bits=bits)
+
+
+def _round_with_hessians(
+    matrices: dict[str, Tensor], scales: dict[str, Tensor], hessians: dict[str, Tensor], settings: QuantizeSettings
+) -> dict[str, tuple[Quantized, int]]:
+    """GPTQ on the matrices that have a Hessian, those of one shape and width together."""
+    groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for name in sorted(matrices.keys() & hessians.keys()):
+        groups[matrices[name].shape, scales[name].shape, _bits(name, settings)].append(name)
+    rounded: dict[str, tuple[Quantized, int]] = {}
+    for names in groups.values():
+        assert settings.gptq is not None, "whoever collects Hessians has the section"
+        found = gptq(
+            torch.stack([matrices[name].float() for name in names]),
+            torch.stack([hessians[name] for name in names]),
+            torch.stack([scales[name] for name in names]),
+            bits=_bits(names[0], settings),
+            damping=settings.gptq.damping,
+            block_size=settings.gptq.block_size,
+        )
+        rounded |= dict(zip(names, found, strict=True))
+    return rounded
+
+
+def _corrected(
+    matrices: dict[str, Tensor], found: dict[str, Quantized], settings: LqerSettings
+) -> dict[str, Quantized]:
+    """The few matrices with the largest error (Frobenius norm, as PR #1855 ranks them), with a low-rank correction.
+
+    No rank exceeds the rows or columns of its matrix.
+    """
+    errors = {name: matrices[name].float() - matrix.dequantize() for name, matrix in found.items()}
+    worst = sorted(errors, key=lambda name: float(errors[name].norm()), reverse=True)[: settings.tensors]
+    ranks = {name: min(settings.rank, *errors[name].shape) for name in worst}
+    for name, rank in ranks.items():
+        if rank * errors[name].size(1) % settings.group:
+            raise UserError(
+                f"params.yaml: quantize.lqer.group ({settings.group}) must divide {rank} * {errors[name].size(1)}, the "
+                f"rank and columns of {name}"
+            )
+    return {
+        name: replace(found[name], correction=low_rank(errors[name], rank=rank, group=settings.group))
+        for name, rank in ranks.items()
+    }
+
+
+def _facts(name: str, weight: Tensor) -> dict[str, Any]:
+    return {"class": tensor_class(name), "shape": list(weight.shape), "bits": 16}
+
+
+def _clip_facts(name: str, best: int, settings: QuantizeSettings) -> dict[str, float]:
+    if settings.clip_sigmas:
+        return {"sigmas": getattr(settings.clip_sigmas, tensor_class(name))}
+    return {"percentile": _percentiles(name, settings)[best]}
+
+
+def _measure(weight: Tensor, matrix: Quantized) -> dict[str, Any]:
+    return {
+        "bits": matrix.bits,
+        "mse": float((weight.float() - matrix.dequantize()).square().mean()),
+        "entropy_bits": entropy_bits(code_histogram(matrix.codes)),
+        "corrected": matrix.correction is not None,
+    }
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    """Raises UserError on NaN, infinity, and on values that float16 would turn into infinity."""
+    bad = int((~(weight.float().abs() <= LARGEST_FLOAT16)).sum())
+    if bad:
+        raise UserError(
+            f"tensor {name}: {bad} of {weight.numel()} weights are not finite float16 numbers: training has diverged; "
+            "expected |weight| <= 65504 (params.yaml: lower train.muon.lr, train.adamw's rates or adapt.lr)"
+        )

@@ -1,0 +1,244 @@
+"""submission.json, made of what the stages found out about each seed.
+
+requirements.txt of a submission: the packages that the shipped program imports, as installed here.
+
+The training log of a seed in the lines that the challenge's readers and scripts know.
+
+Nothing is logged twice: the lines are made of dvclive's curves and of what the later stages wrote.
+
+README.md of a submission: what it is, what it scored, whether that is a code length, how to run it.
+"""
+
+import ast
+import sys
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any
+
+from fairway.packing.bundle import quoted
+from fairway.packing.link import link
+from fairway.reporting.budgets import LIMIT_BYTES, budgets, eval_s, train_s
+from fairway.reporting.certificates import Standing, standing
+from fairway.reporting.runs import Run
+from fairway.reporting.significance import spread
+from fairway.runtime.settings import Section
+
+
+class SubmissionSettings(Section):
+    """What a person has to say of a submission (reporting/handed_in.py has the rest)."""
+
+    author: str | None
+    github_id: str | None
+    name: str
+    blurb: str
+
+
+TRACK = "track_10min_16mb"
+
+
+def submission_json(person: SubmissionSettings, evaluator: str, runs: list[Run], *, date: str) -> dict[str, Any]:
+    """The keys of the challenge's submission.json; bytes are those of the largest seed, deviations those of a sample.
+
+    `certificate` and `compliance` are ours: the verdict of stage certify on the evaluator that ships, and the budgets.
+    """
+    environment = runs[0].train["environment"]
+    verdict = standing([run.certificates[evaluator] for run in runs])
+    bpb, loss = (spread([run.scores[evaluator][key] for run in runs]) for key in ("val_bpb", "val_loss"))
+    deviations = {"val_bpb_std": bpb.std, "val_loss_std": loss.std} if len(runs) > 1 else {}
+    size, training, evaluation = budgets(runs, evaluator)
+    largest = max(runs, key=lambda run: run.size["total_bytes"]).size
+    return {
+        "author": person.author,
+        "github_id": person.github_id,
+        "name": person.name,
+        "blurb": person.blurb,
+        "date": date,
+        "track": TRACK,
+        "val_loss": loss.mean,
+        "val_bpb": bpb.mean,
+        **deviations,
+        "bytes_total": largest["total_bytes"],
+        "bytes_code": largest["train_gpt_bytes"],
+        "seeds": [run.seed for run in runs],
+        "seed_results": {str(run.seed): _result(run, evaluator) for run in runs},
+        "hardware": f"{environment['processes']} x {environment['device']}",
+        "pytorch_version": environment["torch"],
+        "cuda_version": environment["cuda"],
+        "certificate": {
+            "evaluator": evaluator,
+            "verdict": verdict,
+            "conditions": {
+                str(run.seed): {name: found.verdict for name, found in run.certificates[evaluator].conditions.items()}
+                for run in runs
+            },
+        },
+        "compliance": {
+            "train_under_600s": training.within,
+            "eval_under_600s": evaluation.within,
+            "artifact_under_16mb": size.used <= LIMIT_BYTES,
+            "three_seeds": len(runs) >= 3,
+            "certified_legal": verdict == "legal",
+        },
+    }
+
+
+def _result(run: Run, evaluator: str) -> dict[str, Any]:
+    return {
+        "val_bpb": run.scores[evaluator]["val_bpb"],
+        "val_loss": run.scores[evaluator]["val_loss"],
+        "artifact_bytes": run.size["total_bytes"],
+        "steps": run.train["steps"],
+        "step_avg_ms": run.train["step_ms"],
+        "train_time_s": round(train_s(run), 3),
+        "eval_time_s": round(eval_s(run, evaluator), 3),
+    }
+
+
+def requirements(root: Path, entry: str) -> str:
+    """Lines `package==version` for `entry` (a module under `root`) and every module of `root` that it imports,
+    and for the stub that unpacks them.
+
+    Packages that are imported if they are there, and are not, are left out.
+    """
+    distributions = packages_distributions()
+    unpacking = _imported(ast.parse(quoted(b"")))
+    packages = {name for top in outside_imports(root, entry) | unpacking for name in distributions.get(top, [])}
+    # Without a build's own suffix (2.13.0+cpu), which no index knows.
+    return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in sorted(packages, key=str.lower))
+
+
+def outside_imports(root: Path, entry: str) -> set[str]:
+    """Top-level names of the imported modules that are neither under `root` nor Python's own."""
+    return _imported(link(root, entry).tree)
+
+
+def _imported(tree: ast.Module) -> set[str]:
+    """Top-level names that import statements anywhere in the text name, but for Python's own."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names
+
+
+# Figures by step.
+Curve = dict[float, float]
+
+
+def train_log(run: Run, evaluator: str, *, max_steps: int) -> str:
+    """One line a logged step or validation, then why training stopped, what came out, its bytes and its score."""
+    train, environment, score = run.train, run.train["environment"], run.scores[evaluator]
+    curves: dict[str, Curve] = {name: dict(rows) for name, rows in run.curves.items()}
+    curves["clock_s"] |= {0: 0.0, train["steps"]: train["wall_s"]}
+    steps = sorted(int(step) for step in {*curves["train_loss"], *curves["val_bpb"]})
+    return "\n".join(
+        [
+            f"seed:{run.seed} world_size:{environment['processes']} commit:{environment['commit']}",
+            f"device:{environment['device']} driver:{environment['driver']} torch:{environment['torch']} "
+            f"cuda:{environment['cuda']} python:{environment['python']} attention:{environment['attention']}",
+            f"model_params:{train['parameters']}",
+            *(line for step in steps for line in _step(step, max_steps, curves)),
+            f"stopped_by:{train['stopped_by']} train_time:{_ms(train['wall_s'])}ms step:{train['steps']}/{max_steps}",
+            f"peak memory: {train['peak_memory_bytes'] >> 20} MiB",
+            *(f"weights:{kind} val_bpb:{bpb:.8f}" for kind, bpb in train["val_bpb_by_weights"].items()),
+            *_adaptation(run.adapt),
+            f"Code size: {run.size['train_gpt_bytes']} bytes",
+            f"Serialized model: {run.size['model_bytes']} bytes",
+            f"Total submission size: {run.size['total_bytes']} bytes",
+            f"final_{score['evaluator']}_exact val_loss:{score['val_loss']:.8f} "
+            f"val_bpb:{score['val_bpb']:.8f} eval_time:{_ms(score['eval_s'])}ms",
+            f"certificate {evaluator}: {run.certificates[evaluator].standing}",
+            "",
+        ]
+    )
+
+
+def _step(step: int, max_steps: int, curves: dict[str, Curve]) -> list[str]:
+    """The lines of a step. Where the step was validated but not logged, its time is not known and left out."""
+    time = ""
+    if (clock_s := curves["clock_s"].get(step)) is not None:
+        time = f" train_time:{_ms(clock_s)}ms step_avg:{1000 * clock_s / max(step, 1):.2f}ms"
+    lines = []
+    if step in curves["train_loss"]:
+        lines.append(f"step:{step}/{max_steps} train_loss:{curves['train_loss'][step]:.4f}{time}")
+    if step in curves["val_bpb"]:
+        figures = f"val_loss:{curves['val_loss'][step]:.4f} val_bpb:{curves['val_bpb'][step]:.4f}"
+        lines.append(f"step:{step}/{max_steps} {figures}{time}")
+    return lines
+
+
+def _adaptation(adapt: dict[str, Any]) -> list[str]:
+    if not adapt["epochs"]:
+        return []
+    epochs = [f"adapt:{epoch}/{adapt['epochs']} loss:{loss:.4f}" for epoch, loss in enumerate(adapt["loss_nats"], 1)]
+    return [*epochs, f"adapt split:{adapt['split']} time:{_ms(adapt['adapt_s'])}ms"]
+
+
+def _ms(seconds: float) -> int:
+    return round(1000 * seconds)
+
+
+VERDICTS: dict[Standing, str] = {
+    "legal": "**Certified legal.** Every condition was tested and held; see `certificate` in submission.json.",
+    "illegal": "**NOT LEGAL: the figure is not a code length.** The evaluator fails a condition of the challenge:",
+    "unproven": "**UNPROVEN.** Nothing was found against the evaluator, but not every condition could be tested:",
+}
+
+
+def readme(submission: dict[str, Any], runs: list[Run]) -> str:
+    """The text, in Markdown."""
+    certificate = submission["certificate"]
+    missing = [key for key in ("author", "github_id") if submission[key] is None]
+    parts = [
+        f"# {submission['name']}",
+        submission["blurb"],
+        _verdict(certificate["verdict"], certificate["evaluator"], runs),
+        _table(submission, runs),
+        f"Evaluator: `{certificate['evaluator']}`. Ran on {submission['hardware']}, PyTorch "
+        f"{submission['pytorch_version']}. Training time includes adaptation to training text and "
+        "calibration on it, evaluation time adaptation to validation text.",
+        *(f"Not kept: `{key}`." for key in _broken(submission)),
+        *(f"To be filled in before it is submitted: `submission.{key}` of params.yaml." for key in missing),
+        _commands(runs[0], certificate["evaluator"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _verdict(verdict: Standing, evaluator: str, runs: list[Run]) -> str:
+    """The verdict, and for each condition that did not pass the first seed's reason."""
+    reasons: dict[str, str] = {}
+    for run in runs:
+        for name, found in run.certificates[evaluator].conditions.items():
+            if found.verdict != "pass":
+                reasons.setdefault(name, f"* `{name}` {found.verdict} (seed {run.seed}): {found.why}")
+    return "\n".join([VERDICTS[verdict], *reasons.values()])
+
+
+def _table(submission: dict[str, Any], runs: list[Run]) -> str:
+    rows = ["| seed | val_bpb | val_loss | artifact bytes | steps | ms/step | training s | evaluation s |"]
+    rows.append("|---:" * 8 + "|")
+    for seed, found in submission["seed_results"].items():
+        scores = f"{found['val_bpb']:.8f} | {found['val_loss']:.8f} | {found['artifact_bytes']:,}"
+        times = f"{found['step_avg_ms']:.2f} | {found['train_time_s']:.1f} | {found['eval_time_s']:.1f}"
+        rows.append(f"| {seed} | {scores} | {found['steps']} | {times} |")
+    if len(runs) > 1:
+        rows.append(f"| mean | {submission['val_bpb']:.8f} | {submission['val_loss']:.8f} | | | | | |")
+        rows.append(f"| std | {submission['val_bpb_std']:.8f} | {submission['val_loss_std']:.8f} | | | | | |")
+    return "\n".join(rows)
+
+
+def _broken(submission: dict[str, Any]) -> list[str]:
+    # Of the verdict the text speaks already.
+    return [key for key, kept in submission["compliance"].items() if not kept and key != "certified_legal"]
+
+
+def _commands(shipped: Run, evaluator: str) -> str:
+    return f"""`train_gpt.py` holds the whole record of seed {shipped.seed}. Beside the shards and the tokenizer it
+trains, quantizes, packs `model.bin` and scores it with `{evaluator}`; if `model.bin` is already there, it scores that.
+
+```sh
+pip install -r requirements.txt
+torchrun --standalone --nproc-per-node={shipped.train["environment"]["processes"]} train_gpt.py
+```"""

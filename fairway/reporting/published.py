@@ -1,0 +1,84 @@
+"""What others published: records/published.yaml, typed and strict."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fairway.runtime.errors import UserError
+from fairway.runtime.settings import Section, load_section
+
+
+class ReportSettings(Section):
+    """Names in records/published.yaml: whose figures to show beside these, and whom to be tested against."""
+
+    record: str | None
+    baseline: str | None
+
+
+# Which weights or method a figure on the way belongs to; sliding_64 is the second stride of PR #1488.
+Pass = Literal[
+    "trained", "averaged", "adapted", "quantized", "sliding", "sliding_64", "ttt", "slot", "lora_ttt", "streaming"
+]
+
+
+class PublishedSeed(Section):
+    """The figures of one seed; keys and units are explained on top of the file."""
+
+    val_bpb: float = Field(gt=0)
+    val_loss: float = Field(gt=0)
+    artifact_bytes: int = Field(gt=0)
+    model_bytes: int = Field(gt=0)
+    code_bytes: int = Field(gt=0)
+    steps: int = Field(gt=0)
+    train_s: float = Field(gt=0)
+    step_ms: float = Field(gt=0)
+    bpb: dict[Pass, float]
+    eval_s: dict[Pass | Literal["adapt"], float]
+    other_s: dict[Literal["calibration", "pack", "unpack"], float] = Field(default={})
+
+    @model_validator(mode="after")
+    def _bytes(self) -> "PublishedSeed":
+        if self.artifact_bytes != self.model_bytes + self.code_bytes:
+            raise ValueError(f"artifact_bytes ({self.artifact_bytes}) must be model_bytes + code_bytes")
+        return self
+
+
+class PublishedRecord(Section):
+    """One record: what it is, and its seeds."""
+
+    pull_request: int = Field(gt=0)
+    date: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
+    status: str
+    evaluator: Pass
+    parameters: int = Field(gt=0)
+    val_targets: int = Field(gt=0)
+    val_bytes: int = Field(gt=0)
+    seeds: dict[int, PublishedSeed] = Field(min_length=1)
+
+    def bpb(self, name: str) -> list[float]:
+        """Bits per byte of every seed, of a pass or of the reported evaluator; empty where none was published."""
+        if name == self.evaluator:
+            return [seed.val_bpb for seed in self.seeds.values()]
+        return [bpb for seed in self.seeds.values() for key, bpb in seed.bpb.items() if key == name]
+
+
+class Published(Section):
+    """The whole file."""
+
+    records: dict[str, PublishedRecord]
+
+
+def load_published(path: Path) -> Published:
+    """Read and check the file. Raises UserError (one line: file, key, what was expected) on any fault."""
+    return load_section(path, Published)
+
+
+def named_record(published: Published, key: str, name: str | None) -> tuple[str, PublishedRecord] | None:
+    """What params.yaml names under `report.<key>`, with its record. Raises UserError if that is not in the file."""
+    if name is None:
+        return None
+    if name not in published.records:
+        known = ", ".join(published.records)
+        raise UserError(f"params.yaml: report.{key}: no record {name!r} in records/published.yaml (known: {known})")
+    return name, published.records[name]

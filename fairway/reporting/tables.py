@@ -1,0 +1,152 @@
+"""The report as a Markdown table, as README shows it.
+
+At most a dozen figures that say how the experiment went: what `dvc metrics diff` and `dvc exp show` print.
+
+What `dvc plots` draws: three small tables, one line a point, the series in a column of its own.
+
+What the artifact's bytes are spent on.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fairway.reporting.facts import Facts
+from fairway.reporting.runs import share
+from fairway.reporting.scores import Score
+from fairway.reporting.significance import MARGIN_NATS, SIGNIFICANCE, spread
+
+
+def markdown(facts: Facts) -> str:
+    """One row per figure: bits per byte, lower is better, then size and time. Several seeds get a column each."""
+    runs = facts.runs
+    several = len(runs) > 1
+    head = ["bits per byte of validation text", *(f"seed {run.seed}" for run in runs), *["mean ± std"] * several]
+    rows = [[f"`{name}`", *[f"{bpb:.4f}"] * (len(runs) + several)] for name, bpb in facts.compressors.items()]
+    rows.append(["trained weights, rows of one window", *_cells([run.train["val_bpb"] for run in runs])])
+    rows += [_score_row(score) for score in facts.scores]
+    lines = [_row(head), _row(["---"] + ["---:"] * (len(head) - 1)), *map(_row, rows)]
+    return "\n".join([*lines, "", _sentence(facts), *_verdict(facts)]) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cells(bpb: list[float]) -> list[str]:
+    cells = [f"{value:.4f}" for value in bpb]
+    found = spread(bpb)
+    return cells if found.std is None else [*cells, f"{found.mean:.4f} ± {found.std:.4f}"]
+
+
+def _score_row(score: Score) -> list[str]:
+    """Illegal figures are struck, unproven ones labelled."""
+    label = f"`{score.name}`: compressed model, {score.title}"
+    if score.standing == "illegal":
+        return [f"{label} *({score.remark})*", *(f"~~{cell}~~" for cell in _cells(score.bpb))]
+    return [label if score.standing == "legal" else f"{label} *(unproven)*", *_cells(score.bpb)]
+
+
+def _sentence(facts: Facts) -> str:
+    size, training, evaluation = facts.budgets
+    steps = max(run.train["steps"] for run in facts.runs)
+    return (
+        f"{size.used:,.0f} bytes of code and model, {size.limit - size.used:,.0f} to spare; {steps} steps in "
+        f"{training.used:.0f} s; evaluation with `{facts.shipped.name}` {evaluation.used:.0f} s."
+    )
+
+
+def _verdict(facts: Facts) -> list[str]:
+    """What the test against the baseline came to, if there is one."""
+    found = facts.comparison
+    if found is None:
+        return []
+    if found.p_beats is None:
+        return ["", f"Not tested against {found.baseline}: {found.caveat}."]
+    outcome = "beats" if found.beats else "does not beat"
+    caveat = f" ({found.caveat})" if found.caveat else ""
+    return [
+        "",
+        f"`{found.evaluator}` {outcome} {found.baseline} by {MARGIN_NATS} nats at p < {SIGNIFICANCE}{caveat}: "
+        f"{found.gap_nats:+.4f} nats a token, p = {found.p_beats:.4f}.",
+    ]
+
+
+def summarize(facts: Facts) -> dict[str, float]:
+    """Mean bpb over the seeds, their deviation and the test of it; the worst seed's bytes and seconds.
+
+    A score that its certificate does not call legal says so in its name, lest it be taken for the best one.
+    """
+    figures = {"trained_bpb": round(facts.rungs[0].bpb, 6)}
+    figures |= {metric(score): round(score.spread.mean, 6) for score in facts.scores}
+    if facts.shipped.spread.std is not None:
+        figures["bpb_std"] = round(facts.shipped.spread.std, 6)
+    if facts.comparison and facts.comparison.p_beats is not None:
+        figures["p_beats_baseline"] = round(facts.comparison.p_beats, 6)
+    if "xz" in facts.compressors:
+        figures["xz_bpb"] = round(facts.compressors["xz"], 6)
+    size, training, evaluation = facts.budgets
+    return figures | {
+        "artifact_bytes": int(size.used),
+        "train_s": round(training.used, 1),
+        "eval_s": round(evaluation.used, 1),
+    }
+
+
+def metric(score: Score) -> str:
+    """What a score is called: slot_bpb, or slot_bpb_illegal."""
+    return f"{score.name}_bpb" if score.standing == "legal" else f"{score.name}_bpb_{score.standing}"
+
+
+def curve(facts: Facts) -> str:
+    """CSV of validation bits per byte by step, a series a seed."""
+    rows = [f"seed {run.seed},{step},{bpb:.6f}" for run in facts.runs for step, bpb in run.curves["val_bpb"]]
+    return "\n".join(["series,step,val_bpb", *rows]) + "\n"
+
+
+def positions(facts: Facts) -> str:
+    """CSV of mean nats a token along the validation stream (percent), a series an evaluator, of the first seed."""
+    profiles = [(score.label, facts.runs[0].profiles[score.name]) for score in facts.scores]
+    rows = [
+        f"{label},{share(part, len(means)):.2f},{nats:.6f}"
+        for label, means in profiles
+        for part, nats in enumerate(means)
+    ]
+    return "\n".join(["series,percent_of_stream,nats", *rows]) + "\n"
+
+
+def sizes(facts: Facts) -> str:
+    """CSV of the bytes of each part of the artifact, of the first seed."""
+    rows = [f"{part.name},{part.size_bytes}" for part in size_parts(facts.runs[0].size)]
+    return "\n".join(["part,bytes", *rows]) + "\n"
+
+
+# What the classes of tensors and the other parts hold.
+NAMES = {
+    "attn": "attention",
+    "mlp": "MLP",
+    "embed": "token table",
+    "other": "other tables",
+    "float16": "float16 tensors",
+    "header": "header",
+    "train_gpt.py": "code (train_gpt.py)",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one part, and bits per weight where it holds weights."""
+
+    name: str
+    size_bytes: int
+    bits_per_weight: float | None
+
+
+def size_parts(size: dict[str, Any]) -> list[Part]:
+    """The parts of size.json, which sum to its total_bytes: classes of tensors, floats, header, code."""
+    classes = size["classes"]
+    parts = [
+        Part(NAMES.get(kind, kind), size_bytes, classes[kind]["bits_per_weight"] if kind in classes else None)
+        for kind, size_bytes in size["parts"].items()
+    ]
+    assert sum(part.size_bytes for part in parts) == size["total_bytes"], "every byte has its part"
+    return parts

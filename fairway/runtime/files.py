@@ -1,0 +1,101 @@
+"""Files that appear whole or not at all.
+
+Every artifact is written under a temporary name beside its place, flushed to disk and renamed: a killed stage leaves
+either the old output or none.
+
+Sets of named tensors on disk: safetensors, written whole, read with their shapes checked.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fairway.runtime.errors import UserError
+
+
+def require_file(path: Path, made_by: str) -> Path:
+    """Return `path` if it is a file. Raises UserError naming the stage that makes it otherwise."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `{made_by}` makes it")
+    return path
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a whole file (text as UTF-8) so that `path` holds either its old content or the new one."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Leftovers of killed runs (same temporary prefix) are cleared first; an existing `path` is replaced at the end.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        shutil.rmtree(leftover)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors (any dtype and shape, on any device) under their names, atomically."""
+    write_atomic(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def load_tensors(path: Path, made_by: str) -> dict[str, Tensor]:
+    """Read what save_tensors wrote, on the CPU. Raises UserError when the file is missing or damaged."""
+    try:
+        return load_file(require_file(path, made_by))
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); run `{made_by}` again") from None
+
+
+def read_figures(path: Path, made_by: str, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The JSON object that a stage wrote, with at least these keys.
+
+    Raises UserError naming the command that makes it if it is missing, damaged, or lacks a key.
+    """
+    try:
+        found = json.loads(require_file(path, made_by).read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object; run `{made_by}` again")
+    if missing := [key for key in keys if key not in found]:
+        raise UserError(f"{path}: no {missing[0]}; run `{made_by}` again")
+    return found

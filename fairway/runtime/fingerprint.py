@@ -1,0 +1,26 @@
+"""Which code a result comes from."""
+
+import hashlib
+from pathlib import Path
+
+import yaml
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stage_sources_sha256(stage: str) -> str:
+    """SHA-256 over the path and the text of every .py file that dvc.yaml lists as read by a stage.
+
+    Both are found beside this file, whatever the working directory.
+    """
+    root = Path(__file__).parents[2]
+    deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    code = [root / dep for dep in deps if dep.split("/")[0] in ("fairway", "stages")]
+    digest = hashlib.sha256()
+    for path in sorted(path for dep in code for path in (dep.rglob("*.py") if dep.is_dir() else [dep])):
+        digest.update(f"{path.relative_to(root)} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,191 @@
+"""A documents file to token shards: the first documents validate, the others train, and the two never share a file.
+
+Documents to everything in artifacts/tokens: tokenizer, shards, and the yardsticks beside them.
+
+What general-purpose compressors make of the validation text: the yardstick beside a model's bits per byte.
+"""
+
+import lzma
+import multiprocessing
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from fairway.runtime.errors import UserError
+from fairway.runtime.fingerprint import file_sha256
+from fairway.runtime.progress import Progress
+from fairway.tokens.documents import documents_path, open_lines, read_texts
+from fairway.tokens.encoding import Batch, DocumentEncoder, Encoded, encode_batch, make_encoder
+from fairway.tokens.shards import ShardWriter, Split
+from fairway.tokens.tokenizer import RESERVED, TokenizeSettings, check_tokenizer, train_tokenizer
+
+# Enough text per message between processes for its cost to vanish.
+BATCH_BYTES = 1 << 20
+
+
+def require_documents(documents: Path, val_documents: int) -> None:
+    """Raises UserError unless the file has more documents than validate; reads no further than that."""
+    found = 0
+    with open_lines(documents) as (lines, _):
+        for _ in lines:
+            found += 1
+            if found > val_documents:
+                return
+    if not found:
+        raise UserError(f"{documents}: no documents")
+    raise UserError(f"{documents}: {found} documents, expected more than tokenize.val_documents = {val_documents}")
+
+
+@dataclass
+class Totals:
+    """Counts over one split."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    counted_bytes: int = 0
+
+    def add(self, batch: Batch, encoded: Encoded) -> None:
+        """Add one batch."""
+        self.documents += len(batch.lines)
+        self.tokens += len(encoded.tokens)
+        self.text_bytes += encoded.text_bytes
+        self.counted_bytes += encoded.counted_bytes
+
+
+def export(
+    documents: Path, tokenizer: Path, folder: Path, *, settings: TokenizeSettings, workers: int
+) -> dict[str, Any]:
+    """Write val_*.bin, train_*.bin and, for CaseOps, val_bytes_*.bin; return what meta.json says of them.
+
+    `workers` processes share the work (fewer if the file is small) and the result does not depend on their number.
+    Peak memory is one shard and a few batches per worker. Raises UserError naming the line of a document at fault.
+    """
+    totals: dict[Split, Totals] = {"val": Totals(), "train": Totals()}
+    workers = min(workers, 1 + documents.stat().st_size // BATCH_BYTES)
+    with ExitStack() as stack:
+        writers = {split: stack.enter_context(ShardWriter(folder, split, settings.shard_tokens)) for split in totals}
+        sidecar = stack.enter_context(ShardWriter(folder, "val_bytes", settings.shard_tokens))
+        lines, file = stack.enter_context(open_lines(documents))
+        progress = stack.enter_context(Progress("tokenize", documents.stat().st_size, unit="B"))
+        batches = _batches(lines, str(documents), settings.val_documents)
+        for batch, encoded in _encode_all(batches, (tokenizer, settings.vocab_size, settings.transform), workers):
+            totals[batch.split].add(batch, encoded)
+            writers[batch.split].append(encoded.tokens)
+            if encoded.sidecar is not None:
+                sidecar.append(encoded.sidecar)
+            progress.update(file.tell() - progress.done)
+    return {
+        "vocab_size": settings.vocab_size,
+        "transform": settings.transform,
+        "val_bytes": totals["val"].counted_bytes,
+        **{
+            f"{split}_{name}": getattr(count, name)
+            for split, count in totals.items()
+            for name in ("documents", "tokens", "text_bytes")
+        },
+        "sha256": {path.name: file_sha256(path) for path in [*sorted(folder.glob("*.bin")), tokenizer]},
+    }
+
+
+def _batches(lines: Iterator[bytes], source: str, val_documents: int) -> Iterator[Batch]:
+    """Lines in batches of about BATCH_BYTES, none of which holds documents of both splits."""
+    held: list[bytes] = []
+    first, held_bytes = 1, 0
+    for number, line in enumerate(lines, start=1):
+        held.append(line)
+        held_bytes += len(line)
+        if held_bytes >= BATCH_BYTES or number == val_documents:
+            yield Batch(source, "val" if first <= val_documents else "train", first, held)
+            held, first, held_bytes = [], number + 1, 0
+    if held:
+        yield Batch(source, "val" if first <= val_documents else "train", first, held)
+
+
+def _encode_all(
+    batches: Iterator[Batch], encoder_arguments: tuple[Any, ...], workers: int
+) -> Iterator[tuple[Batch, Encoded]]:
+    """Encode batches in several processes, a few in flight at a time, and hand them on in order."""
+    if workers == 1:
+        encoder = make_encoder(*encoder_arguments)
+        yield from ((batch, encode_batch(encoder, batch)) for batch in batches)
+        return
+    pending: deque[tuple[Batch, Future[Encoded]]] = deque()
+    # Fresh processes ("spawn"): forking one that has threads can hang.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=encoder_arguments) as pool:
+        for batch in batches:
+            pending.append((batch, pool.submit(_encode_in_worker, batch)))
+            if len(pending) > 2 * workers:
+                yield _finished(pending)
+        while pending:
+            yield _finished(pending)
+
+
+def _finished(pending: deque[tuple[Batch, "Future[Encoded]"]]) -> tuple[Batch, Encoded]:
+    batch, future = pending.popleft()
+    return batch, future.result()
+
+
+# Each worker process keeps its own tokenizer from one batch to the next.
+_encoder: DocumentEncoder
+
+
+def _start_worker(*encoder_arguments: Any) -> None:
+    global _encoder
+    _encoder = make_encoder(*encoder_arguments)
+
+
+def _encode_in_worker(batch: Batch) -> Encoded:
+    return encode_batch(_encoder, batch)
+
+
+def check_documents(fetched: Path, settings: TokenizeSettings) -> Path:
+    """The documents file, after the checks that come before any work."""
+    documents = documents_path(fetched)
+    if settings.model is not None:
+        check_tokenizer(Path(settings.model), vocab_size=settings.vocab_size, operators=RESERVED[settings.transform])
+    require_documents(documents, settings.val_documents)
+    return documents
+
+
+def tokenize_documents(documents: Path, folder: Path, settings: TokenizeSettings) -> dict[str, Any]:
+    """Train or copy the tokenizer, write the shards, and return what meta.json says."""
+    tokenizer = folder / "tokenizer.model"
+    if settings.model is not None:
+        shutil.copyfile(settings.model, tokenizer)
+    else:
+        texts = read_texts(documents, start=settings.val_documents)
+        trainer, transform = settings.trainer, settings.transform
+        model = train_tokenizer(texts, vocab_size=settings.vocab_size, trainer=trainer, transform=transform)
+        tokenizer.write_bytes(model)
+    meta = export(documents, tokenizer, folder, settings=settings, workers=len(os.sched_getaffinity(0)))
+    validation = islice(read_texts(documents), settings.val_documents)
+    return meta | {"compressed_val_bytes": compressed_bytes(validation)}
+
+
+ZSTD_LEVEL = 19
+
+
+def compressed_bytes(texts: Iterable[str]) -> dict[str, int]:
+    """Bytes of the concatenated texts (UTF-8) under `xz -9e` and `zstd -19 --long=27`, by compressor."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(ZSTD_LEVEL, window_log=27, enable_ldm=True)
+    compressors: dict[str, Any] = {
+        "xz": lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME),
+        "zstd": zstandard.ZstdCompressor(compression_params=parameters).compressobj(),
+    }
+    sizes = dict.fromkeys(compressors, 0)
+    for text in texts:
+        data = text.encode("utf-8")
+        for name, compressor in compressors.items():
+            sizes[name] += len(compressor.compress(data))
+    return {name: sizes[name] + len(compressor.flush()) for name, compressor in compressors.items()}

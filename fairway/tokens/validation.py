@@ -1,0 +1,102 @@
+"""What later stages read of artifacts/tokens: the validation stream with its bytes, and the check of the whole folder.
+
+The stream is cut to whole rows: N = floor((n - 1) / seq_len) * seq_len targets, of which target p is token p + 1. Token
+0, the first BOS, is never a target. Source: load_validation_tokens of the challenge's train_gpt.py.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairway.runtime.errors import UserError
+from fairway.runtime.files import require_file
+from fairway.runtime.fingerprint import file_sha256
+from fairway.tokens.shards import open_shard, shard_paths, sidecar_paths
+from fairway.tokens.tokenizer import byte_table
+
+MADE_BY = "python -m stages.tokenize"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation stream: tokens (N+1,) int64, and bytes (N,) int64 of its targets."""
+
+    tokens: Tensor
+    bytes: Tensor
+
+
+def load_validation(folder: Path, *, seq_len: int, vocab_size: int) -> Validation:
+    """The validation stream of a token folder, cut to whole rows of seq_len.
+
+    Bytes come from the sidecar (val_bytes_*.bin) where there is one, otherwise from tokenizer.model's byte table.
+    Raises UserError on a damaged shard, a stream shorter than one row, or a sidecar of another length than its shard.
+    """
+    tokens = np.concatenate([open_shard(path, vocab_size=vocab_size) for path in shard_paths(folder, "val")])
+    targets = (len(tokens) - 1) // seq_len * seq_len
+    if targets <= 0:
+        raise UserError(f"{folder}: {len(tokens)} validation tokens, expected more than model.seq_len = {seq_len}")
+    tokens = tokens[: targets + 1]
+    if sidecars := open_sidecars(folder):
+        target_bytes = np.concatenate(sidecars)[1 : targets + 1]
+    else:
+        tokenizer = require_file(folder / "tokenizer.model", MADE_BY)
+        target_bytes = byte_table(tokenizer, vocab_size).count(tokens[:-1], tokens[1:])
+    return Validation(
+        tokens=torch.from_numpy(tokens.astype(np.int64)),
+        bytes=torch.from_numpy(target_bytes.astype(np.int64)),
+    )
+
+
+def open_sidecars(folder: Path) -> list[np.ndarray]:
+    """The byte sidecars (n,) uint16 of the validation shards, in order; empty where there are none.
+
+    Raises UserError unless every shard has one, with an entry for each of its tokens.
+    """
+    paths, shards = sidecar_paths(folder), shard_paths(folder, "val")
+    if paths and len(paths) != len(shards):
+        raise UserError(f"{folder}: {len(paths)} byte sidecars, expected {len(shards)} as there are validation shards")
+    sidecars = [open_shard(path, vocab_size=None) for path in paths]
+    for path, sidecar, shard in zip(paths, sidecars, shards, strict=False):
+        if len(sidecar) != (tokens := len(open_shard(shard, vocab_size=None))):
+            raise UserError(f"{path}: {len(sidecar)} entries, expected {tokens} as {shard} has tokens")
+    return sidecars
+
+
+def verify_tokens(folder: Path, *, vocab_size: int) -> None:
+    """Check every file that meta.json lists, before expensive work: presence, header, length, token range, SHA-256.
+
+    Raises UserError naming the first file at fault, or meta.json if its vocabulary is not vocab_size.
+    """
+    meta = _read_meta(folder)
+    if meta["vocab_size"] != vocab_size:
+        raise UserError(
+            f"{folder / 'meta.json'}: tokens of a vocabulary of {meta['vocab_size']}, expected {vocab_size} "
+            "(tokenize.vocab_size)"
+        )
+    listed = {folder / name for name in meta["sha256"]}
+    unlisted = {*shard_paths(folder, "train"), *shard_paths(folder, "val"), *sidecar_paths(folder)} - listed
+    if unlisted:
+        raise UserError(f"{min(unlisted)}: not listed in meta.json; run `{MADE_BY}` again")
+    for name, expected in meta["sha256"].items():
+        path = require_file(folder / name, MADE_BY)
+        if path.suffix == ".bin":
+            open_shard(path, vocab_size=None if "_bytes_" in name else vocab_size)
+        if (found := file_sha256(path)) != expected:
+            raise UserError(f"{path}: SHA-256 {found[:16]}..., expected {expected[:16]}...; run `{MADE_BY}` again")
+    byte_table(folder / "tokenizer.model", vocab_size)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = require_file(folder / "meta.json", MADE_BY)
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: not JSON; run `{MADE_BY}` again") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("sha256"), dict) or "vocab_size" not in meta:
+        raise UserError(f"{path}: no vocab_size or sha256; run `{MADE_BY}` again")
+    return meta

@@ -1,0 +1,83 @@
+"""Bits per byte of the validation stream in plain rows, with the weights as they are: a look at a run under way.
+
+Each row is scored on its own, so a token sees at most that much. The evaluators of stages/evaluate do better.
+
+The forward passes of a run, chosen once before its first step: plain or rounded, eager or compiled.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairway.model.backends import compiled
+from fairway.model.gpt import GPT
+from fairway.runtime.distributed import World
+from fairway.tokens.loader import Batch, Segmenter
+from fairway.tokens.validation import Validation
+from fairway.training.qat import Rounded
+from fairway.training.train_settings import TrainSettings
+
+# forward(inputs_BT, targets_BT, *, segments, looped) -> mean loss, as model.GPT's.
+Forward = Callable[..., Tensor]
+
+
+@torch.no_grad()
+def validate(
+    forward: Forward,
+    validation: Validation,
+    world: World,
+    *,
+    row: int,
+    batch_tokens: int,
+    looped: bool,
+    segment: Segmenter | None = None,
+) -> tuple[float, float]:
+    """Mean loss (nats per token) and bits per byte over all whole rows; each rank scores its share of the rows.
+
+    With `segment` the rows of a batch form one packed row, in which documents do not see each other, as PR #1958 trains
+    and validates. Sums are float64: the number of ranks shows in the last digits only.
+    """
+    batch_rows = batch_tokens // row
+    targets = len(validation.bytes)
+    first, last = (targets // row * rank // world.size for rank in (world.rank, world.rank + 1))
+    nats = torch.zeros((), dtype=torch.float64, device=world.device)
+    for begin in range(first, last, batch_rows):
+        end = min(begin + batch_rows, last)
+        span = validation.tokens[begin * row : end * row + 1]
+        width = len(span) - 1 if segment else row
+        bounds = torch.from_numpy(segment(span[:-1].numpy())) if segment else None
+        inputs, labels, segments = Batch(span[:-1].view(-1, width), span[1:].view(-1, width), bounds).to(world.device)
+        nats += forward(inputs, labels, segments=segments, looped=looped).double() * inputs.numel()
+    total = float(world.sum(nats).wait())
+    return total / targets, total / math.log(2) / int(validation.bytes.sum())
+
+
+class Forwards:
+    """The network, and the one with rounded matrices that takes its place late in the run if train.qat says so."""
+
+    def __init__(self, model: GPT, settings: TrainSettings, device: torch.device) -> None:
+        self.plain = compiled_forward(model) if settings.compile else model
+        if settings.qat:
+            self.rounding = Rounded(model, settings.qat, device)
+            self.rounded = compiled_forward(self.rounding.forward) if settings.compile else self.rounding.forward
+
+    def rounded_at(self, steps: int) -> Forward:
+        """The rounded network, as hard as it is `steps` steps after its first, if train.qat is set."""
+        self.rounding.harden(steps)
+        return self.rounded
+
+
+def compiled_forward(forward: Forward, backend: Any = "inductor") -> Forward:
+    """A forward pass compiled for fixed shapes, except that the number of a packed row's bounds may vary."""
+    graph = compiled(forward, backend=backend)
+
+    def call(inputs_BT: Tensor, targets_BT: Tensor, *, segments: Tensor | None, looped: bool) -> Tensor:
+        if segments is not None:
+            torch._dynamo.mark_dynamic(segments, 0)
+        loss: Tensor = graph(inputs_BT, targets_BT, segments=segments, looped=looped)
+        return loss
+
+    return call

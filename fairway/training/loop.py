@@ -1,0 +1,195 @@
+"""The training loop: a network, micro-batches and settings in; weights and figures out.
+
+Order of a step, as in the records (training.md 2.16): validate if due, read the schedules, accumulate the gradients of
+the micro-batches, step, average the weights. Every rank decides by rank 0's clock, so that all use the same learning
+rate, switch the loop together and stop at the same step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from fairway.model.gpt import GPT
+from fairway.runtime.distributed import World
+from fairway.runtime.errors import UserError
+from fairway.runtime.resume import ResumePoints
+from fairway.tokens.loader import Prefetcher
+from fairway.tokens.validation import Validation
+from fairway.training.forwards import Forward, validate
+from fairway.training.qat import rounding_begins
+from fairway.training.run import Figures, Run
+from fairway.training.schedule import Clock, Moment, loop_is_on, lr_multiplier, muon_momentum
+from fairway.training.train_settings import TrainSettings
+
+# (step, its figures): after every step, and of the steps that are logged or validated.
+Callback = Callable[[int, Figures], None]
+
+# The first steps are logged one by one, as in the records: that is where runs go wrong.
+FIRST_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves: weights by kind ("last", "ema_<decay>", "swa" if collected), their bpb, and figures."""
+
+    weights: dict[str, dict[str, Tensor]]
+    val_bpb: dict[str, float]
+    val_loss: float
+    train_loss: float
+    steps: int
+    clock_s: float
+    stopped_by: str
+
+
+def train(
+    model: GPT,
+    loader: Prefetcher,
+    validation: Validation,
+    settings: TrainSettings,
+    world: World,
+    *,
+    log: Callback,
+    tick: Callback,
+    points: ResumePoints | None = None,
+) -> Trained:
+    """Train `model` (initialised, on world.device) in place until its budget of steps or seconds is spent.
+
+    Goes on from the latest of `points`, if there is one, and saves one every checkpoint_every steps. `tick` hears of
+    every step, `log` of those that are logged or validated, both on every rank. Raises UserError at the first step
+    whose loss or gradient is not finite.
+    """
+    run = Run.begin(model, loader, settings, world)
+    if settings.compile:
+        _warm_up(run)
+    if points and (point := points.load()):
+        run.restore(*point)
+        for step, figures in run.history:
+            log(step, figures)
+
+    def note(figures: Figures) -> None:
+        run.history.append((run.now.step, figures))
+        log(run.now.step, figures)
+
+    # On the clock from here: loading, micro-batches, optimizer, averages, logs, resume points. Off it: validation.
+    clock = Clock(world, run.now.clock_s)
+    clock.start()
+    while True:
+        stopped_by = run.budget.spent(run.now)
+        if stopped_by or run.now.step % settings.val_every == 0:
+            with clock.paused():
+                val_loss, val_bpb = _validate(run, validation)
+                note({"val_loss": val_loss, "val_bpb": val_bpb})
+        if stopped_by:
+            break
+        figures = _step(run, clock)
+        tick(run.now.step, figures)
+        if run.now.step <= FIRST_STEPS or run.now.step % settings.log_every == 0:
+            note(figures)
+        if points and run.now.step % settings.checkpoint_every == 0 and not run.budget.spent(run.now):
+            tensors = run.named_tensors()
+            if world.rank == 0:
+                points.save(run.now.step, tensors, run.bookmark())
+
+    weights = run.weights()
+    bpb = {"last": val_bpb} | _averages_bpb(run, weights, validation)
+    return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, run.now.clock_s, stopped_by)
+
+
+def _averages_bpb(run: Run, weights: dict[str, dict[str, Tensor]], validation: Validation) -> dict[str, float]:
+    """Bits per byte of every kind of weights but the last, which the network has again in the end."""
+    bpb = {}
+    for kind in list(weights)[1:]:
+        run.load_weights(weights[kind])
+        bpb[kind] = _validate(run, validation)[1]
+    run.load_weights(weights["last"])
+    return bpb
+
+
+def _step(run: Run, clock: Clock) -> Figures:
+    """One optimizer step; its figures. Ends with the step's only wait for the device."""
+    settings, step = run.settings, run.now.step
+    lr_scale = lr_multiplier(settings.schedule, run.budget, run.now)
+    momentum = muon_momentum(settings.muon, step)
+    looped = loop_is_on(settings.schedule, run.budget, run.now)
+    forward = run.forwards.plain
+    if settings.qat:
+        if run.rounded_from is None and rounding_begins(settings.qat, step, lr_scale):
+            run.rounded_from = step
+        if run.rounded_from is not None:
+            forward = run.forwards.rounded_at(step - run.rounded_from)
+    loss = _accumulate(run, forward, looped)
+    norms = run.optimizer.gradients.norms.double()
+    run.optimizer.step(lr_scale=lr_scale, momentum=momentum)
+    run.average(lr_scale)
+
+    # One exchange tells all ranks rank 0's clock, the mean loss, and whether anything went wrong anywhere.
+    rows = run.world.gather(torch.cat([torch.full_like(norms[:1], clock.read()), loss.double()[None], norms]))
+    _, losses, *norm_columns = zip(*rows, strict=True)
+    # Ranks hold means of their losses, but shares of the mean norms.
+    train_loss, group_norms = math.fsum(losses) / run.world.size, [math.fsum(column) for column in norm_columns]
+    _demand_finite(run, train_loss, group_norms)
+    run.now = Moment(step + 1, rows[0][0])
+    return {
+        "train_loss": train_loss,
+        "lr_scale": lr_scale,
+        "momentum": momentum,
+        "grad_norm": math.hypot(*group_norms),
+        "clock_s": run.now.clock_s,
+        "step_ms": 1000 * run.now.clock_s / run.now.step,
+    }
+
+
+def _accumulate(run: Run, forward: Forward, looped: bool) -> Tensor:
+    """Gradients of this rank's micro-batches of a step; their mean loss (0-d, on the device)."""
+    gradients = run.optimizer.gradients
+    gradients.clear()
+    losses = []
+    for _ in range(gradients.micro_batches // run.world.size):
+        inputs, targets, segments = run.loader.next_batch()
+        loss = forward(inputs, targets, segments=segments, looped=looped)
+        loss.backward()
+        run.optimizer.add_gradients()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def _demand_finite(run: Run, loss: float, group_norms: list[float]) -> None:
+    """Raise UserError if the loss or a group's gradient norm is NaN or infinite."""
+    norms = zip(run.optimizer.gradients.groups, group_norms, strict=True)
+    groups = [name for name, norm in norms if not math.isfinite(norm)]
+    if groups or not math.isfinite(loss):
+        raise UserError(
+            f"params.yaml: train: loss {loss} at step {run.now.step + 1}, gradient not finite in: "
+            f"{', '.join(groups) or 'no group'}; lower train.muon.lr (matrix) or train.adamw's rates (table, scalar)"
+        )
+
+
+def _validate(run: Run, validation: Validation) -> tuple[float, float]:
+    """Loss and bits per byte of the weights as they are."""
+    return validate(
+        run.forwards.plain,
+        validation,
+        run.world,
+        row=run.model.config.seq_len,
+        batch_tokens=run.settings.micro_batch_tokens,
+        looped=loop_is_on(run.settings.schedule, run.budget, run.now),
+        segment=run.loader.segment,
+    )
+
+
+def _warm_up(run: Run) -> None:
+    """Compile every graph by running warmup_steps real steps, then put everything back: no data or update is kept."""
+    before, position = run.weights()["last"], run.loader.state_dict()
+    depths = (False, True) if run.settings.schedule.loop_from else (True,)
+    forwards = [run.forwards.plain] + ([run.forwards.rounded_at(0)] if run.settings.qat else [])
+    for forward, looped in product(forwards, depths):
+        for _ in range(run.settings.warmup_steps):
+            _accumulate(run, forward, looped)
+            run.optimizer.step(lr_scale=1.0, momentum=run.settings.muon.momentum_start)
+    run.load_weights(before)
+    run.optimizer.reset()
+    run.loader.load_state_dict(position)

@@ -1,0 +1,78 @@
+"""One optimizer step: clip, AdamW on tables and scalars, Muon on matrices, with the exchanges between ranks overlapped.
+
+No parameter is exempt from weight decay (as in the records).
+"""
+
+import torch
+from torch import Tensor
+
+from fairway.runtime.distributed import World
+from fairway.training.adamw import AdamW
+from fairway.training.gradients import Gradients, Named, clip_factor
+from fairway.training.muon import Muon
+from fairway.training.train_settings import TrainSettings
+
+
+class Optimizer:
+    """Gradients, Muon and AdamW of one network; every rank holds all parameters and a share of Muon's momentum."""
+
+    def __init__(self, groups: dict[str, Named], settings: TrainSettings, world: World) -> None:
+        micro_batches = settings.batch_tokens // settings.micro_batch_tokens
+        self.settings, self.world = settings, world
+        self.gradients = Gradients(groups, world, micro_batches=micro_batches)
+        self.muon = Muon(self.gradients.stacks, settings.muon, world, compute_dtype=world.compute_dtype)
+        adamw = settings.adamw
+        self.adamw = {
+            "table": AdamW(groups["table"], adamw, lr=adamw.table_lr, weight_decay=adamw.table_weight_decay),
+            "scalar": AdamW(groups["scalar"], adamw, lr=adamw.scalar_lr, weight_decay=adamw.scalar_weight_decay),
+        }
+
+    def add_gradients(self) -> None:
+        """Take the .grad that one micro-batch's backward pass left."""
+        self.gradients.add(self.settings.grad_clip if self.settings.clip == "micro_batch" else None)
+
+    @torch.no_grad()
+    def step(self, *, lr_scale: float, momentum: float) -> None:
+        """Step every parameter with the gradients added since the last step.
+
+        The small exchange goes first, so that AdamW runs while the matrices' gradients are still under way.
+        """
+        small = self.world.sum(self.gradients.flat)
+        self.muon.launch()
+        flat = small.wait()
+        factor = None
+        if self.settings.clip == "step":
+            factor = self._step_factor(flat)
+            flat.mul_(factor)
+        for group, adamw in self.adamw.items():
+            adamw.step(self.gradients.of(group), lr_scale=lr_scale)
+        self.muon.step(lr_scale=lr_scale, momentum=momentum, factor=factor)
+
+    def _step_factor(self, flat: Tensor) -> Tensor:
+        """Clip factor of the mean gradient, whose matrices lie scattered over the ranks."""
+        squared = self.world.sum(self.muon.squared_norm()).wait() + flat.square().sum()
+        return clip_factor(squared.sqrt(), self.settings.grad_clip)
+
+    def reset(self) -> None:
+        """Forget momentum and moments, as if no step had been taken."""
+        for adamw in self.adamw.values():
+            adamw.reset()
+        torch._foreach_zero_(self.muon.momenta)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Momentum and moments by name, whole on every rank."""
+        tensors = {f"muon/{name}": momentum for name, momentum in self.muon.named_tensors().items()}
+        for adamw in self.adamw.values():
+            tensors |= {f"adamw/{name}": moment for name, moment in adamw.named_tensors().items()}
+        return tensors
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what named_tensors returned, with any number of ranks."""
+        self.muon.load_tensors(under("muon", tensors))
+        for adamw in self.adamw.values():
+            adamw.load_tensors(under("adamw", tensors))
+
+
+def under(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those tensors whose names begin with "<kind>/", without it."""
+    return {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}

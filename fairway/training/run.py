@@ -1,0 +1,111 @@
+"""A training run between two steps: everything that changes while it goes on, to be saved and restored as one."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairway.model.gpt import GPT, param_groups
+from fairway.runtime.distributed import World
+from fairway.tokens.loader import Prefetcher
+from fairway.training.averages import Ema, Swa
+from fairway.training.forwards import Forwards
+from fairway.training.optimizer import Optimizer, under
+from fairway.training.schedule import Budget, Moment
+from fairway.training.train_settings import TrainSettings, run_budget
+
+Figures = dict[str, float]
+
+START = Moment(0, 0.0)
+
+
+@dataclass
+class Run:
+    """Network, optimizer, averages, data and what was logged so far; settings, budget and world stay as they are."""
+
+    settings: TrainSettings
+    budget: Budget
+    world: World
+    model: GPT
+    forwards: Forwards
+    optimizer: Optimizer
+    emas: dict[str, Ema]
+    swa: Swa
+    loader: Prefetcher
+    now: Moment = START
+    # Index of the first step with rounded matrices, once there was one.
+    rounded_from: int | None = None
+    history: list[tuple[int, Figures]] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, model: GPT, loader: Prefetcher, settings: TrainSettings, world: World) -> "Run":
+        """A run before its first step."""
+        named = dict(model.named_parameters())
+        groups = param_groups(model, side_matrices=settings.muon.side_matrices)
+        assert sum(map(len, groups.values())) == len(named), "every parameter is stepped by exactly one optimizer"
+        return cls(
+            settings=settings,
+            budget=run_budget(settings),
+            world=world,
+            model=model,
+            forwards=Forwards(model, settings, world.device),
+            optimizer=Optimizer(groups, settings, world),
+            emas={f"ema_{decay}": Ema(named, decay) for decay in settings.ema_decays},
+            swa=Swa(named),
+            loader=loader,
+        )
+
+    def average(self, lr_scale: float) -> None:
+        """Take the weights behind a step into the averages."""
+        for ema in self.emas.values():
+            ema.update()
+        swa = self.settings.swa
+        if lr_scale < swa.below_lr and (self.now.step + 1) % swa.every == 0:
+            self.swa.collect()
+
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Set the network's parameters."""
+        for name, p in self.model.named_parameters():
+            p.copy_(weights[name])
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """A copy of the weights of each kind: "last", "ema_<decay>", and "swa" if any were collected."""
+        last = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        kinds = {"last": last} | {kind: ema.weights() for kind, ema in self.emas.items()}
+        return kinds | ({"swa": self.swa.weights()} if self.swa.count else {})
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The tensors of a resume point. Every rank must call: the ranks' shares of the momentum are gathered."""
+        kinds: dict[str, dict[str, Tensor]] = {"model": dict(self.model.named_parameters())}
+        kinds |= {kind: ema.mean for kind, ema in self.emas.items()} | {"swa": self.swa.mean}
+        named = {f"{kind}/{name}": value for kind, values in kinds.items() for name, value in values.items()}
+        return named | self.optimizer.named_tensors()
+
+    def bookmark(self) -> dict[str, Any]:
+        """The rest of a resume point, fit for JSON."""
+        return {
+            "step": self.now.step,
+            "clock_s": self.now.clock_s,
+            "loader": self.loader.state_dict(),
+            "swa": self.swa.count,
+            "rounded_from": self.rounded_from,
+            "history": self.history,
+        }
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go back to a resume point."""
+        self.load_weights(under("model", tensors))
+        for kind, ema in self.emas.items():
+            for name, value in under(kind, tensors).items():
+                ema.mean[name].copy_(value)
+        swa = under("swa", tensors)
+        # In the order of the parameters, which the file does not keep.
+        self.swa.mean = {name: swa[name].to(self.world.device) for name in self.swa.parameters if swa}
+        self.swa.count = state["swa"]
+        self.optimizer.load_tensors(tensors)
+        self.loader.load_state_dict(state["loader"])
+        self.history = [(step, figures) for step, figures in state["history"]]
+        self.rounded_from = state["rounded_from"]
+        self.now = Moment(state["step"], state["clock_s"])

@@ -1,0 +1,146 @@
+"""The whole record in one process, without DVC: what ships as train_gpt.py.
+
+Reads:  FOLDER/val_*.bin, and tokenizer.model or val_bytes_*.bin; FOLDER/model.bin or, to make one, FOLDER/train_*.bin
+Writes: FOLDER/model.bin if there is none; val_loss (nats per token) and val_bpb of model.bin to standard output
+Usage:  python -m fairway.whole_record FOLDER in the repository, where it reads params.yaml; elsewhere
+        python train_gpt.py [FOLDER], with the settings that compress has put into the file.
+        Under torchrun all processes train and the first goes on.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fairway.adaptation.row_training import adapt, load_rows
+from fairway.codec.artifact import load_artifact
+from fairway.codec.container import check_round_trip, pack
+from fairway.evaluation.collect import collect, measure
+from fairway.evaluation.registry import make_evaluator
+from fairway.model.gpt import GPT, load_network
+from fairway.params import Params, load_params
+from fairway.quantization.calibrate import calibrate
+from fairway.quantization.rate import quantize_to_size
+from fairway.runtime.distributed import World, alone, make_deterministic, start_world
+from fairway.runtime.errors import UserError, run_stage
+from fairway.runtime.files import write_atomic
+from fairway.runtime.progress import Progress
+from fairway.tokens.loader import Prefetcher
+from fairway.tokens.validation import load_validation
+from fairway.training.loop import train
+from fairway.training.training_inputs import check_world, train_stream
+
+# What decides the artifact; the section of the shipped evaluator joins them. Others must not: they would change the
+# shipped bytes without changing the record.
+SECTIONS = ("tokenize", "model", "train", "average", "adapt", "quantize", "compress")
+
+
+def shipped_params(params: Params) -> Params:
+    """Params of which only those sections exist that the shipped program needs."""
+    return Params.model_construct(**{name: getattr(params, name) for name in (*SECTIONS, params.compress.evaluator)})
+
+
+def main() -> None:
+    """Run the record of params.yaml."""
+    params = load_params("params.yaml")
+    run_record(params, params.seeds[0], _folder())
+
+
+def run_shipped(params: Params, seed: int) -> None:
+    """Run the record of the settings inside train_gpt.py (whole_record.py)."""
+    run_stage(lambda: run_record(params, seed, _folder()))
+
+
+def run_record(params: Params, seed: int, folder: Path) -> None:
+    """Make folder/model.bin unless it is there, then print its score."""
+    path = folder / "model.bin"
+    weights = None
+    with start_world() as world:
+        if not path.is_file():
+            weights = trained_weights(params, seed, folder, world)
+            make_deterministic()
+            weights = adapted_weights(params, weights, folder, world)
+    if world.rank:
+        return
+    if weights is not None:
+        write_atomic(path, compressed(params, weights, seed, folder, world.device))
+    print_score(params, path, world.device)
+
+
+def trained_weights(params: Params, seed: int, folder: Path, world: World) -> dict[str, Tensor]:
+    """Stages train and average."""
+    check_world(params.train, world)
+    validation = load_validation(folder, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
+    model = GPT(params.model)
+    model.init_weights(seed)
+    model.to_device(world.device)
+    with (
+        Prefetcher(train_stream(params.model, params.train, folder, world), world.device) as loader,
+        Progress("train", params.train.max_steps, unit="steps") as progress,
+    ):
+
+        def tick(step: int, figures: dict[str, float]) -> None:
+            progress.update(step - progress.done, loss=figures["train_loss"])
+
+        trained = train(model, loader, validation, params.train, world, log=lambda step, figures: None, tick=tick)
+    kind = params.average.kind
+    if kind not in trained.weights:
+        raise UserError(f"params.yaml: average.method: {kind}: training kept only {', '.join(trained.weights)}")
+    return trained.weights[kind]
+
+
+def adapted_weights(params: Params, weights: dict[str, Tensor], folder: Path, world: World) -> dict[str, Tensor]:
+    """Stage adapt."""
+    settings, config = params.adapt, params.model
+    if not settings.epochs:
+        return weights
+    model = load_network(config, weights, folder, world.device)
+    rows = load_rows(
+        folder,
+        settings.split,
+        seq_len=config.seq_len,
+        vocab_size=config.vocab_size,
+        max_rows=settings.max_rows,
+    )
+    with Progress("adapt", settings.epochs * len(rows) // world.size, unit="rows") as progress:
+        adapt(model, rows.to(world.device), settings, progress.update, world=world)
+    return model.state_dict()
+
+
+def compressed(params: Params, weights: dict[str, Tensor], seed: int, folder: Path, device: torch.device) -> bytes:
+    """Stages quantize and compress."""
+    weights = {name: weight.cpu() for name, weight in weights.items()}
+    codec = params.compress.codec
+    hessians = calibrate(params.model, params.quantize.gptq, weights, folder, folder, seed=seed, device=device)
+    state, _ = quantize_to_size(
+        weights, params.quantize, hessians, lambda state: len(pack(params.model, state, codec=codec))
+    )
+    model = pack(params.model, state, codec=codec)
+    check_round_trip(model, params.model, state)
+    return model
+
+
+def print_score(params: Params, path: Path, device: torch.device) -> None:
+    """Print what the evaluator that ships makes of model.bin and the validation stream beside it."""
+    make_deterministic()
+    model = load_artifact(path, device)
+    config = model.config
+    validation = load_validation(path.parent, seq_len=config.seq_len, vocab_size=config.vocab_size)
+    tokens_N1, world = validation.tokens.to(device), alone(device)
+    with Progress("evaluate", len(validation.bytes), unit="tokens") as progress:
+        evaluation = make_evaluator(params.compress.evaluator, getattr(params, params.compress.evaluator)).begin(
+            model, tokens_N1, world
+        )
+        scores = collect(evaluation, tokens_N1, world, scored=lambda positions, nats: progress.update(len(nats)))
+    figures = measure(scores, validation.bytes)
+    print(f"val_loss: {figures['val_loss']:.8f}")
+    print(f"val_bpb: {figures['val_bpb']:.8f}")
+
+
+def _folder() -> Path:
+    return Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+
+
+if __name__ == "__main__":
+    run_stage(main)

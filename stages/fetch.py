@@ -1,0 +1,36 @@
+"""Get the documents.
+
+Reads: the section `fetch` of params.yaml: pinned source distributions on PyPI, a local file, or a published export on
+the Hugging Face hub.
+Writes: data/docs/docs.jsonl (or .jsonl.zst): one JSON object with `text` a line, in the order of everything after; the
+first tokenize.val_documents lines are the validation split. Of a published export: its shards and tokenizer instead.
+Source: the layout of the challenge's docs_selected.jsonl. The laptop's documents are Django's documentation.
+"""
+
+from pathlib import Path
+
+from fairway.params import load_params
+from fairway.runtime.errors import run_stage
+from fairway.runtime.files import output_folder
+from fairway.tokens.documents import FetchFile, fetch_file
+from fairway.tokens.hub import fetch_hub
+from fairway.tokens.sdists import FetchSdists, fetch_sdists
+
+
+def main() -> None:
+    """Fetch what params.yaml names into data/docs."""
+    fetch = load_params("params.yaml").fetch
+    with output_folder(Path("data/docs")) as folder:
+        if isinstance(fetch, FetchSdists):
+            fetched = fetch_sdists(fetch.sdists, fetch.suffixes, folder)
+            print(f"fetch: {fetched.documents} documents, {fetched.text_bytes / 1e6:.1f} MB of text")
+            if fetched.skipped:
+                print(f"fetch: left out {fetched.skipped} files that are blank or not UTF-8")
+        elif isinstance(fetch, FetchFile):
+            print(f"fetch: {fetch_file(Path(fetch.path), folder)} documents of {fetch.path}")
+        else:
+            print(f"fetch: {len(fetch_hub(fetch, folder).files)} files of {fetch.variant}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

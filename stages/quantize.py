@@ -1,0 +1,48 @@
+"""Round the weights of one seed to integer codes.
+
+Reads:  artifacts/adapt/<seed>/weights.safetensors; for GPTQ also artifacts/tokens
+Writes: artifacts/quantize/<seed>/codes.safetensors (codes, scales, float16 tensors), quantize.json (figures by tensor)
+Method: round to nearest, or GPTQ (arXiv:2210.17323); clips by percentile or sigma; LQER (arXiv:2402.02446)
+Source: PR #1150, #1488 (percentiles), #1172 (GPTQ), #1855 (sigmas, LQER). Ours: each of them by class of tensor, and a
+        search for the steps that fill a given size.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from fairway.codec.codes import save_codes
+from fairway.codec.container import pack
+from fairway.params import load_params
+from fairway.quantization.calibrate import calibrate
+from fairway.quantization.rate import quantize_to_size
+from fairway.runtime.distributed import make_deterministic, start_world
+from fairway.runtime.errors import run_stage, stage_arguments
+from fairway.runtime.files import load_tensors, output_folder, write_atomic
+
+
+def main() -> None:
+    """Quantize artifacts/adapt/<seed>."""
+    seed, _ = stage_arguments(sys.argv[1:], "quantize")
+    params = load_params("params.yaml")
+    path = Path(f"artifacts/adapt/{seed}/weights.safetensors")
+    weights = load_tensors(path, f"python -m stages.adapt {seed}")
+    make_deterministic()
+    world, started_at = start_world(), time.monotonic()
+    hessians = calibrate(
+        params.model, params.quantize.gptq, weights, path, Path("artifacts/tokens"), seed=seed, device=world.device
+    )
+    world.synchronize()
+    calibration_s = time.monotonic() - started_at if hessians else 0.0
+    state, report = quantize_to_size(
+        weights, params.quantize, hessians, lambda state: len(pack(params.model, state, codec=params.compress.codec))
+    )
+    report = {"calibration_s": round(calibration_s, 3)} | report
+    with output_folder(Path(f"artifacts/quantize/{seed}")) as out:
+        save_codes(out, state)
+        write_atomic(out / "quantize.json", json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,50 @@
+"""What the experiment came to, over all seeds: a dozen figures, a table, a page.
+
+Reads:  artifacts/train, adapt, quantize, size_check, evaluate and certify (every seed),
+        artifacts/tokens/meta.json, records/published.yaml
+Writes: results/summary.json, report.md, report.html, and curve.csv, positions.csv, sizes.csv for `dvc plots` (small,
+        committed)
+Method: mean and sample deviation over seeds; Welch's test against a published record (significance.py)
+Source: the track's rules for budgets and for a new record. No record had a report.
+"""
+
+import json
+from pathlib import Path
+
+from fairway.params import load_params
+from fairway.reporting import tables
+from fairway.reporting.facts import facts
+from fairway.reporting.page import page
+from fairway.reporting.published import load_published
+from fairway.reporting.runs import collect
+from fairway.reporting.tables import markdown, summarize
+from fairway.runtime.errors import run_stage
+from fairway.runtime.files import require_file, write_atomic
+
+
+def main() -> None:
+    """Report on every seed and evaluator of params.yaml."""
+    params = load_params("params.yaml")
+    published = load_published(Path("records/published.yaml"))
+    meta = json.loads(require_file(Path("artifacts/tokens/meta.json"), "python -m stages.tokenize").read_text())
+    found = facts(
+        collect(Path("artifacts"), params.seeds, list(params.evaluators)),
+        published,
+        meta,
+        report=params.report,
+        kept=params.average.kind,
+        shipped=params.compress.evaluator,
+    )
+
+    results = Path("results")
+    write_atomic(results / "summary.json", json.dumps(summarize(found), indent=2) + "\n")
+    write_atomic(results / "report.md", markdown(found))
+    write_atomic(results / "report.html", page(found, meta))
+    write_atomic(results / "curve.csv", tables.curve(found))
+    write_atomic(results / "positions.csv", tables.positions(found))
+    write_atomic(results / "sizes.csv", tables.sizes(found))
+    print((results / "report.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,1 +1,0 @@
-"""Stage size_check."""

@@ -1,0 +1,49 @@
+"""Make the folder that is submitted to the challenge: nothing in it is typed by hand.
+
+Reads:  of every seed artifacts/train, adapt, quantize, size_check, evaluate and certify; of the first seed
+        artifacts/compress; artifacts/tokens/tokenizer.model; the code (for the packages that it imports)
+Writes: artifacts/submission/: README.md, submission.json, train_gpt.py, tokenizer.model, requirements.txt and
+        train_seed<seed>.log of every seed
+Source: the challenge's rules (keys of submission.json: its baseline and the record folders). Ours: the certificate's
+        verdict stands in both, and an evaluator that is not proven legal is labelled so.
+"""
+
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fairway.params import load_params
+from fairway.reporting.handed_in import readme, requirements, submission_json, train_log
+from fairway.reporting.runs import collect
+from fairway.runtime.errors import run_stage
+from fairway.runtime.files import output_folder, require_file, write_atomic
+
+ARTIFACTS = Path("artifacts")
+
+
+def main() -> None:
+    """Write artifacts/submission."""
+    params = load_params("params.yaml")
+    evaluator = params.compress.evaluator
+    runs = collect(ARTIFACTS, params.seeds, [evaluator])
+    shipped = runs[0].seed
+    program = require_file(ARTIFACTS / f"compress/{shipped}/train_gpt.py", f"python -m stages.compress {shipped}")
+    tokenizer = require_file(ARTIFACTS / "tokens/tokenizer.model", "python -m stages.tokenize")
+    submission = submission_json(
+        params.submission, evaluator, runs, date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    )
+    with output_folder(ARTIFACTS / "submission") as out:
+        for run in runs:
+            log = train_log(run, evaluator, max_steps=params.train.max_steps)
+            write_atomic(out / f"train_seed{run.seed}.log", log)
+        write_atomic(out / "submission.json", json.dumps(submission, indent=2) + "\n")
+        write_atomic(out / "README.md", readme(submission, runs))
+        write_atomic(out / "requirements.txt", requirements(Path(), "fairway.whole_record"))
+        shutil.copyfile(program, out / "train_gpt.py")
+        shutil.copyfile(tokenizer, out / "tokenizer.model")
+    print(f"artifacts/submission: val_bpb {submission['val_bpb']:.6f}, {submission['certificate']['verdict']}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,36 @@
+"""Documents to token shards.
+
+Reads: data/docs (documents, or the shards of a published export), and the section `tokenize` of params.yaml.
+Writes: artifacts/tokens: val_*.bin and train_*.bin, val_bytes_*.bin (bytes per validation token, CaseOps only),
+tokenizer.model, and meta.json with counts, bytes and the SHA-256 of every file.
+Method: SentencePiece BPE (arXiv:1808.06226), trained on the training split alone or given.
+Source: the challenge's exporter; CaseOps: PR #1729. Changed: the default tokenizer loses nothing, where the published
+ones fold text (nmt_nfkc) and strip whitespace.
+"""
+
+import json
+from pathlib import Path
+
+from fairway.params import load_params
+from fairway.runtime.errors import run_stage
+from fairway.runtime.files import output_folder, write_atomic
+from fairway.tokens.export import check_documents, tokenize_documents
+from fairway.tokens.hub import adopt_export
+
+
+def main() -> None:
+    """Tokenize the documents, or adopt published shards, and write meta.json beside them."""
+    settings = load_params("params.yaml").tokenize
+    fetched = Path("data/docs")
+    hosted = (fetched / "hub.json").is_file()
+    documents = fetched if hosted else check_documents(fetched, settings)
+    with output_folder(Path("artifacts/tokens")) as folder:
+        make = adopt_export if hosted else tokenize_documents
+        meta = make(documents, folder, settings)
+        write_atomic(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+    for split in ("train", "val"):
+        print(f"tokenize: {split}: {meta[f'{split}_documents']} documents, {meta[f'{split}_tokens']} tokens")
+
+
+if __name__ == "__main__":
+    run_stage(main)

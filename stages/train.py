@@ -1,0 +1,74 @@
+"""Train the network of one seed, on this process or on those that torchrun started.
+
+Reads:  artifacts/tokens/ (train and validation shards, tokenizer.model, meta.json)
+Writes: artifacts/train/<seed>/: last.safetensors, ema_<decay>.safetensors, swa.safetensors (if collected), train.json,
+        live/ (curves). While it runs: resume points and curves in artifacts/resume/train-<seed>/.
+Method: Muon (kellerjordan.github.io/posts/muon) and AdamW (arXiv:1711.05101) on next-token cross-entropy
+Source: PR #1150, #1172, #1488, #1958. Ours: an order of data and a global batch that do not depend on the number of
+        processes, one clock for all ranks, resume points.
+Usage:  python -m stages.train [--check] <seed>      (--check: only look at params and tokens, before torchrun starts)
+"""
+
+import shutil
+import sys
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+from fairway.model.gpt import GPT
+from fairway.params import Params, load_params
+from fairway.preflight import check_inputs
+from fairway.runtime.distributed import World, start_world
+from fairway.runtime.errors import run_stage, stage_arguments
+from fairway.runtime.live_log import TrainLog, silent
+from fairway.runtime.resume import ResumePoints, only_run
+from fairway.tokens.loader import Prefetcher
+from fairway.tokens.validation import load_validation
+from fairway.training.loop import Trained, train
+from fairway.training.train_settings import run_budget
+from fairway.training.training_inputs import check_world, fingerprint, train_stream
+from fairway.training.training_outputs import memory_named, write_outputs
+
+TOKENS = Path("artifacts/tokens")
+
+
+def main() -> None:
+    """Train one seed, or check that it could be trained."""
+    check_only = sys.argv[1:2] == ["--check"]
+    seed, _ = stage_arguments(sys.argv[1 + check_only :], "train [--check]")
+    params = load_params("params.yaml")
+    resume = Path(f"artifacts/resume/train-{seed}")
+    if check_only:
+        check_inputs(params, seed, TOKENS, resume)
+        return
+    with start_world() as world:
+        check_world(params.train, world)
+        if world.size == 1:
+            check_inputs(params, seed, TOKENS, resume)
+        with only_run(resume) if world.rank == 0 else nullcontext():
+            trained = _train(params, seed, world, resume)
+            if world.rank == 0:
+                out = Path(f"artifacts/train/{seed}")
+                write_outputs(out, trained, params.model, params.train, world, live=resume / "live")
+                shutil.rmtree(resume)
+
+
+def _train(params: Params, seed: int, world: World, resume: Path) -> Trained:
+    """Build what the loop needs, and run it."""
+    model = GPT(params.model)
+    model.init_weights(seed)
+    model.to_device(world.device)
+    validation = load_validation(TOKENS, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
+    points = ResumePoints(resume, fingerprint(params.model, params.train, seed, TOKENS))
+    with ExitStack() as held:
+        held.enter_context(memory_named(params.train, world))
+        loader = held.enter_context(Prefetcher(train_stream(params.model, params.train, TOKENS, world), world.device))
+        budget = run_budget(params.train)
+        log = tick = silent
+        if world.rank == 0:
+            shown = held.enter_context(TrainLog(resume / "live", steps=budget.steps, seconds=budget.clock_s))
+            log, tick = shown.log, shown.tick
+        return train(model, loader, validation, params.train, world, log=log, tick=tick, points=points)
+
+
+if __name__ == "__main__":
+    run_stage(main)
