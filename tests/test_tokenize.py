@@ -230,7 +230,7 @@ def test_published_settings_fold_text_and_lossless_ones_keep_it(corpus: Path, tm
 
 
 def test_published_settings_are_those_recorded_in_the_published_models(corpus: Path) -> None:
-    """spec/data.md, section 6.1."""
+    """data.md 6.1."""
     model = train_tokenizer(read_texts(corpus), vocab_size=VOCAB_SIZE, trainer="published", transform="none")
     recorded = proto.ModelProto.FromString(model)
     trainer, normalizer = recorded.trainer_spec, recorded.normalizer_spec
