@@ -232,7 +232,7 @@ def test_a_changed_experiment_does_not_see_the_resume_point(ready: Experiment) -
 def test_changed_code_does_not_see_the_resume_point(ready: Experiment) -> None:
     code = (
         "from pathlib import Path; from fairway.params import load_params;"
-        "from fairway.runtime.resume import fingerprint;"
+        "from fairway.training.training_inputs import fingerprint;"
         "p = load_params('params.yaml'); print(fingerprint(p.model, p.train, 1, Path('artifacts/tokens')))"
     )
     sources = ("fairway/reporting/page.py", "fairway/model/attention.py", "fairway/training/loop.py")
