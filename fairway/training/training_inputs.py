@@ -14,13 +14,14 @@ from fairway.tokens.data_orders import (
     CoprimeWindows,
     PackedLoader,
     PackedRows,
+    Sequential,
     SequentialLoader,
     ShuffledLoader,
     ShuffledWindows,
     document_bounds,
     name_seed,
 )
-from fairway.tokens.loader import Order, Sequential, Stream, Tokens
+from fairway.tokens.loader import Order, Stream, Tokens
 from fairway.tokens.shards import shard_paths
 from fairway.training.train_settings import TrainSettings
 
