@@ -11,7 +11,7 @@ from fairway.runtime.errors import UserError
 
 
 class Section(BaseModel):
-    """A section of params.yaml, strict and frozen: an unknown key or a wrong type is an error that names the key."""
+    """A strict, frozen section of params.yaml: unknown keys and wrong types are errors that name the key."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -19,12 +19,19 @@ class Section(BaseModel):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def load_section(path: Path, kind: type[SectionT]) -> SectionT:
-    """Read a YAML file as the section `kind`.
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 floats: PyYAML reads `1e-3` as text, DVC as a number."""
 
-    Raises UserError in one line if the file is missing, is no YAML mapping, or does not fit the section; the line then
-    names the first key at fault.
-    """
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+
+
+def load_section(path: Path, kind: type[SectionT]) -> SectionT:
+    """Read a YAML file as the section `kind`, faults as in load_params."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -39,25 +46,13 @@ def load_section(path: Path, kind: type[SectionT]) -> SectionT:
         raise UserError(f"{path}: {_first_fault(error)}") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's SafeLoader with the floats of YAML 1.2. PyYAML itself reads `1e-3` as text, DVC reads it as a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
-
-
 def _first_fault(error: ValidationError) -> str:
-    """The first fault as `key.path: what is wrong (found value)`, followed by the number of further faults.
+    """The first fault as `key.path: what is wrong (found value)`; the number of further ones behind it.
 
-    Unknown keys go first: where a key is misspelt, the right one is missing too, and the misspelling explains both.
+    Unknown keys go first: where one is misspelt, the right one is missing too.
     """
     fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
-    # Some sections come in kinds (`fetch.source`, `loader.kind`). pydantic puts the kind's name behind the section's
-    # name, where the file has no such key, so it is left out.
+    # Of a section that comes in kinds, pydantic names the kind behind the section: not a key of the file.
     kinds = {("fetch", 1), ("loader", 2)}
     places = zip(range(len(fault["loc"])), ("", *fault["loc"]), fault["loc"], strict=False)
     key = ".".join(str(part) for i, before, part in places if (before, i) not in kinds)
