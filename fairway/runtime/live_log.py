@@ -55,7 +55,7 @@ class TrainLog:
         else:
             total, unit, done, before = self.steps, "steps", step, step - 1
         if self.progress is None:
-            # Progress begins where this process begins, so that a resumed run estimates its speed from its own steps.
+            # Counted from here, so that a resumed run judges its speed by what it does itself.
             self.progress = Progress("train", total, unit=unit, start=before)
         self.shown["loss"] = figures["train_loss"]
         self.progress.update(done - self.progress.done, **self.shown)
@@ -72,4 +72,4 @@ class TrainLog:
 
 
 def silent(step: int, figures: Figures) -> None:
-    """Show nothing: the log and the tick of every process but the first."""
+    """The log and the tick of ranks other than 0, which show nothing."""
