@@ -44,7 +44,7 @@ def calibrate(
     seed: int,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Hessians by name, float32 (C, C) on `device`, of the weights that quantize.gptq rounds; empty if it is null.
+    """Hessians by name, float32 (C, C) on `device`, of the weights that GPTQ is to round; empty without GPTQ.
 
     `path` is the file that the weights come from, for the message if they do not fit `config`; `tokens` is the token
     folder. Raises UserError if they do not fit, or if the text is missing or shorter than a row.
@@ -134,7 +134,7 @@ class _Taps(TorchFunctionMode):
 def _gram(x_nC: Tensor) -> Tensor:
     """XᵀX, float32 (C, C).
 
-    On CUDA bfloat16 inputs are not converted first: products of bfloat16 are exact in float32, and so are sums formed.
+    On CUDA bfloat16 inputs need no conversion: torch multiplies them exactly there and adds the products in float32.
     """
     if x_nC.is_cuda and x_nC.dtype == torch.bfloat16:
         return torch.mm(x_nC.T, x_nC, out_dtype=torch.float32)

@@ -1,8 +1,8 @@
 """Scales of rows, and rounding to nearest with them.
 
 A scale is the step between two codes. It follows from the row's clip, the weight that becomes the largest code: a
-percentile of the row's magnitudes, or a multiple of its standard deviation. Arithmetic is float32, but the scale that
-codes are formed with is rounded to float16, since that is what ships.
+percentile of the row's magnitudes, or a multiple of its standard deviation. Arithmetic is float32. Scales ship as
+float16 and are rounded to it before codes are formed with them, except in plain_rows.
 
 Legend: R rows, C columns, P candidate scales of a row, Q the largest code.
 

@@ -106,8 +106,9 @@ def alone(device: torch.device) -> World:
 def start_world() -> World:
     """Join the processes that torchrun started, or be the only process where torchrun did not start this one.
 
-    torchrun tells each process its place in the variables RANK, WORLD_SIZE and LOCAL_RANK. The process with local rank
-    i works on GPU i, or on the CPU of a machine without GPUs. Raises UserError if the machine has too few GPUs.
+    torchrun tells each process its place in the variables RANK, WORLD_SIZE and LOCAL_RANK (its number on this machine).
+    The process with local rank i works on GPU i, or on the CPU if there are no GPUs. Raises UserError if the machine
+    has GPUs, but fewer than processes.
     """
     rank, size, local_rank = (
         int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

@@ -1,7 +1,7 @@
 """The documents file: how stages read it, and how one is made of a local file.
 
 It holds one JSON object with `text` a line, plain or compressed with zstandard; its order decides everything after it.
-Lines are separated by LF alone and parsed one by one. A fault can so be told with its line number, and a corpus of any
+Lines are separated by LF alone and parsed one by one, so that a fault is told with its line number and a corpus of any
 size needs a few megabytes of memory.
 """
 

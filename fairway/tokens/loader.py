@@ -83,7 +83,7 @@ class Tokens:
 class Order(Protocol):
     """Says where the micro-batches of each step begin. The same state always gives the same steps from there on."""
 
-    # A span is span + 1 consecutive tokens: all but the last are inputs, all but the first are their targets.
+    # A span is a run of `span` + 1 tokens: all but the last of them are inputs, all but the first are the targets.
     span: int
 
     def draw(self) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """The training loop: it takes a network, micro-batches and settings, and returns weights and figures.
 
 The order of a step is that of the records (training.md 2.16): validate if it is time to, read the schedules, sum the
-gradients of the micro-batches, update the weights, take them into the averages. All ranks decide by rank 0's clock.
-They so use the same learning rate, switch depth recurrence on together and stop at the same step.
+gradients of the micro-batches, update the weights, take them into the averages. All ranks decide by rank 0's clock, so
+that they use the same learning rate, switch depth recurrence on together and stop at the same step.
 """
 
 import math
@@ -25,7 +25,7 @@ from fairway.training.run import Figures, Run
 from fairway.training.schedule import Clock, Moment, loop_is_on, lr_multiplier, muon_momentum
 from fairway.training.train_settings import TrainSettings
 
-# Called with the number of steps done and the figures of the last one.
+# Called with the number of steps done and with figures, either of the last step or of a validation behind it.
 Callback = Callable[[int, Figures], None]
 
 # The first steps are all logged, as in the records, since that is where most faults of a run show.

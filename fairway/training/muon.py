@@ -29,7 +29,7 @@ from fairway.training.gradients import Stack
 
 
 class MuonSettings(Section):
-    """Muon on the matrices of the layers."""
+    """How Muon steps the matrices of the layers."""
 
     lr: float = Field(ge=0)
     weight_decay: float = Field(ge=0)
