@@ -32,8 +32,7 @@ from fairway.tokens.shards import shard_paths
 from fairway.tokens.validation import load_validation
 from fairway.training.loop import Trained, train
 from fairway.training.run import Figures
-from fairway.training.training_inputs import check_world, fingerprint, train_stream
-from fairway.training.training_outputs import memory_named
+from fairway.training.training_inputs import check_world, fingerprint, memory_named, train_stream
 
 SEED = "1337"
 ALONE = alone(torch.device("cpu"))

@@ -1,8 +1,8 @@
-"""The training loop: a network, micro-batches and settings in; weights and figures out.
+"""The training loop: it takes a network, micro-batches and settings, and returns weights and figures.
 
-Order of a step, as in the records (training.md 2.16): validate if due, read the schedules, accumulate the gradients of
-the micro-batches, step, average the weights. Every rank decides by rank 0's clock, so that all use the same learning
-rate, switch the loop together and stop at the same step.
+The order of a step is that of the records (training.md 2.16): validate if it is time to, read the schedules, sum the
+gradients of the micro-batches, update the weights, take them into the averages. All ranks decide by rank 0's clock, so
+that they use the same learning rate, switch depth recurrence on together and stop at the same step.
 """
 
 import math
@@ -25,10 +25,10 @@ from fairway.training.run import Figures, Run
 from fairway.training.schedule import Clock, Moment, loop_is_on, lr_multiplier, muon_momentum
 from fairway.training.train_settings import TrainSettings
 
-# (step, its figures): after every step, and of the steps that are logged or validated.
+# Called with the number of steps done and with figures, either of the last step or of a validation behind it.
 Callback = Callable[[int, Figures], None]
 
-# The first steps are logged one by one, as in the records: that is where runs go wrong.
+# The first steps are all logged, as in the records, since that is where most faults of a run show.
 FIRST_STEPS = 10
 
 
@@ -58,9 +58,9 @@ def train(
 ) -> Trained:
     """Train `model` (initialised, on world.device) in place until its budget of steps or seconds is spent.
 
-    Goes on from the latest of `points`, if there is one, and saves one every checkpoint_every steps. `tick` hears of
-    every step, `log` of those that are logged or validated, both on every rank. Raises UserError at the first step
-    whose loss or gradient is not finite.
+    If `points` holds a resume point of this run, training goes on from there; a new one is saved every checkpoint_every
+    steps. `tick` is called after every step, `log` with the figures of steps that are logged or validated, both on
+    every rank. Raises UserError after the first step whose loss or gradient is not finite.
     """
     run = Run.begin(model, loader, settings, world)
     if settings.compile:
@@ -74,7 +74,8 @@ def train(
         run.history.append((run.now.step, figures))
         log(run.now.step, figures)
 
-    # On the clock from here: loading, micro-batches, optimizer, averages, logs, resume points. Off it: validation.
+    # The clock starts here. It counts loading, micro-batches, optimizer, averages, logs and resume points; it stands
+    # still during validation. Compiling and warming up came before and are not counted.
     clock = Clock(world, run.now.clock_s)
     clock.start()
     while True:
@@ -100,7 +101,7 @@ def train(
 
 
 def _averages_bpb(run: Run, weights: dict[str, dict[str, Tensor]], validation: Validation) -> dict[str, float]:
-    """Bits per byte of every kind of weights but the last, which the network has again in the end."""
+    """Validation bits per byte of each average of the weights. Afterwards the network has its last weights again."""
     bpb = {}
     for kind in list(weights)[1:]:
         run.load_weights(weights[kind])
@@ -110,7 +111,7 @@ def _averages_bpb(run: Run, weights: dict[str, dict[str, Tensor]], validation: V
 
 
 def _step(run: Run, clock: Clock) -> Figures:
-    """One optimizer step; its figures. Ends with the step's only wait for the device."""
+    """Take one optimizer step and return its figures. The host waits for the device once, at the end."""
     settings, step = run.settings, run.now.step
     lr_scale = lr_multiplier(settings.schedule, run.budget, run.now)
     momentum = muon_momentum(settings.muon, step)
@@ -144,7 +145,7 @@ def _step(run: Run, clock: Clock) -> Figures:
 
 
 def _accumulate(run: Run, forward: Forward, looped: bool) -> Tensor:
-    """Gradients of this rank's micro-batches of a step; their mean loss (0-d, on the device)."""
+    """Sum the gradients of this rank's micro-batches of a step; return their mean loss (0-d, on the device)."""
     gradients = run.optimizer.gradients
     gradients.clear()
     losses = []
@@ -169,7 +170,7 @@ def _demand_finite(run: Run, loss: float, group_norms: list[float]) -> None:
 
 
 def _validate(run: Run, validation: Validation) -> tuple[float, float]:
-    """Loss and bits per byte of the weights as they are."""
+    """Validation loss (nats per token) and bits per byte of the weights that the network has now."""
     return validate(
         run.forwards.plain,
         validation,
@@ -182,7 +183,10 @@ def _validate(run: Run, validation: Validation) -> tuple[float, float]:
 
 
 def _warm_up(run: Run) -> None:
-    """Compile every graph by running warmup_steps real steps, then put everything back: no data or update is kept."""
+    """Compile every graph that the run will use by running warmup_steps steps with each, before the clock starts.
+
+    The weights, the optimizer and the position in the data are put back afterwards (training.md 2.4).
+    """
     before, position = run.weights()["last"], run.loader.state_dict()
     depths = (False, True) if run.settings.schedule.loop_from else (True,)
     forwards = [run.forwards.plain] + ([run.forwards.rounded_at(0)] if run.settings.qat else [])
