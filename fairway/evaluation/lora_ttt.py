@@ -30,7 +30,7 @@ from torch.nn.utils import clip_grad_norm_
 from fairway.adaptation.lanes import sum_gradients
 from fairway.adaptation.trainable import RoundedWeights
 from fairway.evaluation.evaluator import Evaluator
-from fairway.evaluation.lora_adapters import AdaptedNetwork, Adapters, Factors, draw_factors
+from fairway.evaluation.lora_adapters import Factors, LoraAdapters, adapted_logits, draw_factors
 from fairway.evaluation.passes import Pass, Prediction, State
 from fairway.evaluation.ttt import cosine
 from fairway.model.gpt import GPT
@@ -152,7 +152,7 @@ class LoraTttPass(Pass):
 
     def __init__(self, model: GPT, tokens_N1: Tensor, world: World, settings: LoraTttSettings, draw: Draw) -> None:
         self.model, self.tokens_N1, self.world, self.settings, self.draw = model, tokens_N1, world, settings, draw
-        self.network, self._rounded = AdaptedNetwork(model), RoundedWeights(model)
+        self._rounded = RoundedWeights(model)
         self.batches = by_length(documents(tokens_N1.cpu()), settings.batch_documents)
         ends = phase_ends(self.batches, settings.prefix_documents, settings.phases, settings.lanes)
         self.bounds = [0, *ends, len(self.batches)]
@@ -175,11 +175,11 @@ class LoraTttPass(Pass):
             adapters.forget()
             yield from self._batch(batch, adapters)
 
-    def _adapters(self, factors: Factors) -> Adapters:
+    def _adapters(self, factors: Factors) -> LoraAdapters:
         scale = self.settings.alpha / self.settings.rank
-        return Adapters(self.model.config, factors, scale=scale, device=self.tokens_N1.device)
+        return LoraAdapters(self.model.config, factors, scale=scale, device=self.tokens_N1.device)
 
-    def _batch(self, batch: list[Document], adapters: Adapters) -> Predictions:
+    def _batch(self, batch: list[Document], adapters: LoraAdapters) -> Predictions:
         """Score and fit, chunk by chunk, until the longest document ends."""
         s = self.settings
         optimizer = torch.optim.AdamW(
@@ -190,8 +190,8 @@ class LoraTttPass(Pass):
             while again:
                 cut = Cut(self.tokens_N1, batch, index * s.chunk_tokens, s.chunk_tokens, self.model.config.seq_len)
                 with torch.set_grad_enabled(bool(cut.goes_on_B.any())):
-                    hid_BTD = self.network.hidden(cut.tokens_BT, adapters)
-                    logits_BCV = self.network.logits(cut.scored(hid_BTD), adapters)
+                    hid_BTD = self.model.hidden(cut.tokens_BT, adapters=adapters)
+                    logits_BCV = adapted_logits(self.model, cut.scored(hid_BTD), adapters)
                 again = yield cut.positions_BC[cut.inside_BC], logits_BCV[cut.inside_BC].detach()
             if logits_BCV.requires_grad:
                 self._fit(cut, logits_BCV, optimizer)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fairway.evaluation.collect import POINTS
 from fairway.evaluation.cuda_graph import graphed
+from fairway.evaluation.overlapping import overlapping_hidden
 from fairway.evaluation.passes import Pass, Prediction, State
-from fairway.evaluation.windows import Windows, in_groups, overlapping_hidden, published, scored_once
+from fairway.evaluation.windows import Windows, in_groups, published, scored_once
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
@@ -104,7 +105,7 @@ class WindowPass(Pass):
 
         # Not a function of self, which would then hold itself, and the graph's memory, for longer than it is used.
         def hidden(tokens_L: Tensor) -> Tensor:
-            return overlapping_hidden(model, tokens_L, spacing=spacing, last=width)
+            return overlapping_hidden(model, tokens_L, spacing=spacing, wanted=width)
 
         self._hidden, self.fills_up = graphed(hidden, tokens_N1.device), tokens_N1.is_cuda
 

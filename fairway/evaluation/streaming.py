@@ -20,8 +20,9 @@ from pydantic import Field
 from torch import Tensor
 
 from fairway.evaluation.evaluator import Evaluator
-from fairway.evaluation.kv_cache import OVERLAP, RememberingNetwork
+from fairway.evaluation.kv_cache import Cache, cached_hidden
 from fairway.evaluation.passes import Pass, Prediction, State
+from fairway.model.embedding import LOOK_BACK
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
@@ -60,20 +61,20 @@ class StreamingPass(Pass):
 
     def __init__(self, model: GPT, tokens_N1: Tensor, world: World, settings: StreamingSettings) -> None:
         self.model, self.tokens_N1, self.world, self.settings = model, tokens_N1, world, settings
-        self.network = RememberingNetwork(model)
         targets, lanes = len(tokens_N1) - 1, settings.lanes
         self.bounds = [targets * lane // lanes for lane in range(lanes + 1)]
         self.mine = range(world.rank, lanes, world.size)
         longest = max(end - begin for begin, end in zip(self.bounds, self.bounds[1:], strict=False))
         self.chunks = -(-longest // settings.block_tokens)
-        self._memory = self._next = self.network.nothing
+        self._cache: Cache = ()
+        self._next: Cache = ()
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Iterator[Prediction]:
         """A block of every lane of this process. None is left out: what follows remembers it."""
         begin = chunk * self.settings.block_tokens
         end = begin + self.settings.block_tokens
-        tokens = torch.stack([self._cut(lane, max(begin - OVERLAP, 0), end) for lane in self.mine])
-        hid_BCD, self._next = self.network.hidden(tokens, begin, self._memory)
+        tokens = torch.stack([self._cut(lane, max(begin - LOOK_BACK, 0), end) for lane in self.mine])
+        hid_BCD, self._next = cached_hidden(self.model, tokens, begin, self._cache)
         for lane, hid_CD in zip(self.mine, hid_BCD, strict=True):
             first, last = self.bounds[lane] + begin, min(self.bounds[lane] + end, self.bounds[lane + 1])
             if last > first:
@@ -90,12 +91,12 @@ class StreamingPass(Pass):
 
     def learn(self, chunk: int) -> None:
         """Remember the block."""
-        self._memory = self._next
+        self._cache = self._next
 
     def state(self) -> State:
         """Every lane's memory, whichever process has it."""
         state = {}
-        for index, memory in enumerate(self._memory):
+        for index, memory in enumerate(self._cache):
             of_lanes = memory.new_zeros(self.settings.lanes, *memory.shape[1:])
             of_lanes[self.mine.start :: self.world.size] = memory
             state[str(index)] = self.world.sum(of_lanes).wait()
@@ -104,4 +105,4 @@ class StreamingPass(Pass):
     def restore(self, state: State) -> None:
         """Take this process's lanes out of it."""
         of_lanes = [state[str(index)] for index in range(len(state))]
-        self._memory = tuple(memory[self.mine.start :: self.world.size] for memory in of_lanes)
+        self._cache = tuple(memory[self.mine.start :: self.world.size] for memory in of_lanes)
