@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream
 from torch import Tensor
 
+from fairway.evaluation.document_batches import Document, by_length, documents, phase_ends
 from fairway.evaluation.lora_adapters import Factors, LoraAdapters, adapted_logits, draw_factors
-from fairway.evaluation.lora_ttt import (
-    Document,
-    LoraTttEvaluator,
-    LoraTttPass,
-    LoraTttSettings,
-    by_length,
-    documents,
-    phase_ends,
-)
+from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttPass, LoraTttSettings
 from fairway.runtime.distributed import alone
 from fairway.runtime.errors import UserError
 from fairway.tokens.tokenizer import BOS
