@@ -73,7 +73,7 @@ def test_adapters_work_alike_on_the_last_places_alone(record: str, seed: int, wa
 
 def _gradients(hidden: Tensor, adapters: LoraAdapters) -> list[Tensor]:
     """Of a weighted sum of hidden states, by every factor but the head's."""
-    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(hidden.device)
     parameters = [parameter for name, parameter in adapters.named_parameters() if not name.endswith("head")]
     return list(torch.autograd.grad((hidden * weights).mean(), parameters))
 
@@ -88,3 +88,18 @@ def test_no_way_of_running_it_leaves_anything_in_the_network(record: str) -> Non
     network.hidden(rows, adapters=_random_adapters(network, 2))
     after = {name: sorted(vars(module)) for name, module in network.named_modules()}
     assert after == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.parametrize("wanted", [None, 4])
+def test_adapters_on_a_gpu_get_the_gradients_that_they_get_on_a_cpu(record: str, wanted: int | None) -> None:
+    network, rows = lively_network(record), random_stream(3, 2 * ROW - 1).view(2, ROW)
+    adapters = _random_adapters(network, 2)
+    expected = _gradients(network.hidden(rows, adapters=adapters, wanted=wanted), adapters)
+    network.to_device(torch.device("cuda"))
+    adapters.cuda()
+    found = _gradients(network.hidden(rows.cuda(), adapters=adapters, wanted=wanted).float(), adapters)
+    flat, expected_flat = (torch.cat([part.flatten().cpu() for part in parts]) for parts in (found, expected))
+    assert torch.nn.functional.cosine_similarity(flat, expected_flat, dim=0) > 0.99
