@@ -113,8 +113,8 @@ class SharedContext(Evaluator):
     """Context-only SLOT as PR #1217, #1306, #1322 and #1333 had it: one offset for a batch of overlapping windows."""
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        head = OffsetHead(SlotFitSettings(steps=3, lr=0.02, fitted_on="context"), tokens_N1.device)
-        head.places = self._places
+        fit = SlotFitSettings(steps=3, lr=0.02, fitted_on="context")
+        head = OffsetHead(fit, tokens_N1.device, self._places)
         windows = stream_windows("slot", model, len(tokens_N1) - 1, stride=8, as_published=False)
         return _Headed(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6, head=head)
 

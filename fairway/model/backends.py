@@ -1,12 +1,10 @@
-"""Attention kernels behind model.attention.attend, and the one function that chooses among them.
+"""Attention kernels behind causal_attention.attend, the function that chooses among them, and torch.compile.
 
-Legend: B rows, T tokens, N = B·T, H query heads, K key/value heads, E width of a head, S segments.
-
-Each is a torch.library operator of queries (B, T, H, E), keys and values (B, T, K, E), bfloat16 on CUDA, so that the
+Each kernel is a torch.library operator of queries (B, T, H, E), keys and values (B, T, K, E), bfloat16 on CUDA. So the
 compiler takes it as a whole, whatever library does the work. It returns the result (B, T, H, E) and the logarithm of
 each query's softmax denominator, float32, which its backward pass reads.
 
-The network, and what is built around it, for torch.compile.
+Legend: B rows, T tokens, N = B·T, H query heads, K key/value heads, E width of a head, S segments.
 """
 
 from collections.abc import Callable
@@ -18,12 +16,12 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-# Lengths for which cuDNN is asked. It makes a plan for every new shape, which takes it up to a second.
+# cuDNN is used for lengths that are multiples of this: it plans every new shape, which takes it up to a second.
 CUDNN_MULTIPLE = 128
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, *, length: int, packed: bool) -> str:
-    """What attends on that device, for rows of `length` tokens, or for packed documents.
+    """The name of the kernel for rows of `length` tokens, or for packed documents, on a device.
 
     "plain" (PyTorch's own choice, with a mask for documents) unless the device is CUDA and the dtype bfloat16. There:
     "flash4" (FlashAttention-4, package flash-attn-4) if it is installed and the GPU is a Hopper or newer; "cudnn" for
@@ -105,13 +103,13 @@ def flash4_attention_backward(
 
 
 def recent_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attention of the last positions to the `window` up to each, by FlashAttention-2; fewer queries than keys.
+    """Attention of queries at the last positions, each to the `window` positions up to its own, by FlashAttention-2.
 
-    No gradient, and not for the compiler.
+    It is not an operator of ours, and not compiled.
     """
     lengths, causal = (None, None, q.size(1), k.size(1)), (0.0, True, False)
     q, k, v = (x.contiguous() for x in (q, k, v))
-    # It counts the positions before a query's own, and aligns the last query with the last key.
+    # FlashAttention counts the positions before a query's own, and aligns the last query with the last key.
     o: Tensor = aten._flash_attention_forward(
         q, k, v, *lengths, *causal, window_size_left=window - 1, window_size_right=0
     )[0]
@@ -119,12 +117,12 @@ def recent_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def _packed(segments: Tensor | None, *tensors: Tensor) -> list[Tensor]:
-    """As they are, (B, T, ...), or for segments as one sequence of all tokens, (N, ...)."""
+    """The tensors as they are, (B, T, ...), or where there are segments as one sequence of all tokens, (N, ...)."""
     return list(tensors) if segments is None else [x.flatten(0, 1) for x in tensors]
 
 
 def _lengths(segments: Tensor | None, longest: int) -> dict[str, Any]:
-    """How FlashAttention-4 is told of segments."""
+    """The arguments of FlashAttention-4 that say where segments are."""
     if segments is None:
         return {}
     return dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), segments) | dict.fromkeys(
@@ -169,7 +167,7 @@ _register(flash4_attention, flash4_attention_backward)
 
 
 def compiled(function: Callable[..., Any], *, backend: Any = "inductor", fullgraph: bool = False) -> Callable[..., Any]:
-    """The function compiled for fixed shapes, for which the attention kernel is chosen once."""
+    """The function compiled for fixed shapes; the attention kernel is chosen when a shape is compiled."""
     # Marked here and not where it is defined: marking imports the compiler, which takes a second that most runs on a
     # CPU need not spend.
     torch.compiler.assume_constant_result(attention_backend)
