@@ -1,12 +1,10 @@
-"""Running a pass: adding up what it predicts, with points to resume from, or reading single distributions off it.
+"""From a pass to a score: run it, add up what it predicts, and turn the sums into bits per byte.
 
-Legend: N targets, M targets predicted together, P chosen positions, V vocabulary.
+`collect` runs a pass to its end and leaves points to resume from; `distributions` reads single distributions off one.
+`RunningScore` is what an evaluation shows while it goes on, and `measure` makes its final figures.
 
-The running score that an evaluation shows while it goes on.
-
-The figures of an evaluation.
-
-The score of the challenge: bits per byte of the validation text.
+Legend: N targets, M targets predicted together, P chosen positions, V vocabulary. Target p is token p + 1 of the
+stream.
 """
 
 import math
@@ -201,8 +199,14 @@ class RunningScore:
 def measure(scores: Scores, target_bytes: Tensor) -> dict[str, Any]:
     """val_bpb, val_loss (nats per scored target), targets, how often they were scored in all, and bytes so counted.
 
-    `target_bytes` (N,) int64. Raises UserError if any score is not finite.
+    `target_bytes` (N,) int64. Raises UserError if a target was never scored, or if any score is not finite.
     """
+    unscored = (scores.times_N == 0).nonzero()[:, 0].tolist()
+    if unscored:
+        raise UserError(
+            f"{len(unscored)} of {len(scores.times_N)} targets were never scored: tokens {_places(unscored)} of the "
+            "validation stream; the evaluator must predict every target once"
+        )
     if not scores.nats_N.isfinite().all():
         raise UserError(
             "some targets have no finite score: the network overflows, as trained or once it has adapted "
@@ -217,6 +221,18 @@ def measure(scores: Scores, target_bytes: Tensor) -> dict[str, Any]:
         "scored": scored,
         "bytes": int(bytes_N.sum()),
     }
+
+
+def _places(positions: list[int], *, most: int = 3) -> str:
+    """The tokens at these increasing positions, neighbours as one range: "3 to 5, 9"; "and others" beyond `most`."""
+    ranges: list[list[int]] = []
+    for token in (position + 1 for position in positions):
+        if ranges and token == ranges[-1][1] + 1:
+            ranges[-1][1] = token
+        else:
+            ranges.append([token, token])
+    listed = [str(first) if first == last else f"{first} to {last}" for first, last in ranges[:most]]
+    return ", ".join(listed) + (" and others" if len(ranges) > most else "")
 
 
 def bpb(nats: Tensor, target_bytes: Tensor) -> float:
