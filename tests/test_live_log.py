@@ -1,0 +1,48 @@
+"""What a training run shows while it goes on: how far it is, and how long it will still take."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fairway.runtime import progress
+from fairway.runtime.live_log import Figures, TrainLog
+
+
+class HandSetClock:
+    """Stands for the module time where progress reads it, so that a test of minutes takes none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 5000.0
+        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> HandSetClock:
+    """The time that progress lines are reckoned by."""
+    return HandSetClock(monkeypatch)
+
+
+def _figures(clock_s: float) -> Figures:
+    return {"train_loss": 2.5, "clock_s": clock_s}
+
+
+def test_a_resumed_run_limited_by_the_clock_tells_the_seconds_that_are_left(
+    tmp_path: Path, clock: HandSetClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed at 400 of 600 seconds, 11 seconds ago: 189 are left. The 400 seconds were not run in these 11."""
+    with TrainLog(tmp_path, steps=100_000, seconds=600.0) as log:
+        log.tick(4001, _figures(400.2))
+        clock.now_s += 11
+        log.tick(4111, _figures(411.2))
+        assert capsys.readouterr().out == "train: 411/600 s, 11 s, 189 s left loss=2.5\n"
+
+
+def test_a_resumed_run_limited_by_steps_judges_its_speed_by_its_own_steps(
+    tmp_path: Path, clock: HandSetClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TrainLog(tmp_path, steps=100, seconds=None) as log:
+        log.tick(61, _figures(300.0))
+        clock.now_s += 20
+        log.tick(65, _figures(320.0))
+        assert capsys.readouterr().out == "train: 65/100 steps, 20 s, 175 s left loss=2.5\n"
