@@ -77,7 +77,7 @@ def change(experiment: Experiment, **train: Any) -> Params:
 
 
 def run_loop(
-    experiment: Experiment, params: Params, points: ResumePoints | None = None
+    experiment: Experiment, params: Params, points: ResumePoints | None = None, world: World = ALONE
 ) -> tuple[Trained, list[Figures]]:
     """The public function on the experiment's tokens, in this process: what it returns, and every step's figures."""
     tokens = experiment.folder / "artifacts/tokens"
@@ -85,13 +85,13 @@ def run_loop(
     model.init_weights(1337)
     validation = load_validation(tokens, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
     ticks: list[Figures] = []
-    with Prefetcher(train_stream(params.model, params.train, tokens, ALONE), ALONE.device) as loader:
+    with Prefetcher(train_stream(params.model, params.train, tokens, world), world.device) as loader:
         trained = train(
             model,
             loader,
             validation,
             params.train,
-            ALONE,
+            world,
             log=lambda step, figures: None,
             tick=lambda step, figures: ticks.append(figures),
             points=points,
@@ -267,6 +267,21 @@ def test_the_clock_stops_training_and_decays_the_learning_rate(ready: Experiment
     assert trained.stopped_by == "wallclock"
     assert 0.5 <= trained.clock_s < 1.0
     assert ticks[-1]["lr_scale"] < 0.2
+
+
+class LateWorld(World):
+    """A process whose device is always behind: the host waits a while for the end of every step."""
+
+    def gather(self, values: Tensor) -> list[list[float]]:
+        time.sleep(0.3)
+        return super().gather(values)
+
+
+def test_the_time_of_training_includes_the_work_of_the_last_step(ready: Experiment) -> None:
+    """The clock is read before the host waits for a step, so that the last wait comes behind the last such reading."""
+    world = LateWorld(rank=0, size=1, device=torch.device("cpu"))
+    trained, ticks = run_loop(ready, change(ready, max_steps=2), world=world)
+    assert trained.clock_s >= ticks[-1]["clock_s"] + 0.3
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_names_the_group(ready: Experiment) -> None:

@@ -34,7 +34,10 @@ FIRST_STEPS = 10
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves: weights by kind ("last", "ema_<decay>", "swa" if collected), their bpb, and figures."""
+    """What training leaves: weights by kind ("last", "ema_<decay>", "swa" if collected), their bpb, and figures.
+
+    `clock_s` are the seconds of the training clock until the device had done the last step.
+    """
 
     weights: dict[str, dict[str, Tensor]]
     val_bpb: dict[str, float]
@@ -81,6 +84,8 @@ def train(
         stopped_by = run.budget.spent(run.now)
         if stopped_by or run.now.step % settings.val_every == 0:
             with clock.paused():
+                # The device has done all its work by now, while `run.now` was read before the last step's was done.
+                clock_s = clock.read()
                 val_loss, val_bpb = _validate(run, validation)
                 note({"val_loss": val_loss, "val_bpb": val_bpb})
         if stopped_by:
@@ -96,7 +101,7 @@ def train(
 
     weights = run.weights()
     bpb = {"last": val_bpb} | _averages_bpb(run, weights, validation)
-    return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, run.now.clock_s, stopped_by)
+    return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, clock_s, stopped_by)
 
 
 def _averages_bpb(run: Run, weights: dict[str, dict[str, Tensor]], validation: Validation) -> dict[str, float]:
