@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ EXEMPT = {
     "fairway.preflight": "refuses to start, or changes nothing",
     "fairway.runtime": "files, processes, messages and progress",
 }
+
+# What git tracks of results/: scores and bytes.
+RESULTS = ("summary.json", "report.md", "curve.csv", "positions.csv", "sizes.csv")
 
 
 def imported(stage: str) -> set[str]:
@@ -73,6 +78,21 @@ def test_every_exemption_is_a_module_that_a_stage_imports() -> None:
     assert {
         name for name in EXEMPT if not any(module == name or module.startswith(f"{name}.") for module in reached)
     } == set()
+
+
+def test_git_tracks_exactly_the_outs_that_dvc_does_not_keep(tmp_path: Path) -> None:
+    """An out in both would make every clone dirty; one in neither would be lost."""
+    shutil.copy(REPOSITORY / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    outs = [out for stage in STAGES.values() for out in [*stage.get("outs", []), *stage.get("metrics", [])]]
+    of_git = {next(iter(out)) for out in outs if isinstance(out, dict)}
+    of_dvc = {out for out in outs if isinstance(out, str)}
+    assert of_git == {f"results/{name}" for name in RESULTS}
+    assert all(out == {next(iter(out)): {"cache": False}} for out in outs if isinstance(out, dict))
+    done = subprocess.run(
+        ["git", "check-ignore", *of_git, *of_dvc], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split()) == of_dvc
 
 
 def test_what_comes_late_re_runs_nothing_early() -> None:
