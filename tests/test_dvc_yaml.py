@@ -102,6 +102,34 @@ def test_what_comes_late_re_runs_nothing_early() -> None:
         assert re_run_by(shown) <= {"report", "submission"}
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        "stages/doctor.py",
+        "fairway/preflight.py",
+        "fairway/runtime/live_log.py",
+        "fairway/runtime/progress.py",
+        "fairway/runtime/errors.py",
+    ],
+)
+def test_what_only_displays_or_looks_ahead_re_runs_nothing(file: str) -> None:
+    assert (REPOSITORY / file).is_file()
+    assert re_run_by(file) == set()
+
+
+def test_a_change_of_the_report_re_runs_what_is_written_for_people_alone() -> None:
+    files = [path for path in (REPOSITORY / "fairway/reporting").rglob("*") if path.suffix in (".py", ".html", ".css")]
+    assert len(files) > 10
+    for file in files:
+        assert re_run_by(str(file.relative_to(REPOSITORY))) == {"report", "submission"}
+    assert re_run_by("stages/report.py") == {"report"}
+    assert re_run_by("stages/submission.py") == {"submission"}
+
+
+def test_a_stage_re_runs_for_its_own_file_alone() -> None:
+    assert {stage: re_run_by(f"stages/{stage}.py") for stage in STAGES} == {stage: {stage} for stage in STAGES}
+
+
 def test_the_commands_that_params_yaml_names_read_an_unwatched_file_again(experiment: Experiment) -> None:
     commands = re.findall(r"`dvc (repro --force --single-item \w+)`", (REPOSITORY / "params.yaml").read_text())
     assert [command.split()[-1] for command in commands] == ["fetch", "tokenize", "quantize"]

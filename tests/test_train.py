@@ -235,11 +235,13 @@ def test_a_changed_experiment_does_not_see_the_resume_point(ready: Experiment) -
 def test_changed_code_does_not_see_the_resume_point(ready: Experiment) -> None:
     code = (
         "from pathlib import Path; from fairway.params import load_params;"
-        "from fairway.runtime.resume import fingerprint;"
+        "from fairway.training.training_inputs import fingerprint;"
         "p = load_params('params.yaml'); print(fingerprint(p.model, p.train, 1, Path('artifacts/tokens')))"
     )
-    sources = ("fairway/reporting/page.py", "fairway/model/attention.py", "fairway/training/loop.py")
-    before, report, model, train = ready.printed_as_sources_change(code, *sources)
+    shown = ("fairway/runtime/live_log.py", "fairway/runtime/progress.py", "stages/doctor.py")
+    sources = (*shown, "fairway/reporting/page.py", "fairway/model/attention.py", "fairway/training/loop.py")
+    before, *displays, report, model, train = ready.printed_as_sources_change(code, *sources)
+    assert set(displays) == {before}
     assert len({before, model, train}) == 3
     ResumePoints(ready.folder / "resume", before).save(3, {"model/w": torch.ones(2)}, {"step": 3})
     assert ResumePoints(ready.folder / "resume", report).load() is not None
