@@ -1,11 +1,15 @@
-"""What a training run shows while it goes on: how far it is, and how long it will still take."""
+"""What training and evaluation show while they go on: how far they are, and how long they will still take."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from fairway.evaluation.collect import RunningScore
 from fairway.runtime import progress
+from fairway.runtime.distributed import World
 from fairway.runtime.live_log import Figures, TrainLog
 
 
@@ -46,3 +50,19 @@ def test_a_resumed_run_limited_by_steps_judges_its_speed_by_its_own_steps(
         clock.now_s += 20
         log.tick(65, _figures(320.0))
         assert capsys.readouterr().out == "train: 65/100 steps, 20 s, 175 s left loss=2.5\n"
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_resumed_evaluation_judges_its_speed_by_what_it_scores_itself(
+    processes: int, clock: HandSetClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed at 600 of 1,000 tokens, which all processes together scored; 100 more in 20 seconds leave 60 s."""
+    world = World(rank=0, size=processes, device=torch.device("cpu"))
+    mine_N = torch.arange(0, 1000, processes)
+    nats_N = torch.full(mine_N.shape, math.log(2), dtype=torch.float64)
+    restored, scored = 600 // processes, 700 // processes
+    with RunningScore("evaluate", torch.ones(1000, dtype=torch.int64), world, every_s=0.0) as running:
+        running.add(mine_N[:restored], nats_N[:restored])
+        clock.now_s += 20
+        running.add(mine_N[restored:scored], nats_N[restored:scored])
+        assert capsys.readouterr().out == "evaluate: 700/1000 tokens, 20 s, 60 s left bpb=1\n"

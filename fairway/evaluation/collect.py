@@ -134,8 +134,9 @@ def _resume(
     evaluation.restore({name: value.to(world.device) for name, value in state.items()})
     if world.rank == 0:
         tally.sums_N, tally.times_N = tensors["nats"], tensors["times"]
-        positions_M = tally.times_N.nonzero()[:, 0]
-        scored(positions_M.to(world.device), tally.sums_N[positions_M].to(world.device))
+    # Each process shows its share, as of what it scores itself.
+    positions_M = tensors["times"].nonzero()[world.rank :: world.size, 0]
+    scored(positions_M.to(world.device), tensors["nats"][positions_M].to(world.device))
     return progress["chunks"], progress["elapsed_s"]
 
 
@@ -163,7 +164,8 @@ class RunningScore:
         self.bytes_N, self.processes, self.every_s = target_bytes, world.size, every_s
         self.nats = torch.zeros((), dtype=torch.float64, device=target_bytes.device)
         self.bytes = torch.zeros((), dtype=torch.int64, device=target_bytes.device)
-        self.progress = Progress(name, len(target_bytes), unit="tokens") if world.rank == 0 else None
+        self.name, self.shows = name, world.rank == 0
+        self.progress: Progress | None = None
         self._unshown = 0
         self._shown_at = time.monotonic()
 
@@ -171,7 +173,14 @@ class RunningScore:
         """Take the nats (M,) float64 of more targets; both tensors on the device."""
         self.nats += nats_M.sum()
         self.bytes += self.bytes_N[positions_M].sum()
-        self._unshown += len(nats_M)
+        if self.shows and self.progress is None:
+            # Its count and its time begin behind the first batch, which is what was restored where an evaluation is
+            # resumed: so that it judges its speed by what it does itself.
+            total = len(self.bytes_N)
+            done = min(len(nats_M) * self.processes, total)
+            self.progress = Progress(self.name, total, unit="tokens", start=done)
+        else:
+            self._unshown += len(nats_M)
         # Reading a sum makes the host wait for the device, so not at every batch.
         if time.monotonic() - self._shown_at >= self.every_s:
             self._show()
@@ -179,7 +188,7 @@ class RunningScore:
     def _show(self) -> None:
         self._shown_at = time.monotonic()
         if self.progress is not None:
-            # The others are about as far.
+            # The other processes are about as far as this one.
             ahead = min(self._unshown * self.processes, self.progress.total - self.progress.done)
             self.progress.update(ahead, bpb=float(self.nats) / (math.log(2) * max(int(self.bytes), 1)))
         self._unshown = 0
