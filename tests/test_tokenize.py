@@ -127,7 +127,7 @@ def test_the_first_documents_validate_and_the_others_train(
 def test_the_number_of_processes_changes_nothing(
     corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.tokenize.export.BATCH_BYTES", 2000)
+    monkeypatch.setattr("fairway.tokens.export.BATCH_BYTES", 2000)
     metas = [run_export(corpus, model, tmp_path / str(workers), workers=workers) for workers in (1, 2, 3)]
     assert metas[0] == metas[1] == metas[2]
 
@@ -135,7 +135,7 @@ def test_the_number_of_processes_changes_nothing(
 def test_a_fault_in_a_worker_process_is_told_with_its_line(
     corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.tokenize.export.BATCH_BYTES", 2000)
+    monkeypatch.setattr("fairway.tokens.export.BATCH_BYTES", 2000)
     bad = tmp_path / "docs.jsonl"
     bad.write_bytes(corpus.read_bytes() + b'{"text": 1}\n')
     with pytest.raises(UserError, match=r"docs\.jsonl, line 25: `text` is int, expected a string"):
@@ -230,7 +230,7 @@ def test_published_settings_fold_text_and_lossless_ones_keep_it(corpus: Path, tm
 
 
 def test_published_settings_are_those_recorded_in_the_published_models(corpus: Path) -> None:
-    """spec/data.md, section 6.1."""
+    """data.md 6.1."""
     model = train_tokenizer(read_texts(corpus), vocab_size=VOCAB_SIZE, trainer="published", transform="none")
     recorded = proto.ModelProto.FromString(model)
     trainer, normalizer = recorded.trainer_spec, recorded.normalizer_spec
