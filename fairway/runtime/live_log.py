@@ -51,12 +51,12 @@ class TrainLog:
     def tick(self, step: int, figures: Figures) -> None:
         """Show how far the run is after a step, with its latest training loss and validation bits per byte."""
         if self.seconds is not None:
-            total, unit, done, before = int(self.seconds), "s", int(figures["clock_s"]), int(figures["clock_s"])
+            total, unit, done = int(self.seconds), "s", int(figures["clock_s"])
         else:
-            total, unit, done, before = self.steps, "steps", step, step - 1
+            total, unit, done = self.steps, "steps", step
         if self.progress is None:
-            # Counted from here, so that a resumed run judges its speed by what it does itself.
-            self.progress = Progress("train", total, unit=unit, start=before)
+            # Both its count and its time begin here, so that a resumed run judges its speed by what it does itself.
+            self.progress = Progress("train", total, unit=unit, start=done)
         self.shown["loss"] = figures["train_loss"]
         self.progress.update(done - self.progress.done, **self.shown)
 
@@ -72,4 +72,4 @@ class TrainLog:
 
 
 def silent(step: int, figures: Figures) -> None:
-    """The log and the tick of ranks other than 0, which show nothing."""
+    """The log and the tick of ranks other than 0: rank 0 alone shows the run, so they do nothing."""

@@ -56,12 +56,15 @@ class Gradients:
             for index, members in enumerate(groups.values())
             for dtype in dict.fromkeys(p.dtype for _, p in members)
         ]
-        # L2 norm by group before clipping: this rank's share of the mean over the micro-batches of all ranks.
+        # L2 norms of the micro-batches' gradients before clipping, by group (G,) and over all parameters (0-d): this
+        # rank's share of their means over the micro-batches of all ranks. They are not norms of the step's gradient,
+        # which is smaller, since what differs from micro-batch to micro-batch cancels in the mean.
         self.norms = torch.zeros(len(groups), device=self.flat.device)
+        self.norm = torch.zeros((), device=self.flat.device)
 
     def clear(self) -> None:
         """Begin a step: everything back to zero."""
-        torch._foreach_zero_([self.flat, self.norms, *(stack.total for stack in self.stacks)])
+        torch._foreach_zero_([self.flat, self.norms, self.norm, *(stack.total for stack in self.stacks)])
 
     @torch.no_grad()
     def add(self, max_norm: float | None) -> None:
@@ -73,10 +76,12 @@ class Gradients:
         squares = torch.zeros_like(self.norms)
         for (index, _), listed in zip(self.lists, grads, strict=True):
             squares[index] += torch.stack(torch._foreach_norm(listed, dtype=torch.float32)).square().sum()
+        norm = squares.sum().sqrt()
         self.norms += squares.sqrt() / self.micro_batches
+        self.norm += norm / self.micro_batches
         scale = torch.full_like(squares[0], 1 / self.micro_batches)
         if max_norm is not None:
-            scale *= clip_factor(squares.sum().sqrt(), max_norm)
+            scale *= clip_factor(norm, max_norm)
         for (_, parameters), listed in zip(self.lists, grads, strict=True):
             torch._foreach_mul_(listed, scale)
             torch._foreach_add_([self.views[p] for p in parameters], listed)

@@ -34,7 +34,10 @@ FIRST_STEPS = 10
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves: weights by kind ("last", "ema_<decay>", "swa" if collected), their bpb, and figures."""
+    """What training leaves: weights by kind ("last", "ema_<decay>", "swa" if collected), their bpb, and figures.
+
+    `clock_s` are the seconds of the training clock until the device had done the last step.
+    """
 
     weights: dict[str, dict[str, Tensor]]
     val_bpb: dict[str, float]
@@ -82,6 +85,8 @@ def train(
         stopped_by = run.budget.spent(run.now)
         if stopped_by or run.now.step % settings.val_every == 0:
             with clock.paused():
+                # The device has done all its work by now, while `run.now` was read before the last step's was done.
+                clock_s = clock.read()
                 val_loss, val_bpb = _validate(run, validation)
                 note({"val_loss": val_loss, "val_bpb": val_bpb})
         if stopped_by:
@@ -97,7 +102,7 @@ def train(
 
     weights = run.weights()
     bpb = {"last": val_bpb} | _averages_bpb(run, weights, validation)
-    return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, run.now.clock_s, stopped_by)
+    return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, clock_s, stopped_by)
 
 
 def _averages_bpb(run: Run, weights: dict[str, dict[str, Tensor]], validation: Validation) -> dict[str, float]:
@@ -123,25 +128,36 @@ def _step(run: Run, clock: Clock) -> Figures:
         if run.rounded_from is not None:
             forward = run.forwards.rounded_at(step - run.rounded_from)
     loss = _accumulate(run, forward, looped)
-    norms = run.optimizer.gradients.norms.double()
-    run.optimizer.step(lr_scale=lr_scale, momentum=momentum)
+    step_norm = run.optimizer.step(lr_scale=lr_scale, momentum=momentum)
     run.average(lr_scale)
-
-    # One exchange tells all ranks rank 0's clock, the mean loss, and whether anything went wrong anywhere.
-    rows = run.world.gather(torch.cat([torch.full_like(norms[:1], clock.read()), loss.double()[None], norms]))
-    _, losses, *norm_columns = zip(*rows, strict=True)
-    # Ranks hold means of their losses, but shares of the mean norms.
-    train_loss, group_norms = math.fsum(losses) / run.world.size, [math.fsum(column) for column in norm_columns]
-    _demand_finite(run, train_loss, group_norms)
-    run.now = Moment(step + 1, rows[0][0])
-    return {
-        "train_loss": train_loss,
+    clock_s, figures = _shared(run, clock, loss, step_norm)
+    run.now = Moment(step + 1, clock_s)
+    return figures | {
         "lr_scale": lr_scale,
         "momentum": momentum,
-        "grad_norm": math.hypot(*group_norms),
-        "clock_s": run.now.clock_s,
-        "step_ms": 1000 * run.now.clock_s / run.now.step,
+        "clock_s": clock_s,
+        "step_ms": 1000 * clock_s / run.now.step,
     }
+
+
+def _shared(run: Run, clock: Clock, loss: Tensor, step_norm: Tensor | None) -> tuple[float, Figures]:
+    """Rank 0's clock, and the loss and gradient norms over all ranks: the same on every rank, from one exchange.
+
+    micro_grad_norm is the mean of the micro-batches' gradient norms, grad_norm the norm of the step's gradient, where
+    the step had to know it (clip: step). Raises UserError, on every rank, if a loss or a norm of any is not finite.
+    """
+    gradients = run.optimizer.gradients
+    whole = torch.stack([gradients.norm] if step_norm is None else [gradients.norm, step_norm])
+    norms = torch.cat([gradients.norms, whole]).double()
+    rows = run.world.gather(torch.cat([torch.full_like(norms[:1], clock.read()), loss.double()[None], norms]))
+    clocks, losses, *columns = zip(*rows, strict=True)
+    groups = len(gradients.groups)
+    # Every rank has the mean loss of its own micro-batches, but only a share of the norms' means over all of them.
+    train_loss, shares = math.fsum(losses) / run.world.size, [math.fsum(column) for column in columns[: groups + 1]]
+    _demand_finite(run, train_loss, shares[:groups])
+    figures = {"train_loss": train_loss, "micro_grad_norm": shares[groups]}
+    # Every rank has computed the whole of the step's norm.
+    return clocks[0], figures if step_norm is None else figures | {"grad_norm": columns[-1][0]}
 
 
 def _accumulate(run: Run, forward: Forward, looped: bool) -> Tensor:

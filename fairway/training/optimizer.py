@@ -33,26 +33,29 @@ class Optimizer:
         self.gradients.add(self.settings.grad_clip if self.settings.clip == "micro_batch" else None)
 
     @torch.no_grad()
-    def step(self, *, lr_scale: float, momentum: float) -> None:
+    def step(self, *, lr_scale: float, momentum: float) -> Tensor | None:
         """Step every parameter with the gradients added since the last step.
 
-        The small exchange goes first, so that AdamW runs while the matrices' gradients are still under way.
+        Returns the L2 norm of the step's gradient before clipping (0-d, on the device) where clip is "step". Elsewhere
+        the step does not need it, and None is returned. The small exchange goes first, so that AdamW runs while the
+        matrices' gradients are still under way.
         """
         small = self.world.sum(self.gradients.flat)
         self.muon.launch()
         flat = small.wait()
-        factor = None
+        norm = factor = None
         if self.settings.clip == "step":
-            factor = self._step_factor(flat)
+            norm = self._step_norm(flat)
+            factor = clip_factor(norm, self.settings.grad_clip)
             flat.mul_(factor)
         for group, adamw in self.adamw.items():
             adamw.step(self.gradients.of(group), lr_scale=lr_scale)
         self.muon.step(lr_scale=lr_scale, momentum=momentum, factor=factor)
+        return norm
 
-    def _step_factor(self, flat: Tensor) -> Tensor:
-        """Clip factor of the mean gradient, whose matrices lie scattered over the ranks."""
-        squared = self.world.sum(self.muon.squared_norm()).wait() + flat.square().sum()
-        return clip_factor(squared.sqrt(), self.settings.grad_clip)
+    def _step_norm(self, flat: Tensor) -> Tensor:
+        """L2 norm of the mean gradient, whose matrices lie scattered over the ranks, while every rank has `flat`."""
+        return (self.world.sum(self.muon.squared_norm()).wait() + flat.square().sum()).sqrt()
 
     def reset(self) -> None:
         """Set momentum and moments back to zero, as if no step had been taken."""
