@@ -82,18 +82,15 @@ class Block(nn.Module):
         """What attention puts out for its input, scaled and with its adapters: as Attention.forward."""
         if context.adapters is not None:
             n = n.computed()
-        y_BXD, first_values = self.attn(
-            n, self.attn_scale, context, application, first_values=first_values, wanted=wanted, onto=onto
-        )
-        # This adapter reads attention's input, not the heads' outputs that the matrix beside it reads (PR #1855).
-        read = n if wanted is None else n.last(wanted)
-        return context.adapted(y_BXD, "o", application, read, self.attn_scale), first_values
+        return self.attn(n, self.attn_scale, context, application, first_values=first_values, wanted=wanted, onto=onto)
 
     def transform(self, n: Normed, context: Context, application: int, onto: Tensor | None = None) -> Tensor:
         """What the MLP puts out for its input (B, X, D), scaled and with its adapter; `onto`: see precision.linear."""
-        if context.adapters is not None:
-            n = n.computed()
-        return context.adapted(self.mlp(n, self.mlp_scale, onto), "mlp", application, n, self.mlp_scale)
+        if context.adapters is None:
+            return self.mlp(n, self.mlp_scale, onto)
+        n = n.computed()
+        read_BXr = context.adapters.read(n.tensor(), "mlp", application)
+        return context.adapters.onto(self.mlp(n, self.mlp_scale, onto), "mlp", application, read_BXr, self.mlp_scale)
 
 
 class Skips(nn.Module):

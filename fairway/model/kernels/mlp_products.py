@@ -117,13 +117,15 @@ mlp_backward.register_fake(lambda dy, down, pre: torch.empty_like(pre))
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output[1:])
+    (n, up, down), (_, pre, out) = inputs, output
+    # Matrices that adapters stand beside need no gradient, and then nor is there a use for what it is made of.
+    ctx.save_for_backward(n if up.requires_grad else None, up, down, pre, out if down.requires_grad else None)
 
 
 def _gradients(ctx, dy, *_):
     n, up, down, pre, out = ctx.saved_tensors
     dpre = mlp_backward(dy, down, pre)
-    return dpre @ up, dpre.T @ n, dy.T @ out
+    return dpre @ up, None if n is None else dpre.T @ n, None if out is None else dy.T @ out
 
 
 mlp.register_autograd(_gradients, setup_context=_save)
