@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fairway.evaluation.adapted_products import adapted_products
 from fairway.evaluation.adapter_sets import EPS, AdamW, AdapterSets
-from fairway.evaluation.ahead import Ahead
 from fairway.evaluation.collect import collect
 from fairway.evaluation.document_batches import Document
 from fairway.evaluation.document_cuts import GROUP_TOKENS, Cut, row_groups, window_length, windows
@@ -54,7 +53,7 @@ def test_windows_are_those_of_each_document(targets: list[int], index: int, size
     cut = Cut(docs, begin, size, seq_len)
     w = windows(tokens, cut.table_R4, cut.length, size)
     assert cut.length == window_length(docs, begin + size, seq_len)
-    assert cut.length % 128 == 0 or cut.length == seq_len
+    assert cut.length % 256 == 0 or cut.length == seq_len
     found = iter(cut.positions_M.tolist())
     for row, document in enumerate(docs):
         end = min(begin + size, document.targets)
@@ -116,7 +115,7 @@ def test_rows_that_have_ended_may_be_left_out() -> None:
     found, expected = torch.zeros(111, 40), torch.zeros(111, 40)
     for positions, logits in evaluation.predict(0):
         found[positions] = logits
-    factors = evaluation._draw(0, 0, 3)
+    factors = evaluation.draw(3)
     for positions, logits in _plain_pass(model, evaluation, factors):
         expected[positions] = logits
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
@@ -170,19 +169,6 @@ def test_steps_are_those_of_adamw() -> None:
     assert not sets.squares_BP.any()
 
 
-def test_what_follows_is_begun_ahead() -> None:
-    """The second call finds its result made, and one out of order gets its own."""
-    made: list[int] = []
-
-    def note(key: int) -> int:
-        made.append(key)
-        return 10 * key
-
-    ahead = Ahead(note, [(1,), (2,), (3,)])
-    assert [ahead(1), ahead(2), ahead(1), ahead(3)] == [10, 20, 10, 30]
-    assert made[:4] == [1, 2, 3, 1]
-
-
 def _network() -> GPT:
     """The mechanisms of r1958 at 128 channels, for rows of 512 tokens, every parameter moved off its initial value."""
     small = {"vocab_size": 256, "width": 128, "heads": 4, "kv_heads": 2, "mlp_hidden": 192, "seq_len": 512}
@@ -195,20 +181,21 @@ def _network() -> GPT:
     return model
 
 
-GPU: dict[str, Any] = SMALL | {"chunk_tokens": 32, "batch_documents": 4, "rank": 8, "alpha": 14.4, "lr": 1e-3}
-GPU |= {"prefix_documents": 4, "phases": 2, "global_chunk_tokens": 1024, "lanes": 2}
+GPU: dict[str, Any] = SMALL | {"chunk_tokens": 64, "batch_documents": 3, "rank": 8, "alpha": 14.4, "lr": 1e-3}
+GPU |= {"prefix_documents": 4, "phases": 2, "global_chunk_tokens": 1024}
 
 
 def _nats(model: GPT, device: torch.device, *, recorded: bool) -> Tensor:
-    """Of a stream with repetitive documents of 100 to 1500 tokens, so that adapters have something to learn."""
+    """Of a stream with repetitive documents of 100 to 900 tokens, so that adapters have something to learn; two phases."""
     generator = torch.Generator().manual_seed(3)
-    counts = [100, 130, 300, 310, 320, 700, 800, 900, 1200, 1300, 1400, 1500]
+    counts = [100, 130, 300, 310, 520, 700, 760, 900]
     docs = [torch.randint(2, 256, (90,), generator=generator).repeat(20)[:count] for count in counts]
     for document in docs:
         document[0] = BOS
     tokens = torch.cat([*docs, torch.tensor([7])]).to(device)
     evaluation = LoraTttEvaluator(LoraTttSettings(**GPU)).begin(copy.deepcopy(model), tokens, alone(device))
     assert isinstance(evaluation, LoraTttPass)
+    assert evaluation.chunks == 3
     if not recorded:
         evaluation._steps._memory = None
     return collect(evaluation, tokens, alone(device), scored=lambda positions, nats: None).nats_N
@@ -226,8 +213,8 @@ def test_recorded_graphs_score_as_launched_kernels_do() -> None:
     torch.testing.assert_close(recorded, launched, rtol=0, atol=1e-3)
     assert abs(float((recorded - expected).mean())) < 5e-3
     assert float((recorded - expected).abs().mean()) < 5e-2
-    # They do learn: the second half of the long documents is cheaper than the first.
-    assert float(recorded[-700:].mean()) < float(recorded[-1400:-700].mean())
+    # They do learn: the second half of the longest document is cheaper than the first.
+    assert float(recorded[-450:].mean()) < float(recorded[-900:-450].mean())
 
 
 @pytest.mark.gpu

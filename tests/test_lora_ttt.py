@@ -35,7 +35,7 @@ def test_losses_and_weights_match_pr_1855() -> None:
     arrays, tokens = golden("ttt_lora"), golden_tokens("ttt_lora", "stream")
     draws = iter(range(4))
 
-    def draw(chunk: int, lane: int, rows: int) -> Factors:
+    def draw(rows: int) -> Factors:
         index = next(draws)
         return {site: torch.from_numpy(arrays[f"draw{index}/A_{site}"]) for site in ("q", "k", "v", "o", "mlp", "head")}
 

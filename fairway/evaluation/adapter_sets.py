@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fairway.evaluation.scoring import sent
+
 # AdamW without momentum (PR #1855).
 BETA1, EPS = 0.0, 1e-10
 
@@ -52,4 +54,4 @@ class AdapterSets:
     def decay(self, missed_B: Tensor) -> None:
         """What so many steps (B,) int64 would have done to the first factors of rows that they did not include."""
         kept_B = (1 - self.optimizer.lr * self.optimizer.weight_decay) ** missed_B.double()
-        self.numbers_BP[:, : self.first] *= kept_B.float().to(self.numbers_BP.device)[:, None]
+        self.numbers_BP[:, : self.first] *= sent(kept_B.float(), self.numbers_BP.device)[:, None]

@@ -78,8 +78,11 @@ class TwoGraphs:
         memory: "SharedMemory",
     ) -> None:
         self._reads = x.clone()
-        # Now, because no memory can be given back to the device while a graph is recorded.
-        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        if free < total / 2:
+            # Now, because no memory can be given back to the device while a graph is recorded. Otherwise not, because
+            # the host would have to wait until the device has nothing left to do.
+            torch.cuda.empty_cache()
         with memory.recorded() as self._first:
             result = function(self._reads)
         with memory.recorded() as self._second:

@@ -120,14 +120,14 @@ class LoraAdapters:
         return x_BTD @ self._first((site,), application).mT
 
     def onto(self, y_BTO: Tensor, site: Site, application: int, read_BTr: Tensor, scale_O: Tensor) -> Tensor:
-        """y + scale⊙scale_O⊙B·read."""
+        """y + scale⊙scale_O⊙B·read, in place: otherwise `y` would be copied first."""
         B = self.second[site, application] * (self.scale * scale_O.to(y_BTO.dtype))[:, None]
-        return torch.baddbmm(y_BTO, read_BTr, B.mT)
+        return y_BTO.baddbmm_(read_BTr, B.mT)
 
     def onto_scores(self, scores_BTV: Tensor, hid_BTD: Tensor) -> Tensor:
-        """The products of final hidden states with the token table, and what the head's adapters add to them."""
+        """The products of final hidden states with the token table, and what the head's adapters add, in place."""
         read_BTr = hid_BTD @ self.first["head", 0].mT
-        return torch.baddbmm(scores_BTV, read_BTr, self.second["head", 0].mT, alpha=self.scale)
+        return scores_BTV.baddbmm_(read_BTr, self.second["head", 0].mT, alpha=self.scale)
 
     def _first(self, sites: Sequence[str], application: int) -> Tensor:
         """The first factors of sites that read the same input, one below the other."""

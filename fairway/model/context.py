@@ -58,7 +58,10 @@ class Adapters(Protocol):
         """The few numbers that a site's adapter makes of its input, (B, T, r)."""
 
     def onto(self, y_BTO: Tensor, site: Site, application: int, read_BTr: Tensor, scale_O: Tensor) -> Tensor:
-        """`y` and what the site adds, given what it has read; that is scaled per channel, as `y` is already."""
+        """`y` and what the site adds, given what it has read; that is scaled per channel, as `y` is already.
+
+        It may be added in place: `y` is the output of a product that nobody else reads.
+        """
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from fairway.model.context import Context, by_row, last_places, placed
 from fairway.model.embedding import storage
 from fairway.model.kernels import in_place
 from fairway.model.mlp import Mlp
-from fairway.model.norm import Normed, join, norm
+from fairway.model.norm import Normed, join, norm, weighted_sum
 
 
 class Block(nn.Module):
@@ -147,7 +147,7 @@ class Lanes(nn.Module):
         first, second = lanes
         if skip is not None:
             saved_BTD, shares = skip
-            first = shares[0] * first + shares[1] * saved_BTD
+            first = weighted_sum([first, saved_BTD], [shares[0], shares[1]])
         _, n = join([first, context.x0_BTD], block.resid_mix.to(first.dtype), block.norm_scale, context.rows_BT)
         attended, _ = block.attend(n, context, application, first_values=first_values, wanted=wanted)
         first, second = last_places(first, wanted), last_places(second, wanted)
@@ -155,4 +155,7 @@ class Lanes(nn.Module):
         index = block.attn.index
         (a0, a1), (m0, m1) = self.post[index].to(attended.dtype)
         r0, r1 = self.resid[index].to(attended.dtype)
-        return r0 * first + a0 * attended + m0 * transformed, r1 * second + a1 * attended + m1 * transformed
+        return (
+            weighted_sum([first, attended, transformed], [r0, a0, m0]),
+            weighted_sum([second, attended, transformed], [r1, a1, m1]),
+        )

@@ -74,12 +74,18 @@ def _norm_gradient(du, dn, total, scale, D: tl.constexpr):
 
 @triton.jit
 def _backward_sources(du, dn, u, c, d0, d1, d2, n_tokens, scale, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradients of the sources that have a tensor for it; without weights d0 is that of them all."""
+    """Gradients of the sources that have a tensor for it; without weights d0 is that of them all.
+
+    Where only u or only n is used, the other's gradient is not there.
+    """
     at, has = _tile(tl.program_id(0), n_tokens, D, BLOCK)
-    total = read(u + at, has)
-    of_u = read(du + at, has)
-    of_n = read(dn + at, has)
-    g = _norm_gradient(of_u, of_n, total, scale, D)
+    g = tl.zeros((BLOCK, D), tl.float32)
+    if du is not None:
+        g = read(du + at, has)
+    if dn is not None:
+        total = read(u + at, has)
+        of_n = read(dn + at, has)
+        g = _norm_gradient(g, of_n, total, scale, D)
     if c is None:
         tl.store(d0 + at, g, mask=has)
     else:
@@ -190,14 +196,14 @@ def _gradients_like(du, dn, x0, x1, x2, c, scale):
 
 @torch.library.custom_op("fairway::mix_norm_backward_sources", mutates_args=())
 def mix_norm_backward_sources(
-    du: Tensor, dn: Tensor, u: Tensor, c: Tensor | None, needed: list[bool], scale: float
+    du: Tensor | None, dn: Tensor | None, u: Tensor, c: Tensor | None, needed: list[bool], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the sources alone, empty for one that is not needed; without c that of any source is the first."""
     gradients = _sources_like(du, dn, u, c, needed, scale)
     n_tokens, sizes = _sizes(u)
     written = [gradient if gradient.numel() else None for gradient in gradients]
-    arguments = (du.contiguous(), dn.contiguous(), u, c, *written, n_tokens, scale)
-    _backward_sources[(triton.cdiv(n_tokens, BLOCK),)](*arguments, **sizes)
+    given = [None if gradient is None else gradient.contiguous() for gradient in (du, dn)]
+    _backward_sources[(triton.cdiv(n_tokens, BLOCK),)](*given, u, c, *written, n_tokens, scale, **sizes)
     return gradients
 
 
@@ -210,12 +216,15 @@ def _sources_like(du, dn, u, c, needed, scale):
 def _save(ctx, inputs, output):
     *sources, c, _, ctx.scale, _ = inputs
     ctx.fixed = c is None or not c.requires_grad
+    # No zeros are made as the gradient of what is not used.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*((output[0], None, None) if ctx.fixed else sources), c)
 
 
 def _gradients(ctx, du, dn):
     x0, x1, x2, c = ctx.saved_tensors
     if not ctx.fixed:
+        du, dn = (torch.zeros_like(x0) if gradient is None else gradient for gradient in (du, dn))
         d0, d1, d2, dc = mix_norm_backward(du, dn, x0, x1, x2, c, ctx.scale)
         return d0, d1, None if x2 is None else d2, dc.to(c.dtype), None, None, None
     needed = [True, False, False] if c is None else list(ctx.needs_input_grad[:3])
