@@ -186,7 +186,7 @@ GPU |= {"prefix_documents": 4, "phases": 2, "global_chunk_tokens": 1024}
 
 
 def _nats(model: GPT, device: torch.device, *, recorded: bool) -> Tensor:
-    """Of a stream with repetitive documents of 100 to 900 tokens, so that adapters have something to learn; two phases."""
+    """Of a stream with repetitive documents of 100 to 900 tokens, so that adapters learn something, and two phases."""
     generator = torch.Generator().manual_seed(3)
     counts = [100, 130, 300, 310, 520, 700, 760, 900]
     docs = [torch.randint(2, 256, (90,), generator=generator).repeat(20)[:count] for count in counts]
