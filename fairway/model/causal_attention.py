@@ -14,6 +14,7 @@ from fairway.model.backends import (
     attention_backend,
     cudnn_attention,
     flash2_attention,
+    flash3_attention,
     flash4_attention,
     recent_attention,
 )
@@ -35,7 +36,7 @@ def attend(
         return attend_plainly(q_BTHE, k_BTKE, v_BTKE, segments)
     if backend == "cudnn":
         return cudnn_attention(q_BTHE, k_BTKE, v_BTKE)[0]
-    attention = {"flash2": flash2_attention, "flash4": flash4_attention}[backend]
+    attention = {"flash2": flash2_attention, "flash3": flash3_attention, "flash4": flash4_attention}[backend]
     if segments is not None and rows > 1:
         starts = torch.arange(0, rows * length, length, device=segments.device, dtype=segments.dtype)
         segments = torch.cat([starts, segments]).sort().values
