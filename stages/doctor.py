@@ -98,7 +98,7 @@ def _wants_gpus(params: Params) -> bool:
 
 def _programs(params: Params) -> list[Check]:
     checks = [
-        Check("packages as pinned", not _unpinned(), f"pip install -r requirements.txt ({_unpinned()})"),
+        Check("packages as pinned", not _unpinned(), f"pip install -r {_pin_files()[-1]} ({_unpinned()})"),
         Check("torchrun", find_spec("torch.distributed.run") is not None, "install a PyTorch with torch.distributed"),
         Check("dvc", shutil.which("dvc") is not None, "source .venv/bin/activate, or pip install -r requirements.txt"),
         Check("git", shutil.which("git") is not None, "install git: experiments are kept in it"),
@@ -211,11 +211,16 @@ def _disk() -> int:
 
 
 @cache
+def _pin_files() -> list[str]:
+    """The files that pin packages for this machine; what a later one pins counts."""
+    return ["requirements.txt", *(["requirements-gpu.txt"] if _gpus() else [])]
+
+
 def _unpinned() -> str:
-    """Packages of requirements.txt whose installed version is another; "" if there is none."""
-    lines = Path("requirements.txt").read_text(encoding="utf-8").splitlines()
-    pins = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-    return ", ".join(f"{name}: {_installed(name)}" for name, wanted in pins if _installed(name) != wanted)
+    """Packages whose installed version is another than the pinned one; "" if there is none."""
+    lines = [line for file in _pin_files() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    return ", ".join(f"{name}: {_installed(name)}" for name, wanted in pins.items() if _installed(name) != wanted)
 
 
 def _installed(name: str) -> str:
