@@ -202,7 +202,7 @@ class Train(Section):
     reserve_s: float = Field(ge=0)
     batch_tokens: int = Field(gt=0)
     micro_batch_tokens: int = Field(gt=0)
-    loader: Loader = SequentialLoader(kind="sequential")
+    loader: Loader
     muon: Muon
     adamw: AdamW
     schedule: Schedule
@@ -589,15 +589,18 @@ def _need(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-class _Loader(yaml.SafeLoader):
+def _yaml_loader() -> type[yaml.SafeLoader]:
     """SafeLoader with YAML 1.2 floats: PyYAML reads `1e-3` as text, DVC as a number."""
 
+    class Loader(yaml.SafeLoader):
+        pass
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
+        list("-+.0123456789"),
+    )
+    return Loader
 
 
 def load_params(path: str | Path) -> Params:
@@ -608,7 +611,7 @@ def load_params(path: str | Path) -> Params:
 def load_section(path: Path, kind: type[SectionT]) -> SectionT:
     """Read a YAML file as the section `kind`, faults as in load_params."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_yaml_loader())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

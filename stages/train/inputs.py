@@ -1,5 +1,6 @@
 """What a training run is given: params and tokens that fit each other and the processes."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -61,14 +62,31 @@ def train_stream(params: Params, tokens: Path, world: World) -> Stream:
 def _order(settings: Train, shards: Tokens, window: int) -> Order:
     """The Order of train.loader. As many processes as micro-batches are emulated, whatever the number that runs."""
     tokens = settings.micro_batch_tokens
-    micro_batches, windows = settings.batch_tokens // tokens, tokens // window
-    match settings.loader:
-        case SequentialLoader():
-            return Sequential(micro_batches=micro_batches, micro_batch_tokens=tokens)
-        case PackedLoader():
-            return PackedRows(shards, micro_batches=micro_batches, micro_batch_tokens=tokens)
-        case ShuffledLoader():
-            return ShuffledWindows(shards, window=window, micro_batches=micro_batches, windows=windows)
-        case CoprimeLoader(names=names):
-            seed = name_seed([names % i for i in range(len(shards.lengths))])
-            return CoprimeWindows(shards, window=window, micro_batches=micro_batches, windows=windows, seed=seed)
+    make = ORDERS[settings.loader.kind]
+    return make(settings.loader, shards, window=window, micro_batches=settings.batch_tokens // tokens, tokens=tokens)
+
+
+def _sequential(loader: SequentialLoader, shards: Tokens, *, window: int, micro_batches: int, tokens: int) -> Order:
+    return Sequential(micro_batches=micro_batches, micro_batch_tokens=tokens)
+
+
+def _packed(loader: PackedLoader, shards: Tokens, *, window: int, micro_batches: int, tokens: int) -> Order:
+    return PackedRows(shards, micro_batches=micro_batches, micro_batch_tokens=tokens)
+
+
+def _shuffled(loader: ShuffledLoader, shards: Tokens, *, window: int, micro_batches: int, tokens: int) -> Order:
+    return ShuffledWindows(shards, window=window, micro_batches=micro_batches, windows=tokens // window)
+
+
+def _coprime(loader: CoprimeLoader, shards: Tokens, *, window: int, micro_batches: int, tokens: int) -> Order:
+    seed = name_seed([loader.names % i for i in range(len(shards.lengths))])
+    return CoprimeWindows(shards, window=window, micro_batches=micro_batches, windows=tokens // window, seed=seed)
+
+
+# Data orders by the kind of loader that params.yaml names, each made of its section.
+ORDERS: dict[str, Callable[..., Order]] = {
+    "sequential": _sequential,
+    "packed": _packed,
+    "shuffled": _shuffled,
+    "coprime": _coprime,
+}
