@@ -99,7 +99,7 @@ def test_every_exemption_is_a_module_that_a_stage_imports() -> None:
 def test_what_comes_late_re_runs_nothing_early() -> None:
     assert re_run_by("stages/evaluate/ttt.py") == {"compress", "evaluate", "certify", "submission"}
     assert re_run_by("stages/adapt/adapt.py") == {"adapt", "compress", "submission"}
-    for packing in ("stages/compress/bundle.py", "stages/compress/program/fold.py"):
+    for packing in ("stages/compress/bundle.py", "stages/compress/program/sweep.py"):
         assert re_run_by(packing) == {"compress", "size_check", "submission"}
 
 

@@ -1,7 +1,8 @@
 """Make the two files that ship: the compressed network and the program that trains and evaluates it.
 
 Reads:  artifacts/quantize/<seed>/codes.safetensors; the code of model/ and stages/
-Writes: artifacts/compress/<seed>/model.bin (compress/container.py), train_gpt.py (compress/bundle.py)
+Writes: artifacts/compress/<seed>/model.bin (compress/container.py), train_gpt.py (compress/bundle.py); in
+        artifacts/cache/ the program's text, which seeds share
 Method: a stream of codes per class of tensor, by compress.codec; code cut to the record's settings, minified, packed
 Source: PR #1172 (Brotli, packed code), #1855 (streams by kind). Ours: checksum, bounded reading, checked round trip.
 """
@@ -10,24 +11,25 @@ import sys
 from pathlib import Path
 
 from stages.command_line import stage_arguments
-from stages.compress.bundle import bundle
+from stages.compress.bundle import record_file
 from stages.compress.container import check_round_trip, pack
-from stages.compress.settings import shipped_params
 from stages.errors import run_stage
 from stages.files import output_folder, write_atomic
 from stages.params import load_params
 from stages.quantize.codes import load_codes
+
+ARTIFACTS = Path("artifacts")
 
 
 def main() -> None:
     """Pack artifacts/quantize/<seed>."""
     seed, _ = stage_arguments(sys.argv[1:], "compress")
     params = load_params("params.yaml")
-    state = load_codes(Path(f"artifacts/quantize/{seed}"))
+    state = load_codes(ARTIFACTS / f"quantize/{seed}")
     model = pack(params.model, state, codec=params.compress.codec)
     check_round_trip(model, params.model, state)
-    program = bundle(Path(), "stages.__main__", [shipped_params(params), seed])
-    with output_folder(Path(f"artifacts/compress/{seed}")) as out:
+    program = record_file(params, seed, ARTIFACTS / "cache")
+    with output_folder(ARTIFACTS / f"compress/{seed}") as out:
         write_atomic(out / "model.bin", model)
         write_atomic(out / "train_gpt.py", program)
     print(f"model.bin {len(model):,} bytes, train_gpt.py {len(program):,} bytes")
