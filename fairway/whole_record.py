@@ -41,6 +41,15 @@ def shipped_params(params: Params) -> Params:
     return Params.model_construct(**{name: getattr(params, name) for name in (*SECTIONS, params.compress.evaluator)})
 
 
+def chosen_options(params: Params) -> dict[str, str]:
+    """Tables of the program in which the settings look up a single entry, with its key: no other ships."""
+    return {
+        "fairway.codec.codecs.CODECS": params.compress.codec,
+        "fairway.evaluation.registry.EVALUATORS": params.compress.evaluator,
+        "fairway.training.training_inputs.ORDERS": params.train.loader.kind,
+    }
+
+
 def main() -> None:
     """Run the record of params.yaml."""
     params = load_params("params.yaml")

@@ -157,6 +157,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tokenized: Experiment) ->
     def make(made: Experiment) -> None:
         for name in ("data", "artifacts"):
             shutil.copytree(tokenized.folder / name, made.folder / name)
+        made.stage("pack")
         for stage in ("train", "average", "adapt", "quantize", "compress"):
             made.stage(stage, "1337")
 

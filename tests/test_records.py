@@ -126,13 +126,16 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 def test_a_dry_run_lists_the_stages_of_every_seed_and_evaluator(name: str, plans: dict[str, list[str]]) -> None:
     params = load(name)
     per_seed = ("train", "average", "adapt", "quantize", "compress", "size_check")
-    expected = {"fetch", "tokenize", "report"} | {f"{stage}@{seed}" for stage in per_seed for seed in params.seeds}
+    expected = {"fetch", "tokenize", "pack", "report"} | {
+        f"{stage}@{seed}" for stage in per_seed for seed in params.seeds
+    }
     expected |= {f"evaluate@{seed}-{evaluator}" for seed in params.seeds for evaluator in params.evaluators}
     # Further stages (certificates, submission) are judged by their own tests.
     assert expected <= set(plans[name])
     others = {stage for stage in plans[name] if stage.startswith(("train@", "evaluate@"))}
     assert others <= expected
-    assert plans[name][:2] == ["fetch", "tokenize"]
+    order = plans[name]
+    assert order.index("fetch") < order.index("tokenize") < order.index(f"train@{params.seeds[0]}")
 
 
 # r1488 and r1958 have every mechanism between them.
@@ -173,7 +176,7 @@ def test_a_variant_runs_from_documents_to_its_scores(name: str, experiment: Expe
         params["lora_ttt"] |= {"chunk_tokens": 16, "batch_documents": 2, "rank": 4, "prefix_documents": 2, "phases": 1}
         params["lora_ttt"]["global_chunk_tokens"] = 8 * params["model"]["seq_len"]
     experiment.set_params(params)
-    for stage in ("fetch", "tokenize"):
+    for stage in ("fetch", "tokenize", "pack"):
         experiment.stage(stage)
     for stage in ("train", "average", "adapt", "quantize", "compress", "size_check"):
         experiment.stage(stage, "1337")

@@ -6,12 +6,8 @@ they are installed here, and `train_log` tells the training of a seed in the lin
 scripts know. Nothing is logged twice: those lines are made of dvclive's curves and of what the later stages wrote.
 """
 
-import ast
-import sys
-from importlib.metadata import packages_distributions, version
 from typing import Any
 
-from fairway.packing.bundle import program_of
 from fairway.reporting.budgets import LIMIT_BYTES, budgets, eval_s, train_s
 from fairway.reporting.certificates import Standing, standing
 from fairway.reporting.runs import Run
@@ -87,33 +83,6 @@ def _result(run: Run, evaluator: str) -> dict[str, Any]:
         "train_time_s": round(train_s(run), 3),
         "eval_time_s": round(eval_s(run, evaluator), 3),
     }
-
-
-def requirements(program: bytes) -> str:
-    """Lines `package==version` for what a train_gpt.py imports: the program in it, and the stub that unpacks that.
-
-    Packages that the program imports only if they are there, and that are not here, are left out.
-    """
-    distributions = packages_distributions()
-    packages = {name for top in outside_imports(program) for name in distributions.get(top, [])}
-    # Without a build's own suffix (2.13.0+cpu), which no index knows.
-    return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in sorted(packages, key=str.lower))
-
-
-def outside_imports(program: bytes) -> set[str]:
-    """Top-level names of the modules that a train_gpt.py imports, but for Python's own."""
-    return _imported(ast.parse(program)) | _imported(ast.parse(program_of(program)))
-
-
-def _imported(tree: ast.Module) -> set[str]:
-    """Top-level names that import statements anywhere in the text name, but for Python's own."""
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
-    return found - sys.stdlib_module_names
 
 
 # Figures by step.

@@ -19,21 +19,24 @@ class Section(BaseModel):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-class _Loader(yaml.SafeLoader):
+def _yaml_loader() -> type[yaml.SafeLoader]:
     """SafeLoader with YAML 1.2 floats: PyYAML reads `1e-3` as text, DVC as a number."""
 
+    class Loader(yaml.SafeLoader):
+        pass
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
+        list("-+.0123456789"),
+    )
+    return Loader
 
 
 def load_section(path: Path, kind: type[SectionT]) -> SectionT:
     """Read a YAML file as the section `kind`, faults as in load_params."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_yaml_loader())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
