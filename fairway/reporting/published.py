@@ -35,7 +35,7 @@ class PublishedSeed(Section):
     step_ms: float = Field(gt=0)
     bpb: dict[Pass, float]
     eval_s: dict[Pass | Literal["adapt"], float]
-    other_s: dict[Literal["calibration", "pack", "unpack"], float] = Field(default={})
+    other_s: dict[Literal["calibration", "pack", "unpack"], float]
 
     @model_validator(mode="after")
     def _bytes(self) -> "PublishedSeed":
