@@ -1,6 +1,6 @@
 """Make the two files that ship: the compressed network and the program that trains and evaluates it.
 
-Reads:  artifacts/quantize/<seed>/codes.safetensors; the code of model/ and stages/
+Reads:  artifacts/quantize/<seed>/codes.safetensors; the code of fairway/
 Writes: artifacts/compress/<seed>/model.bin (codec/container.py), train_gpt.py (packing/bundle.py)
 Method: a stream of codes per class of tensor, by compress.codec; code cut to the record's settings, minified, packed
 Source: PR #1172 (Brotli, packed code), #1855 (streams by kind). Ours: checksum, bounded reading, checked round trip.
@@ -15,7 +15,7 @@ from fairway.packing.bundle import bundle
 from fairway.params import load_params
 from fairway.runtime.errors import run_stage, stage_arguments
 from fairway.runtime.files import output_folder, write_atomic
-from fairway.whole_record import shipped_params
+from fairway.whole_record import shipped_arguments
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     state = load_codes(Path(f"artifacts/quantize/{seed}"))
     model = pack(params.model, state, codec=params.compress.codec)
     check_round_trip(model, params.model, state)
-    program = bundle(Path(), "fairway.whole_record", [shipped_params(params), seed])
+    program = bundle(Path(), "fairway.whole_record", shipped_arguments(params, seed))
     with output_folder(Path(f"artifacts/compress/{seed}")) as out:
         write_atomic(out / "model.bin", model)
         write_atomic(out / "train_gpt.py", program)

@@ -39,7 +39,8 @@ def main() -> None:
             write_atomic(out / f"train_seed{run.seed}.log", log)
         write_atomic(out / "submission.json", json.dumps(submission, indent=2) + "\n")
         write_atomic(out / "README.md", readme(submission, runs))
-        write_atomic(out / "requirements.txt", requirements(Path(), "fairway.whole_record"))
+        modules = "fairway.whole_record", params.shipped_evaluator.__module__
+        write_atomic(out / "requirements.txt", requirements(Path(), *modules))
         shutil.copyfile(program, out / "train_gpt.py")
         shutil.copyfile(tokenizer, out / "tokenizer.model")
     print(f"artifacts/submission: val_bpb {submission['val_bpb']:.6f}, {submission['certificate']['verdict']}")

@@ -17,9 +17,10 @@ from conftest import REPOSITORY, Experiment
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fairway.evaluation.sliding import SlidingEvaluator
 from fairway.packing.bundle import bundle, program_text, quoted, self_extracting
 from fairway.params import Params, load_params
-from fairway.whole_record import shipped_params
+from fairway.whole_record import shipped_arguments
 
 ENTRY = "fairway.whole_record"
 # What the authors counted as code (PR #1958, #1172).
@@ -114,24 +115,31 @@ def test_any_bytes_are_read_back_out_of_the_string(packed: bytes) -> None:
 
 def test_settings_carry_the_record_and_nothing_else() -> None:
     params = load_params(REPOSITORY / "params.yaml")
-    shipped = vars(shipped_params(params))
-    assert shipped["model"] == params.model
-    assert params.compress.evaluator in shipped
-    assert not {"size_check", "fetch", "evaluators", "certify", "report"} & set(shipped)
+    shipped, seed, evaluator, settings = shipped_arguments(params, 1337)
+    assert vars(shipped)["model"] == params.model
+    assert (seed, evaluator, settings) == (1337, SlidingEvaluator, params.evaluator_settings("sliding"))
+    assert not {"size_check", "fetch", "evaluators", "certify", "report", "slot"} & set(vars(shipped))
 
 
 def test_another_evaluators_section_does_not_change_the_settings() -> None:
     raw = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    before = vars(shipped_params(Params.model_validate(raw)))
+    before = _shipped(raw)
     raw["slot"]["steps"] += 1
-    assert vars(shipped_params(Params.model_validate(raw))) == before
+    assert _shipped(raw) == before
+    raw["sliding"]["stride"] += 1
+    assert _shipped(raw) != before
+
+
+def _shipped(raw: dict[str, Any]) -> list[Any]:
+    artifact, *others = shipped_arguments(Params.model_validate(raw), 1337)
+    return [vars(artifact), *others]
 
 
 @pytest.fixture(scope="module", params=["r1172", pytest.param("r1958", marks=pytest.mark.long)])
 def packed(request: pytest.FixtureRequest) -> tuple[str, str]:
     """A record and its program as text."""
     params = load_params(REPOSITORY / f"records/{request.param}.yaml")
-    return request.param, program_text(REPOSITORY, ENTRY, [shipped_params(params), params.seeds[0]])
+    return request.param, program_text(REPOSITORY, ENTRY, shipped_arguments(params, params.seeds[0]))
 
 
 def test_a_records_code_is_small(packed: tuple[str, str]) -> None:
@@ -272,7 +280,7 @@ def _toy(record: str) -> Params:
 def test_a_record_trains_compresses_and_scores_alone(record: str, tokenized: Experiment, tmp_path: Path) -> None:
     """In one process as in two, and the same file whatever the order of Python's sets."""
     params = _toy(record)
-    program = bundle(REPOSITORY, ENTRY, [shipped_params(params), 7])
+    program = bundle(REPOSITORY, ENTRY, shipped_arguments(params, 7))
     for name in ("one", "two"):
         shutil.copytree(tokenized.folder / "artifacts/tokens", tmp_path / name)
     output = _run_alone(program, tmp_path / "one")
@@ -297,8 +305,8 @@ def test_a_record_trains_compresses_and_scores_alone(record: str, tokenized: Exp
 def test_the_bytes_do_not_depend_on_the_order_of_sets() -> None:
     code = (
         "import hashlib, sys; from pathlib import Path; from fairway.packing.bundle import bundle;"
-        "from fairway.whole_record import shipped_params; from fairway.params import load_params;"
-        "file = bundle(Path(), 'fairway.whole_record', [shipped_params(load_params('params.yaml')), 1]);"
+        "from fairway.whole_record import shipped_arguments; from fairway.params import load_params;"
+        "file = bundle(Path(), 'fairway.whole_record', shipped_arguments(load_params('params.yaml'), 1));"
         "print(hashlib.sha256(file).hexdigest())"
     )
     found = {

@@ -87,6 +87,24 @@ def test_a_module_as_a_value_is_refused(tmp_path: Path) -> None:
         link(root, "main")
 
 
+def test_a_class_given_as_an_argument_is_linked_though_no_module_imports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = "def run_shipped(kind, size):\n    result.append(kind(size).doubled())\n"
+    given = (
+        "from helper import twice\n\n\nclass Chosen:\n    def __init__(self, size):\n        self.size = size\n\n"
+        "    def doubled(self):\n        return twice(self.size)\n\n    def unused(self):\n        return 'never'\n\n\n"
+        "class Other:\n    word = 'another'\n"
+    )
+    root = _program(tmp_path, main=main, given=given, helper="def twice(size):\n    return 2 * size\n")
+    monkeypatch.syspath_prepend(str(root))
+    monkeypatch.delitem(__import__("sys").modules, "given", raising=False)
+    found, text = _run(root, __import__("given").Chosen, 21)
+    assert found == [42]
+    assert "never" not in text
+    assert "another" not in text
+
+
 def test_settings_decide_branches_and_what_they_alone_need_falls_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,34 +46,39 @@ r{quotes}{data}
 def bundle(root: Path, entry: str, arguments: Sequence[Any]) -> bytes:
     """The file's bytes: `entry` (a module under `root`, say "fairway.whole_record") and what it needs of `root`.
 
-    Started as a program the file calls run_shipped(*arguments) of the entry module. Arguments are JSON values, or
-    settings (pydantic objects, which must not be changed or made anew by the program): what depends on them alone is
-    worked out here. Raises ValueError on code that cannot be linked.
+    Started as a program the file calls run_shipped(*arguments) of the entry module. Arguments are JSON values, classes
+    (whose modules are linked as well: the evaluator's, which no module imports), or settings (pydantic objects, which
+    must not be changed or made anew by the program): what depends on them alone is worked out here. Raises ValueError
+    on code that cannot be linked.
     """
     return self_extracting(program_text(root, entry, arguments))
 
 
 def program_text(root: Path, entry: str, arguments: Sequence[Any]) -> str:
     """The minified program."""
-    linked = link(root, entry)
+    kinds = [argument for argument in arguments if isinstance(argument, type)]
+    linked = link(root, entry, *(kind.__module__ for kind in kinds))
     tree, start = linked.tree, linked.names[entry, ENTRY]
+    given = {kind: linked.names[kind.__module__, kind.__name__] for kind in kinds}
+    entries = {start, *given.values()}
     settings = [argument for argument in arguments if isinstance(argument, BaseModel)]
     classes = _settings_classes(linked, settings)
     slim(tree, settings, classes)
     keep_chosen(tree, chosen_options(settings))
     typed = _typed_classes(tree)
-    reached = Sweep(tree, start, typed)
+    reached = Sweep(tree, entries, typed)
     reached.sweep()
     _check_settings_stay(tree, reached.attributes, set(classes.values()))
     changed = True
     while changed:
         while _fold(tree, settings, classes, reached.made):
             pass
-        reached = Sweep(tree, start, typed)
+        reached = Sweep(tree, entries, typed)
         changed = reached.sweep()
     mentioned = reached.attributes | looked_up(tree, Knowledge(tree, settings, classes))
     written = Written(tree, mentioned, classes)
-    call = f"{start}({', '.join(written.write(argument) for argument in arguments)})"
+    values = [given[value] if isinstance(value, type) else written.write(value) for value in arguments]
+    call = f"{start}({', '.join(values)})"
     if "SimpleNamespace" in call:
         tree.body += ast.parse("from types import SimpleNamespace").body
     tree.body += ast.parse(f"if __name__ == '__main__':\n    {call}").body

@@ -24,14 +24,14 @@ class _Module:
     meaning: dict[str, str | tuple[None, str]] = field(default_factory=dict)
 
 
-def link(root: Path, entry: str) -> Linked:
-    """`entry` (a module under `root`) and every module of `root` that it needs, as one text.
+def link(root: Path, *entries: str) -> Linked:
+    """These modules under `root` and every module of `root` that they need, as one text.
 
     Modules imported inside functions alone run at the start of the program as well, if what they import is installed:
     Triton's kernels are the case in point. Raises ValueError on an import that this cannot express.
     """
     linker = Linker(root)
-    eager = linker.closure([entry])
+    eager = linker.closure(list(entries))
     lazy = linker.closure(list(linker.inner_imports(eager)), eager)
     tree = ast.Module([statement for name in eager for statement in linker.text(name)], [])
     late = [statement for name in lazy for statement in linker.text(name)]

@@ -1,4 +1,4 @@
-"""Mark and sweep: statements at module level, and methods, that the entry of a program reaches by name."""
+"""Mark and sweep: statements at module level, and methods, that the entries of a program reach by name."""
 
 import ast
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ WRAPPERS = ("property", "classmethod", "staticmethod", "abstractmethod")
 class Sweep:
     """What is reached. `live`: names of the module level; `attributes`: what stands behind a dot or in quotes."""
 
-    def __init__(self, tree: ast.Module, entry: str, typed: set[str]) -> None:
+    def __init__(self, tree: ast.Module, entries: set[str], typed: set[str]) -> None:
         self.tree, self.typed = tree, typed
-        self.live, self.attributes, self.made = {entry}, set[str](), set[str]()
+        self.live, self.attributes, self.made = set(entries), set[str](), set(entries)
         self.statements = list(statements(tree))
         self.own = {name for statement in self.statements for name in bound_names([statement])}
         self.classes = {s.name: s for s in self.statements if isinstance(s, ast.ClassDef)}

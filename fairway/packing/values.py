@@ -168,7 +168,8 @@ class Knowledge:
 
     def _of_instance(self, name: str, attribute: str) -> Value:
         """By the annotation in the class body; else by the one place where a method sets it."""
-        family = self.family(name)
+        # The class itself first: it may narrow the annotation of a base.
+        family = sorted(self.family(name), key=lambda other: (other != name, other))
         for other in family:
             for part in self.classes[other].body:
                 if isinstance(part, ast.AnnAssign) and getattr(part.target, "id", None) == attribute:

@@ -94,22 +94,22 @@ def _result(run: Run, evaluator: str) -> dict[str, Any]:
     }
 
 
-def requirements(root: Path, entry: str) -> str:
-    """Lines `package==version` for `entry` (a module under `root`) and every module of `root` that it imports,
+def requirements(root: Path, *entries: str) -> str:
+    """Lines `package==version` for these modules under `root` and every module of `root` that they import,
     and for the stub that unpacks them.
 
     Packages that are imported if they are there, and are not, are left out.
     """
     distributions = packages_distributions()
     unpacking = _imported(ast.parse(quoted(b"")))
-    packages = {name for top in outside_imports(root, entry) | unpacking for name in distributions.get(top, [])}
+    packages = {name for top in outside_imports(root, *entries) | unpacking for name in distributions.get(top, [])}
     # Without a build's own suffix (2.13.0+cpu), which no index knows.
     return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in sorted(packages, key=str.lower))
 
 
-def outside_imports(root: Path, entry: str) -> set[str]:
+def outside_imports(root: Path, *entries: str) -> set[str]:
     """Top-level names of the imported modules that are neither under `root` nor Python's own."""
-    return _imported(link(root, entry).tree)
+    return _imported(link(root, *entries).tree)
 
 
 def _imported(tree: ast.Module) -> set[str]:
