@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, create_mo
 from fairway.adaptation.row_training import AdaptSettings
 from fairway.certification.experiments import CertifySettings
 from fairway.codec.artifact import CompressSettings, SizeCheckSettings
-from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
+from fairway.evaluation.evaluator import EvaluatorSettings
 from fairway.evaluation.registry import evaluator_class, evaluator_names, is_evaluator, settings_class
 from fairway.model.config import ModelConfig
 from fairway.quantization.quantize_weights import QuantizeSettings
@@ -78,11 +78,6 @@ class Params(Section):
             raise UserError(f"params.yaml: {_missing(name)}")
         settings: EvaluatorSettings = getattr(self, name)
         return settings
-
-    @property
-    def shipped_evaluator(self) -> type[Evaluator]:
-        """The class of the evaluator that train_gpt.py runs."""
-        return evaluator_class(self.compress.evaluator)
 
     def _evaluator_sections(self) -> list[str]:
         return [name for name in type(self).model_fields if name not in Params.model_fields]

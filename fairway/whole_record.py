@@ -19,7 +19,7 @@ from fairway.codec.artifact import load_artifact
 from fairway.codec.container import check_round_trip, pack
 from fairway.evaluation.collect import collect, measure
 from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
-from fairway.evaluation.registry import make_evaluator
+from fairway.evaluation.registry import evaluator_class, make_evaluator
 from fairway.model.gpt import GPT, load_network
 from fairway.params import Params, load_params
 from fairway.quantization.calibrate import calibrate
@@ -44,8 +44,9 @@ def shipped_arguments(params: Params, seed: int) -> list[Any]:
     The params are cut to the sections that decide the artifact. The evaluator is given as its class, which the packer
     writes as a name, and whose module it links: the program that ships has no files to import by name.
     """
+    name = params.compress.evaluator
     artifact = Params.model_construct(**{section: getattr(params, section) for section in SECTIONS})
-    return [artifact, seed, params.shipped_evaluator, params.evaluator_settings(params.compress.evaluator)]
+    return [artifact, seed, evaluator_class(name), params.evaluator_settings(name)]
 
 
 def main() -> None:
