@@ -161,9 +161,11 @@ def _work(name: str, settings: Params, model: GPT, world: World) -> tuple[int, s
         return epochs, f"adapt, one of {epochs} epochs", adapt_once(model, one)
     if name == "streaming":
         return 1, name, evaluate_once(StreamingEvaluator(STREAMING), model, world)
-    stride = getattr(getattr(settings, name), "stride", None)
+    section = settings.evaluator_settings(name)
+    stride = getattr(section, "stride", None)
     label = name if stride is None else f"{name}, stride {stride}"
-    return 1, label, evaluate_once(make_evaluator(name, getattr(settings, name)), model, world)
+    evaluator = make_evaluator(name, section, model=settings.model, processes=world.size)
+    return 1, label, evaluate_once(evaluator, model, world)
 
 
 def random_stream(vocab_size: int, targets: int) -> Tensor:

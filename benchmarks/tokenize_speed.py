@@ -30,6 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = TokenizeSettings(
         model=str(arguments.tokenizer),
+        trainer="published",
         transform=arguments.transform,
         vocab_size=Tokenizer(arguments.tokenizer).model.vocab_size(),
         val_documents=arguments.val_documents,

@@ -33,7 +33,7 @@ def main() -> None:
     """Certify artifacts/evaluate/<seed>/<evaluator>."""
     seed, (name,) = stage_arguments(sys.argv[1:], "certify", "evaluator")
     params, started_at = load_params("params.yaml"), time.monotonic()
-    make_evaluator(name, getattr(params, name, None))
+    settings = params.evaluator_settings(name)
     make_deterministic()
     # Most of the time goes into steps of a few tokens, which several threads only slow down.
     torch.set_num_threads(1)
@@ -45,7 +45,7 @@ def main() -> None:
     evaluation = load_evaluation(ARTIFACTS, seed, name, len(validation.bytes))
     with Progress(f"certify {seed} {name}", params.certify.tokens, unit="tokens decoded") as progress:
         findings = certify(
-            lambda: make_evaluator(name, getattr(params, name, None)),
+            lambda: make_evaluator(name, settings, model=model.config, processes=1),
             model,
             lambda: load_artifact(ARTIFACTS / f"compress/{seed}/model.bin", device),
             validation.tokens.to(device),

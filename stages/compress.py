@@ -32,7 +32,7 @@ def main() -> None:
     check_round_trip(model, params.model, state)
     program, name = self_extracting(text, seed=seed), params.compress.evaluator
     with start_world() as world:
-        settings = getattr(params, name)
+        settings = params.evaluator_settings(name)
         run = check_shipped_run(program, model, name, settings, ARTIFACTS / "tokens", world.device)
     with output_folder(ARTIFACTS / f"compress/{seed}") as out:
         write_atomic(out / "model.bin", model)

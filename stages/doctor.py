@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from fairway.codec.byte_codecs import LRZIP_REMEDY
 from fairway.model.backends import attention_backend
 from fairway.params import Params, load_params
 from fairway.runtime.errors import UserError, run_stage
@@ -104,8 +105,7 @@ def _programs(params: Params) -> list[Check]:
         Check("git", shutil.which("git") is not None, "install git: experiments are kept in it"),
     ]
     if params.compress.codec == "lrzip":
-        remedy = "apt-get install lrzip, or set compress.codec to ans, which packs smaller"
-        checks.append(Check("lrzip", shutil.which("lrzip") is not None, remedy))
+        checks.append(Check("lrzip", shutil.which("lrzip") is not None, LRZIP_REMEDY))
     return checks
 
 

@@ -12,13 +12,13 @@ from fairway.packing.bundle import RECORD, program_text, requirements
 from fairway.params import load_params
 from fairway.runtime.errors import run_stage
 from fairway.runtime.files import output_folder, write_atomic
-from fairway.whole_record import chosen_options, shipped_params
+from fairway.whole_record import chosen_options, shipped_arguments
 
 
 def main() -> None:
     """Write artifacts/pack."""
     params = load_params("params.yaml")
-    text = program_text(Path(), RECORD, [shipped_params(params)], late=["seed"], chosen=chosen_options(params))
+    text = program_text(Path(), RECORD, shipped_arguments(params), late=["seed"], chosen=chosen_options(params))
     with output_folder(Path("artifacts/pack")) as out:
         write_atomic(out / "program.py", text)
         write_atomic(out / "requirements.txt", requirements(text))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fairway.model.gpt import GPT
 from fairway.params import Params, load_params
-from fairway.preflight import check_inputs
+from fairway.preflight import check_training
 from fairway.runtime.distributed import World, start_world
 from fairway.runtime.errors import run_stage, stage_arguments
 from fairway.runtime.live_log import TrainLog, silent
@@ -38,12 +38,12 @@ def main() -> None:
     params = load_params("params.yaml")
     resume = Path(f"artifacts/resume/train-{seed}")
     if check_only:
-        check_inputs(params, seed, TOKENS, resume)
+        check_training(params, seed, TOKENS, resume)
         return
     with start_world() as world:
         check_world(params.train, world)
         if world.size == 1:
-            check_inputs(params, seed, TOKENS, resume)
+            check_training(params, seed, TOKENS, resume)
         with only_run(resume) if world.rank == 0 else nullcontext():
             trained = _train(params, seed, world, resume)
             if world.rank == 0:

@@ -12,7 +12,12 @@ from test_model_golden import golden as golden_model
 from test_model_golden import golden_config
 from torch import Tensor
 
+from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.model.gpt import GPT
+
+# Of an evaluator's settings, what most tests leave as the simplest form has it.
+PLAIN_FIT: dict[str, Any] = {"lr_end": None, "fitted_on": "batch", "bias": False}
+PLAIN_TTT: dict[str, Any] = {"freeze": "blocks", "fake_quantize": "none", "slot": None}
 
 
 @lru_cache
@@ -44,6 +49,11 @@ def lively_network(record: str = "r1150") -> GPT:
 def random_stream(seed: int, targets: int) -> Tensor:
     """(N+1,) int64 tokens of lively_network's vocabulary."""
     return torch.randint(2, 40, (targets + 1,), generator=torch.Generator().manual_seed(seed))
+
+
+def sliding(*, stride: int, batch_windows: int) -> SlidingEvaluator:
+    """The evaluator by sliding windows that scores each target once."""
+    return SlidingEvaluator(SlidingSettings(stride=stride, batch_windows=batch_windows, published_window_list=False))
 
 
 def checksums(model: GPT, start: dict[str, Tensor], names: list[str]) -> np.ndarray:

@@ -22,7 +22,8 @@ from fairway.runtime.files import load_tensors, save_tensors
 from fairway.tokens.shards import write_shard
 
 SETTINGS: dict[str, Any] = {"epochs": 2, "split": "train", "lr": 4.5e-3, "lr_floor": 0.1, "batch_rows": 3}
-SETTINGS |= {"grad_clip": 1.0, "freeze_blocks": 1}
+SETTINGS |= {"grad_clip": 1.0, "freeze_blocks": 1, "max_rows": None, "freeze": "blocks", "freeze_tokens": False}
+SETTINGS |= {"lanes": 1, "coupling": "step", "fake_quantize": "none"}
 
 
 R1958 = {

@@ -17,9 +17,10 @@ from conftest import REPOSITORY, Experiment
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fairway.evaluation.sliding import SlidingEvaluator
 from fairway.packing.bundle import RECORD, program_text, quoted, self_extracting
 from fairway.params import Params, load_params
-from fairway.whole_record import chosen_options, shipped_params
+from fairway.whole_record import chosen_options, shipped_arguments
 
 # The most that a record's code may take. The authors counted 33,684 for PR #1958 and 23,349 for #1172.
 LARGEST_BYTES = 33_000
@@ -56,7 +57,7 @@ def _pack(program: Path, settings: dict[str, float]) -> bytes:
 
 def record_text(params: Params) -> str:
     chosen = chosen_options(params)
-    return program_text(REPOSITORY, RECORD, [shipped_params(params)], late=["seed"], chosen=chosen)
+    return program_text(REPOSITORY, RECORD, shipped_arguments(params), late=["seed"], chosen=chosen)
 
 
 def _run_alone(file: bytes, folder: Path, *arguments: str) -> str:
@@ -122,17 +123,24 @@ def test_any_bytes_are_read_back_out_of_the_string(packed: bytes) -> None:
 
 def test_settings_carry_the_record_and_nothing_else() -> None:
     params = load_params(REPOSITORY / "params.yaml")
-    shipped = vars(shipped_params(params))
-    assert shipped["model"] == params.model
-    assert params.compress.evaluator in shipped
-    assert not {"size_check", "fetch", "evaluators", "certify", "report"} & set(shipped)
+    shipped, evaluator, settings = shipped_arguments(params)
+    assert vars(shipped)["model"] == params.model
+    assert (evaluator, settings) == (SlidingEvaluator, params.evaluator_settings("sliding"))
+    assert not {"size_check", "fetch", "evaluators", "certify", "report", "slot"} & set(vars(shipped))
 
 
 def test_another_evaluators_section_does_not_change_the_settings() -> None:
     raw = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    before = vars(shipped_params(Params.model_validate(raw)))
+    before = _shipped(raw)
     raw["slot"]["steps"] += 1
-    assert vars(shipped_params(Params.model_validate(raw))) == before
+    assert _shipped(raw) == before
+    raw["sliding"]["stride"] += 1
+    assert _shipped(raw) != before
+
+
+def _shipped(raw: dict[str, Any]) -> list[Any]:
+    artifact, *others = shipped_arguments(Params.model_validate(raw))
+    return [vars(artifact), *others]
 
 
 @pytest.fixture(scope="module", params=["r1172", pytest.param("r1958", marks=pytest.mark.long)])

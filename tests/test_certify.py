@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from streams import random_stream
+from streams import PLAIN_FIT, PLAIN_TTT, random_stream
 from test_model import R1150, SMALL
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from fairway.certification.coding_order import visiting_order
 from fairway.certification.decoder import slice_around
 from fairway.certification.experiments import CertifySettings, certify, piece_length
 from fairway.certification.stepping import Follower
-from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
 from fairway.evaluation.passes import Pass, Prediction
 from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, plain_head, stream_windows
@@ -33,10 +33,10 @@ from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
 from fairway.tokens.tokenizer import BOS
 
-SLIDING: dict[str, Any] = {"stride": 8, "batch_windows": 6}
+SLIDING: dict[str, Any] = {"stride": 8, "batch_windows": 6, "published_window_list": False}
 TTT = SLIDING | {"chunk_tokens": 160, "epochs": 2, "lr": 0.05, "momentum": 0.9, "grad_clip": 1.0}
-TTT |= {"batch_rows": 32, "freeze_blocks": 0}
-SLOT = SLIDING | {"steps": 3, "lr": 0.02}
+TTT |= PLAIN_TTT | {"batch_rows": 32, "freeze_blocks": 0}
+SLOT = SLIDING | PLAIN_FIT | {"steps": 3, "lr": 0.02, "carried": False}
 LORA: dict[str, Any] = {"chunk_tokens": 16, "batch_documents": 2, "rank": 2, "alpha": 4.0, "lr": 0.01, "beta2": 0.99}
 LORA |= {"weight_decay": 0.5, "prefix_documents": 2, "phases": 1, "global_chunk_tokens": 64, "global_lr": 0.02}
 LORA |= {"global_momentum": 0.9, "grad_clip": 1.0, "lanes": 1, "seed": 0}
@@ -131,9 +131,9 @@ class SharedContext(Evaluator):
     """Context-only SLOT as PR #1217, #1306, #1322 and #1333 had it: one offset for a batch of overlapping windows."""
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        fit = SlotFitSettings(steps=3, lr=0.02, fitted_on="context")
+        fit = SlotFitSettings(**(PLAIN_FIT | {"steps": 3, "lr": 0.02, "fitted_on": "context"}))
         head = OffsetHead(fit, tokens_N1.device, self._places)
-        windows = stream_windows("slot", model, len(tokens_N1) - 1, stride=8, as_published=False)
+        windows = stream_windows(model, len(tokens_N1) - 1, stride=8, as_published=False)
         return _Headed(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6, head=head)
 
     def _places(self, batch: Batch) -> Places:
@@ -146,14 +146,14 @@ class _Headed(WindowPass):
 
 
 def _ttt_with_slot() -> Evaluator:
-    return TttEvaluator(TttSettings(**TTT, slot=SlotFitSettings(steps=3, lr=0.02)))
+    return TttEvaluator(TttSettings(**(TTT | {"slot": SlotFitSettings(**PLAIN_FIT, steps=3, lr=0.02)})))
 
 
 FITTED_AHEAD: dict[str, Make] = {
     "r1150": _ttt_with_slot,
     "r1172": _slot(),
     "r1488": _slot(fitted_on="scored", bias=True),
-    "context of a batch": SharedContext,
+    "context of a batch": lambda: SharedContext(EvaluatorSettings()),
 }
 
 
@@ -168,7 +168,9 @@ def test_offsets_fitted_on_what_they_score_fail(name: str) -> None:
 
 
 def test_the_published_list_of_windows_fails_for_its_repetitions_alone() -> None:
-    findings = _certify(lambda: SlidingEvaluator(SlidingSettings(**SLIDING, published_window_list=True)), tokens=40)
+    findings = _certify(
+        lambda: SlidingEvaluator(SlidingSettings(**(SLIDING | {"published_window_list": True}))), tokens=40
+    )
     assert _failed(findings) == {"single_pass"}
     assert findings["single_pass"].evidence["most_often"] == 2
 
@@ -180,7 +182,7 @@ class Peeking(SlidingEvaluator):
     ahead: int
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        windows = stream_windows("sliding", model, len(tokens_N1) - 1, stride=8, as_published=False)
+        windows = stream_windows(model, len(tokens_N1) - 1, stride=8, as_published=False)
 
         def head(model: GPT, batch: Batch, hid: Tensor) -> Tensor:
             probs_MV = plain_head(model, batch, hid).softmax(-1)
@@ -254,7 +256,7 @@ class BetterOfTwo(SlidingEvaluator):
     """Scores twice and keeps the better."""
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        windows = stream_windows("sliding", model, len(tokens_N1) - 1, stride=8, as_published=False)
+        windows = stream_windows(model, len(tokens_N1) - 1, stride=8, as_published=False)
         return Twice(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6)
 
     def score(self, model: GPT, tokens_N1: Tensor, progress: Callable[[int], None]) -> Tensor:
@@ -274,7 +276,7 @@ class Omitting(SlidingEvaluator):
     """Never scores the last windows, as a batch that does not come out even (evaluate.md 2.2)."""
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        windows = stream_windows("sliding", model, len(tokens_N1) - 1, stride=8, as_published=False)
+        windows = stream_windows(model, len(tokens_N1) - 1, stride=8, as_published=False)
         return WindowPass(model, tokens_N1, in_chunks(windows[:-2], 6), world, batch_windows=6)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import launch
-from streams import lively_network, random_stream
+from streams import PLAIN_FIT, PLAIN_TTT, lively_network, random_stream
 from torch import Tensor
 
 from fairway.evaluation.collect import Scores, Tally, collect, measure
@@ -26,20 +26,21 @@ from fairway.runtime.resume import ResumePoints
 from fairway.tokens.tokenizer import BOS
 
 CPU = torch.device("cpu")
-WINDOWS: dict[str, Any] = {"stride": 4, "batch_windows": 2}
+WINDOWS: dict[str, Any] = {"stride": 4, "batch_windows": 2, "published_window_list": False}
 TTT = WINDOWS | {"chunk_tokens": 32, "epochs": 2, "lr": 0.05, "momentum": 0.9, "grad_clip": 1.0, "batch_rows": 32}
-TTT |= {"freeze_blocks": 1}
+TTT |= PLAIN_TTT | {"freeze_blocks": 1}
+SLOT = WINDOWS | PLAIN_FIT | {"steps": 3, "lr": 0.01, "carried": False}
 LORA = {"chunk_tokens": 4, "batch_documents": 2, "rank": 2, "alpha": 4.0, "lr": 0.01, "beta2": 0.99}
 LORA |= {"weight_decay": 0.5, "prefix_documents": 8, "phases": 2, "global_chunk_tokens": 64, "global_lr": 0.02}
 LORA |= {"global_momentum": 0.9, "grad_clip": 1.0, "lanes": 4, "seed": 0}
 EVALUATORS: dict[str, Evaluator] = {
     "sliding": SlidingEvaluator(SlidingSettings(**WINDOWS)),
-    "published": SlidingEvaluator(SlidingSettings(**WINDOWS, published_window_list=True)),
+    "published": SlidingEvaluator(SlidingSettings(**(WINDOWS | {"published_window_list": True}))),
     "ttt": TttEvaluator(TttSettings(**TTT)),
     "ttt_bfloat16": TttEvaluator(TttSettings(**TTT)),
-    "ttt_slot": TttEvaluator(TttSettings(**TTT, slot=SlotFitSettings(steps=2, lr=0.01))),
-    "slot": SlotEvaluator(SlotSettings(**WINDOWS, steps=3, lr=0.01)),
-    "carried": SlotEvaluator(SlotSettings(**WINDOWS, steps=3, lr=0.01, bias=True, carried=True)),
+    "ttt_slot": TttEvaluator(TttSettings(**(TTT | {"slot": SlotFitSettings(**PLAIN_FIT, steps=2, lr=0.01)}))),
+    "slot": SlotEvaluator(SlotSettings(**SLOT)),
+    "carried": SlotEvaluator(SlotSettings(**(SLOT | {"bias": True, "carried": True}))),
     "streaming": StreamingEvaluator(StreamingSettings(block_tokens=4, lanes=4)),
     "lora_ttt": LoraTttEvaluator(LoraTttSettings(**LORA)),
 }

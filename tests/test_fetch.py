@@ -351,7 +351,8 @@ def fetch_into(tmp_path: Path, hub: Hub, name: str = "docs", **changes: Any) -> 
 
 
 def adopt(fetched: Path, tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
-    settings = {"model": None, "vocab_size": 263, "val_documents": 2, "shard_tokens": 1000} | changes
+    settings = {"model": None, "trainer": "lossless", "transform": "none", "vocab_size": 263} | changes
+    settings = {"val_documents": 2, "shard_tokens": 1000} | settings
     folder = tmp_path / "tokens"
     folder.mkdir()
     meta = adopt_export(fetched, folder, TokenizeSettings(**settings))

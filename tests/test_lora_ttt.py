@@ -16,7 +16,6 @@ from fairway.evaluation.document_batches import Document, by_length, documents, 
 from fairway.evaluation.lora_adapters import Factors, LoraAdapters, adapted_logits, draw_factors
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttPass, LoraTttSettings
 from fairway.runtime.distributed import alone
-from fairway.runtime.errors import UserError
 from fairway.tokens.tokenizer import BOS
 
 CPU = torch.device("cpu")
@@ -166,5 +165,5 @@ def test_the_model_is_left_as_it_was() -> None:
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], expected: str) -> None:
     settings = LoraTttSettings(**(SMALL | changes))
-    with pytest.raises(UserError, match=expected):
-        LoraTttEvaluator(settings).begin(lively_network("r1958"), _stream(), alone(CPU))
+    with pytest.raises(ValueError, match=expected):
+        settings.check(section="lora_ttt", model=lively_network("r1958").config, processes=1)

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib
 import io
 import subprocess
 import sys
@@ -461,3 +462,20 @@ def test_an_argument_of_a_kernel_that_calls_give_by_name_keeps_its_name() -> Non
     text = shorten(ast.parse(f"{kernel}kernel[(1,)](1, rows=2)\n"))
     (short,) = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
     assert [argument.arg for argument in short.args.args] == ["a", "rows"]
+
+
+def test_a_class_given_as_an_argument_is_linked_though_no_module_imports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = "def run_shipped(kind, size):\n    result.append(kind(size).doubled())\n"
+    given = (
+        "from helper import twice\n\n\nclass Chosen:\n    def __init__(self, size):\n        self.size = size\n\n"
+        "    def doubled(self):\n        return twice(self.size)\n\n\n"
+        "class Other:\n    word = 'another'\n"
+    )
+    root = _program(tmp_path, main=main, given=given, helper="def twice(size):\n    return 2 * size\n")
+    monkeypatch.syspath_prepend(str(root))
+    monkeypatch.delitem(sys.modules, "given", raising=False)
+    found, text = _run(root, importlib.import_module("given").Chosen, 21)
+    assert found == [42]
+    assert "another" not in text

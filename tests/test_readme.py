@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -133,11 +132,11 @@ def test_links_lead_to_files() -> None:
         assert (REPOSITORY / target).exists(), target
 
 
-def example() -> tuple[str, str, str, str]:
-    """The worked example: evaluator, section, entry of the registry, params."""
-    named = [block for block in blocks("python") if block.startswith("# stages/")]
-    [evaluator, section, entry], [params] = named, blocks("yaml")
-    return evaluator, section, entry, params
+def example() -> tuple[str, str]:
+    """The worked example: the evaluator's file, and its section of params.yaml."""
+    [evaluator] = [block for block in blocks("python") if block.startswith("# fairway/evaluation/tempered.py\n")]
+    [section] = blocks("yaml")
+    return evaluator, section
 
 
 def test_the_worked_example_is_short() -> None:
@@ -145,33 +144,17 @@ def test_the_worked_example_is_short() -> None:
 
 
 def test_the_worked_example_scores(finished_copy: Experiment) -> None:
-    """A higher temperature costs bits, and 1 is sliding."""
-    evaluator, section, entry, params = example()
-    stages = finished_copy.folder / "stages"
-    (stages / "evaluate/tempered.py").write_text(evaluator)
-
-    def edit(file: str, change: Callable[[str], str]) -> None:
-        path = stages / file
-        before = path.read_text()
-        path.write_text(change(before))
-        assert path.read_text() != before, file
-
-    field, literal = "    tempered: Tempered | None = None\n", re.compile(r"(EvaluatorName = Literal\[.*?)(\])")
-    edit("params.py", lambda text: literal.sub(r'\1, "tempered"\2', text))
-    edit("params.py", lambda text: text.replace("class Params(Section)", f"{section}\n\nclass Params(Section)"))
-    edit("params.py", lambda text: re.sub(r"(\n    streaming: .*\n)", rf"\1{field}", text))
-    begin = "EVALUATORS: dict[str, Callable[[Any], Evaluator]] = {\n"
-    edit("evaluate/registry.py", lambda text: text.replace(begin, f"{begin}{entry}"))
-    imported = "from stages.evaluate.tempered import TemperedEvaluator\n"
-    edit("evaluate/registry.py", lambda text: text.replace("from fairway.params", f"{imported}from fairway.params", 1))
-
-    bpb = {}
-    for temperature in (1.0, 1.5):
-        sections = yaml.safe_load(params) | {"evaluators": ["sliding", "tempered"]}
-        sections["tempered"]["temperature"] = temperature
-        finished_copy.set_params(finished_copy.params | sections)
-        bpb[temperature] = _score(finished_copy.stage("evaluate", SEED, "tempered").stdout)
-    assert bpb[1.0] < bpb[1.5]
+    """Added in three places and no fourth. A higher temperature costs bits, and 1 is sliding."""
+    evaluator, section = example()
+    (finished_copy.folder / "fairway/evaluation/tempered.py").write_text(evaluator)
+    added = yaml.safe_load(section)
+    added["tempered"] |= {"stride": finished_copy.params["sliding"]["stride"], "temperature": 1.0}
+    added["tempered_hot"] = added["tempered"] | {"temperature": 1.5}
+    names = ["sliding", *added]
+    finished_copy.set_params(finished_copy.params | added | {"evaluators": names})
+    bpb = {name: _score(finished_copy.stage("evaluate", SEED, name).stdout) for name in names}
+    assert bpb["tempered"] == pytest.approx(bpb["sliding"], abs=1e-6)
+    assert bpb["tempered"] < bpb["tempered_hot"]
 
 
 def _score(output: str) -> float:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import REPOSITORY, Experiment, tiny_params
 
+from fairway.evaluation.slot_offsets import SlotSettings
 from fairway.model.gpt import GPT
 from fairway.params import Params, load_params
 
@@ -80,13 +81,17 @@ def test_a_variant_says_where_it_differs_from_the_record(name: str) -> None:
     text = (REPOSITORY / "records" / f"{name}.yaml").read_text()
     head = text.partition("\n\n")[0]
     own, record = (load(key).model_dump() for key in (name, name.partition("-")[0]))
-    differing = {section for section in own if own[section] != record[section]} - {"submission"}
+    differing = {section for section in {*own, *record} if own.get(section) != record.get(section)} - {"submission"}
     unnamed = {section for section in differing if not re.search(rf"\b{section}\b", head)}
-    assert {section for section in unnamed if not _only_the_window_list(own[section], record[section])} == set()
+    assert {section for section in unnamed if not _only_the_window_list(own.get(section), record.get(section))} == set()
 
 
 def _only_the_window_list(own: Any, record: Any) -> bool:
-    return isinstance(own, dict) and {key for key in own if own[key] != record[key]} == {"published_window_list"}
+    return (
+        isinstance(own, dict)
+        and isinstance(record, dict)
+        and {key for key in own if own[key] != record[key]} == {"published_window_list"}
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -96,23 +101,33 @@ def test_a_variant_looks_at_no_token_before_it_is_scored(name: str) -> None:
     assert params.adapt.split == "train"
     assert params.quantize.gptq is None or params.quantize.gptq.calibration == "train"
     for evaluator in params.evaluators:
-        settings = getattr(params, evaluator)
-        fits = [settings] if evaluator == "slot" else [getattr(settings, "slot", None)]
+        settings = params.evaluator_settings(evaluator)
+        fits = [settings if isinstance(settings, SlotSettings) else getattr(settings, "slot", None)]
         assert all(fit is None or fit.fitted_on == "context" for fit in fits)
         assert not getattr(settings, "published_window_list", False)
 
 
+def with_a_second_sliding(text: str) -> str:
+    """A params file in which one evaluator occurs twice, under two names."""
+    params = yaml.safe_load(text)
+    params["sliding_512"] = params["sliding"] | {"stride": 512}
+    return yaml.safe_dump(params | {"evaluators": [*params["evaluators"], "sliding_512"]})
+
+
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """By file of records/, the stages that a dry run lists, in their order."""
+    """By file of records/, and for "twice", r1172 with a second sliding evaluation: the stages that a dry run lists, in
+    their order."""
     folder = tmp_path_factory.mktemp("plans")
     for name in ("records", "stages", "fairway"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "dvc.yaml", folder)
+    twice = with_a_second_sliding((folder / "records/r1172.yaml").read_text())
+    (folder / "records/twice.yaml").write_text(twice)
     for command in (["git", "init", "-q"], [str(Path(sys.executable).parent / "dvc"), "init", "-q"]):
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
     done = subprocess.run(
-        [sys.executable, "-c", DRY_RUNS, *FILES], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-c", DRY_RUNS, *FILES, "twice"], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     found = re.split(r"^params (.+)$", done.stdout, flags=re.MULTILINE)[1:]
@@ -136,6 +151,12 @@ def test_a_dry_run_lists_the_stages_of_every_seed_and_evaluator(name: str, plans
     assert others <= expected
     order = plans[name]
     assert order.index("fetch") < order.index("tokenize") < order.index(f"train@{params.seeds[0]}")
+
+
+def test_a_second_use_of_an_evaluator_is_a_stage_of_its_own(plans: dict[str, list[str]]) -> None:
+    seeds = load("r1172").seeds
+    more = {f"{stage}@{seed}-sliding_512" for stage in ("evaluate", "certify") for seed in seeds}
+    assert set(plans["twice"]) == set(plans["r1172"]) | more
 
 
 # r1488 and r1958 have every mechanism between them.

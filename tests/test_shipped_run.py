@@ -14,6 +14,7 @@ from test_bundle import record_text, toy
 from test_evaluate import SECTIONS
 
 from fairway.codec.container import pack
+from fairway.evaluation.evaluator import Evaluator
 from fairway.evaluation.registry import make_evaluator
 from fairway.model.gpt import GPT
 from fairway.packing import shipped_run
@@ -74,15 +75,19 @@ def _check_finished(finished: Experiment, program: bytes, tokens: Path) -> Shipp
     return _check(program, model, load_params(finished.folder / "params.yaml"), tokens)
 
 
+def _evaluator(name: str, params: Params) -> Evaluator:
+    return make_evaluator(name, params.evaluator_settings(name), model=params.model, processes=1)
+
+
 def _check(program: bytes, model: bytes, params: Params, tokens: Path) -> ShippedRun:
     name = params.compress.evaluator
-    return check_shipped_run(program, model, name, getattr(params, name), tokens, torch.device("cpu"))
+    return check_shipped_run(program, model, name, params.evaluator_settings(name), tokens, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["sliding", "ttt", "slot", "streaming", "lora_ttt"])
 def test_the_stream_is_as_short_as_an_evaluator_can_learn_on(name: str, tokenized: Experiment) -> None:
     params = Params.model_validate(tokenized.params | SECTIONS)
-    evaluator, network = make_evaluator(name, getattr(params, name)), GPT(params.model)
+    evaluator, network = _evaluator(name, params), GPT(params.model)
     tokens_N1 = load_validation(tokenized.folder / "artifacts/tokens", seq_len=64, vocab_size=320).tokens
     targets = short_stream(evaluator, network, tokens_N1)
     assert targets % 64 == 0
@@ -99,7 +104,7 @@ def test_a_large_network_scores_the_shortest_stream_on_a_cpu(
     monkeypatch.setattr(shipped_run, "MOST_WORK_ON_CPU", 10_000)
     params = Params.model_validate(tokenized.params | SECTIONS)
     tokens_N1 = load_validation(tokenized.folder / "artifacts/tokens", seq_len=64, vocab_size=320).tokens
-    assert short_stream(make_evaluator(name, getattr(params, name)), GPT(params.model), tokens_N1) == targets
+    assert short_stream(_evaluator(name, params), GPT(params.model), tokens_N1) == targets
 
 
 @pytest.mark.long

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import golden, golden_network, golden_tokens, lively_network, random_stream
+from streams import golden, golden_network, golden_tokens, lively_network, random_stream, sliding
 from test_model import RECORDS
 from torch import Tensor
 
 from fairway.evaluation.collect import bpb, collect, measure
 from fairway.evaluation.overlapping import overlapping_hidden
+from fairway.evaluation.registry import make_evaluator
 from fairway.evaluation.scoring import WindowPass, stream_windows
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.windows import Windows, published, scored_once
@@ -23,7 +24,7 @@ from fairway.runtime.distributed import alone
 from fairway.runtime.errors import UserError
 
 CPU = torch.device("cpu")
-EVALUATOR = SlidingEvaluator(SlidingSettings(stride=4, batch_windows=3))
+EVALUATOR = sliding(stride=4, batch_windows=3)
 
 
 def _silent(_: int) -> None:
@@ -32,9 +33,7 @@ def _silent(_: int) -> None:
 
 def test_nats_and_bpb_match_pr_1958() -> None:
     arrays, tokens = golden("sliding"), golden_tokens("sliding", "stream")
-    nats = SlidingEvaluator(SlidingSettings(stride=16, batch_windows=4)).score(
-        golden_network("r1958", 64), tokens, _silent
-    )
+    nats = sliding(stride=16, batch_windows=4).score(golden_network("r1958", 64), tokens, _silent)
     np.testing.assert_allclose(nats, arrays["l2/nll"], rtol=0, atol=1e-3)
     expected = arrays["config"]["l2"]
     assert float(nats.mean()) == pytest.approx(expected["val_loss"], abs=1e-5)
@@ -115,7 +114,7 @@ def test_only_the_windows_of_the_ends_share_no_batch_with_others(
     starts = torch.cat([chunk.start for chunk in evaluation.windows])
     assert torch.equal(starts, starts.sort().values)
     assert torch.equal(
-        starts, stream_windows("", evaluation.model, targets, stride=stride, as_published=published_list).start
+        starts, stream_windows(evaluation.model, targets, stride=stride, as_published=published_list).start
     )
 
 
@@ -131,9 +130,7 @@ def test_a_recorded_pass_on_a_gpu_scores_as_a_cpu_does(record: str) -> None:
 
 def test_stride_of_a_whole_window_is_plain_evaluation() -> None:
     arrays, tokens = golden("sliding"), golden_tokens("sliding", "stream")
-    nats = SlidingEvaluator(SlidingSettings(stride=64, batch_windows=4)).score(
-        golden_network("r1150", 64), tokens, _silent
-    )
+    nats = sliding(stride=64, batch_windows=4).score(golden_network("r1150", 64), tokens, _silent)
     batches = [float(part.mean()) for part in nats.split(4 * 64)]
     np.testing.assert_allclose(batches, arrays["plain/batch_losses"], rtol=0, atol=1e-4)
     assert float(nats.mean()) == pytest.approx(arrays["config"]["plain"]["val_loss"], abs=1e-5)
@@ -175,13 +172,13 @@ def test_batches_do_not_matter_and_distributions_are_what_was_scored(
 ) -> None:
     model, tokens = lively_network(), random_stream(seed, targets)
     counted: list[int] = []
-    evaluator = SlidingEvaluator(SlidingSettings(stride=stride, batch_windows=batch_windows))
+    evaluator = sliding(stride=stride, batch_windows=batch_windows)
     nats = evaluator.score(model, tokens, counted.append)
     assert (nats.shape, nats.dtype, sum(counted)) == ((targets,), torch.float64, targets)
     log_probs = evaluator.log_probs(model, tokens, range(targets))
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(targets, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(-log_probs[range(targets), tokens[1:]], nats, rtol=0, atol=1e-5)
-    one_by_one = SlidingEvaluator(SlidingSettings(stride=stride, batch_windows=1)).score(model, tokens, _silent)
+    one_by_one = sliding(stride=stride, batch_windows=1).score(model, tokens, _silent)
     torch.testing.assert_close(nats, one_by_one, rtol=0, atol=1e-4)
 
 
@@ -202,7 +199,8 @@ def test_positions_come_back_in_the_order_asked() -> None:
 
 
 def test_a_stride_beyond_the_models_rows_is_refused() -> None:
-    with pytest.raises(UserError, match=r"params.yaml: sliding.stride \(17\) exceeds the model's seq_len \(16\)"):
-        SlidingEvaluator(SlidingSettings(stride=17, batch_windows=1)).score(
-            lively_network(), random_stream(1, 40), _silent
-        )
+    settings, model = sliding(stride=17, batch_windows=1).settings, lively_network().config
+    with pytest.raises(ValueError, match=r"^sliding_512.stride \(17\) exceeds model.seq_len \(16\)"):
+        settings.check(section="sliding_512", model=model, processes=1)
+    with pytest.raises(UserError, match=r"^params.yaml: sliding.stride \(17\) exceeds model.seq_len \(16\)"):
+        make_evaluator("sliding", settings, model=model, processes=1)

@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import lively_network, random_stream
+from streams import lively_network, random_stream, sliding
 from test_model import RECORDS
 from torch import Tensor
 
 from fairway.evaluation.kv_cache import cached_hidden
-from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
 from fairway.model.causal_attention import attend_recent
 from fairway.model.context import Context
@@ -80,7 +79,7 @@ def test_lanes_are_streams_of_their_own() -> None:
 
 def test_the_first_row_is_plain_evaluation() -> None:
     network, tokens = lively_network(), random_stream(8, 64)
-    plain = SlidingEvaluator(SlidingSettings(stride=ROW, batch_windows=1)).score(network, tokens, _silent)
+    plain = sliding(stride=ROW, batch_windows=1).score(network, tokens, _silent)
     found = _evaluator().score(network, tokens, _silent)
     torch.testing.assert_close(found[:ROW], plain[:ROW], rtol=0, atol=1e-5)
     assert float((found[ROW:] - plain[ROW:]).abs().max()) > 1e-3

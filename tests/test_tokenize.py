@@ -102,7 +102,12 @@ def test_a_tokenizer_without_byte_fallback_is_refused(tmp_path: Path) -> None:
 def run_export(corpus: Path, model: Path, folder: Path, *, shard_tokens: int = 100_000, workers: int = 1) -> dict:
     folder.mkdir()
     settings = TokenizeSettings(
-        model=None, vocab_size=VOCAB_SIZE, val_documents=VAL_DOCUMENTS, shard_tokens=shard_tokens, trainer="lossless"
+        model=None,
+        trainer="lossless",
+        transform="none",
+        vocab_size=VOCAB_SIZE,
+        val_documents=VAL_DOCUMENTS,
+        shard_tokens=shard_tokens,
     )
     return export(corpus, model, folder, settings=settings, workers=workers)
 

@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fairway.codec.byte_codecs import Lrzip
 from fairway.model.gpt import GPT, param_groups
 from fairway.params import Params, load_params
-from fairway.preflight import check_inputs
+from fairway.preflight import check_training
 from fairway.runtime.distributed import World, alone
 from fairway.runtime.errors import UserError, stage_arguments
 from fairway.runtime.files import load_tensors
@@ -377,7 +378,7 @@ def test_training_works_in_a_git_repository_without_a_commit(ready: Experiment) 
 def test_a_seed_that_params_do_not_list_is_refused(ready: Experiment) -> None:
     params = load_params(ready.folder / "params.yaml")
     with pytest.raises(UserError, match=r"params\.yaml: seeds: 7 is not one of \[1337\]"):
-        check_inputs(params, 7, ready.folder / "artifacts/tokens", ready.folder / "resume")
+        check_training(params, 7, ready.folder / "artifacts/tokens", ready.folder / "resume")
 
 
 def test_what_later_stages_will_miss_is_told_before_training(
@@ -393,6 +394,25 @@ def test_what_later_stages_will_miss_is_told_before_training(
     ready.set_params(ready.params)
     monkeypatch.setenv("PATH", "/nowhere")
     assert "compress.codec: lrzip is not installed" in ready.fails("train", "--check", SEED)
+
+
+def test_what_takes_no_time_is_checked_before_the_shards(ready: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a missing program is told in the words of the codec that starts it."""
+    shutil.rmtree(ready.folder / "artifacts/tokens")
+    ready.set_params(ready.params | {"compress": ready.params["compress"] | {"codec": "lrzip"}})
+    params, place = load_params(ready.folder / "params.yaml"), (ready.folder / "tokens", ready.folder / "resume")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"^params\.yaml: seeds: 7 is not one of"):
+        check_training(params, 7, *place)
+    with pytest.raises(UserError) as of_codec:
+        Lrzip().encode(b"data")
+    with pytest.raises(UserError) as ahead:
+        check_training(params, int(SEED), *place)
+    assert str(ahead.value) == str(of_codec.value)
+    monkeypatch.undo()
+    params = params.model_copy(update={"compress": params.compress.model_copy(update={"codec": "ans"})})
+    with pytest.raises(UserError, match=r"tokens/meta\.json: no such file"):
+        check_training(params, int(SEED), *place)
 
 
 @pytest.mark.parametrize("arguments", [[], ["x"], ["1", "2"], ["--check", "1"], ["-1"]])

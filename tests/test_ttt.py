@@ -11,16 +11,25 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream
+from streams import (
+    PLAIN_FIT,
+    PLAIN_TTT,
+    checksums,
+    golden,
+    golden_network,
+    golden_tokens,
+    lively_network,
+    random_stream,
+    sliding,
+)
 
-from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.slot_offsets import SlotFitSettings
 from fairway.evaluation.ttt import TttEvaluator, TttPass, TttSettings, cosine, flat_gradients
 from fairway.runtime.distributed import alone
-from fairway.runtime.errors import UserError
 
 SETTINGS: dict[str, Any] = {"stride": 4, "batch_windows": 3, "chunk_tokens": 32, "epochs": 2, "lr": 0.05}
 SETTINGS |= {"momentum": 0.9, "grad_clip": 1.0, "batch_rows": 32, "freeze_blocks": 0}
+SETTINGS |= PLAIN_TTT | {"published_window_list": False}
 GOLDEN = SETTINGS | {"stride": 16, "batch_windows": 5, "chunk_tokens": 128, "epochs": 3, "published_window_list": True}
 
 
@@ -36,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "freeze0": {},
     "freeze2": {"freeze_blocks": 2, "freeze": "vectors"},
     "freeze0_fakequant": {"fake_quantize": "side"},
-    "freeze0_fakequant_slot": {"fake_quantize": "side", "slot": SlotFitSettings(steps=5, lr=3e-3)},
+    "freeze0_fakequant_slot": {"fake_quantize": "side", "slot": SlotFitSettings(**PLAIN_FIT, steps=5, lr=3e-3)},
 }
 
 
@@ -128,16 +137,16 @@ def test_nothing_of_a_pass_outlives_it() -> None:
 def test_the_first_chunk_is_scored_by_the_network_as_it_came() -> None:
     model, tokens = lively_network(), random_stream(4, 96)
     ttt = _evaluator().score(model, tokens, _silent)
-    sliding = SlidingEvaluator(SlidingSettings(stride=4, batch_windows=3)).score(model, tokens, _silent)
-    torch.testing.assert_close(ttt[:32], sliding[:32], rtol=0, atol=1e-5)
-    assert float((ttt[32:] - sliding[32:]).abs().max()) > 1e-3
+    plain = sliding(stride=4, batch_windows=3).score(model, tokens, _silent)
+    torch.testing.assert_close(ttt[:32], plain[:32], rtol=0, atol=1e-5)
+    assert float((ttt[32:] - plain[32:]).abs().max()) > 1e-3
 
 
 def test_without_epochs_it_is_sliding() -> None:
     model, tokens = lively_network(), random_stream(4, 90)
     ttt = _evaluator(epochs=0).score(model, tokens, _silent)
-    sliding = SlidingEvaluator(SlidingSettings(stride=4, batch_windows=3)).score(model, tokens, _silent)
-    torch.testing.assert_close(ttt, sliding, rtol=0, atol=1e-5)
+    plain = sliding(stride=4, batch_windows=3).score(model, tokens, _silent)
+    torch.testing.assert_close(ttt, plain, rtol=0, atol=1e-5)
 
 
 def test_it_learns_a_stream_that_repeats_itself() -> None:
@@ -170,5 +179,6 @@ def test_two_runs_give_the_same_numbers() -> None:
 
 
 def test_chunks_that_cut_rows_are_refused() -> None:
-    with pytest.raises(UserError, match=r"ttt.chunk_tokens \(40\) must be a multiple of model.seq_len \(16\)"):
-        _evaluator(chunk_tokens=40).begin(lively_network(), random_stream(1, 40), alone(torch.device("cpu")))
+    settings = _evaluator(chunk_tokens=40).settings
+    with pytest.raises(ValueError, match=r"ttt.chunk_tokens \(40\) must be a multiple of model.seq_len \(16\)"):
+        settings.check(section="ttt", model=lively_network().config, processes=1)

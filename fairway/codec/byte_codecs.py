@@ -17,6 +17,9 @@ import zstandard
 
 from fairway.runtime.errors import UserError
 
+# What to do where the program lrzip is missing.
+LRZIP_REMEDY = "apt-get install lrzip, or set compress.codec to ans, which packs smaller"
+
 
 class ByteCodec(Protocol):
     """A lossless compressor."""
@@ -126,13 +129,20 @@ def _exactly(data: bytes, size: int) -> bytes:
     return data
 
 
-def _lrzip(data: bytes, options: list[str], *, largest: int) -> bytes:
-    """Run lrzip from file to file. The kernel stops it at `largest` bytes: what it reads may be a bomb."""
+def lrzip_program() -> str:
+    """The path of the program lrzip. Raises UserError if it is not installed."""
     program = shutil.which("lrzip")
     if program is None:
         raise UserError(
-            "params.yaml: compress.codec: lrzip is not installed; expected the program of the package lrzip"
+            "params.yaml: compress.codec: lrzip is not installed; expected the program of the package lrzip: "
+            + LRZIP_REMEDY
         )
+    return program
+
+
+def _lrzip(data: bytes, options: list[str], *, largest: int) -> bytes:
+    """Run lrzip from file to file. The kernel stops it at `largest` bytes: what it reads may be a bomb."""
+    program = lrzip_program()
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in"), Path(folder, "out")
         source.write_bytes(data)

@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fairway.evaluation.collect import POINTS
 from fairway.evaluation.cuda_graph import as_cuda_graph
+from fairway.evaluation.evaluator import EvaluatorSettings
 from fairway.evaluation.overlapping import overlapping_hidden
 from fairway.evaluation.passes import Pass, Prediction, State
 from fairway.evaluation.windows import Windows, in_groups, published, scored_once
+from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
-from fairway.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,25 @@ def _filled(group: Windows, missing: int) -> Windows:
     return Windows(*(torch.cat([column, nothing]) for column in (group.start, group.first, group.length)))
 
 
-def stream_windows(section: str, model: GPT, targets: int, *, stride: int, as_published: bool) -> Windows:
-    """The windows of a stream. Raises UserError if their stride, a key of `section`, would leave gaps."""
-    seq_len = model.config.seq_len
-    if stride > seq_len:
-        raise UserError(f"params.yaml: {section}.stride ({stride}) exceeds the model's seq_len ({seq_len})")
-    return (published if as_published else scored_once)(targets, seq_len=seq_len, stride=stride)
+class WindowSettings(EvaluatorSettings):
+    """The settings of every evaluator that scores overlapping windows of the stream."""
+
+    # Tokens from the start of a window to the start of the next, and the last places of a window, which it scores.
+    stride: int = Field(gt=0)
+    # Windows that go through the network together.
+    batch_windows: int = Field(gt=0)
+    # Score the last tokens repeatedly, as PR #1150, #1172 and #1488 did (evaluation/windows.py).
+    published_window_list: bool
+
+    def check(self, *, section: str, model: ModelConfig, processes: int) -> None:
+        """A larger stride would leave gaps between the windows."""
+        if self.stride > model.seq_len:
+            raise ValueError(f"{section}.stride ({self.stride}) exceeds model.seq_len ({model.seq_len})")
+
+
+def stream_windows(model: GPT, targets: int, *, stride: int, as_published: bool) -> Windows:
+    """The windows of a stream of so many targets, of which each scores its last `stride` places or fewer."""
+    return (published if as_published else scored_once)(targets, seq_len=model.config.seq_len, stride=stride)
 
 
 def in_chunks(windows: Windows, batch_windows: int) -> list[Windows]:

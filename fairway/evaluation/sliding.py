@@ -6,25 +6,18 @@ that of PR #549, #1150, #1172 and #1488.
 
 from dataclasses import dataclass
 
-from pydantic import Field
 from torch import Tensor
 
 from fairway.evaluation.evaluator import Evaluator
 from fairway.evaluation.passes import Pass
-from fairway.evaluation.scoring import WindowPass, in_chunks, stream_windows
+from fairway.evaluation.scoring import WindowPass, WindowSettings, in_chunks, stream_windows
 from fairway.evaluation.windows import runs
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
-from fairway.runtime.settings import Section
 
 
-class SlidingSettings(Section):
+class SlidingSettings(WindowSettings):
     """Overlapping windows, each token scored once."""
-
-    stride: int = Field(gt=0)
-    batch_windows: int = Field(gt=0)
-    # Score the last tokens repeatedly, as PR #1150, #1172 and #1488 did (evaluation/windows.py).
-    published_window_list: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,9 +29,7 @@ class SlidingEvaluator(Evaluator):
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         """Nothing is learned, and so chunks are only runs of batches."""
         s = self.settings
-        windows = stream_windows(
-            "sliding", model, len(tokens_N1) - 1, stride=s.stride, as_published=s.published_window_list
-        )
+        windows = stream_windows(model, len(tokens_N1) - 1, stride=s.stride, as_published=s.published_window_list)
         # Apart from those that the stream's ends make different, which would each spoil a large batch.
         seq_len = model.config.seq_len
         alike = (windows.first == seq_len - s.stride) & (windows.length == seq_len)

@@ -41,9 +41,7 @@ class SlotEvaluator(Evaluator):
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         """A carried offset learns between chunks; any other lives within a batch."""
         s = self.settings
-        windows = stream_windows(
-            "slot", model, len(tokens_N1) - 1, stride=s.stride, as_published=s.published_window_list
-        )
+        windows = stream_windows(model, len(tokens_N1) - 1, stride=s.stride, as_published=s.published_window_list)
         if s.carried:
             return CarriedPass(model, tokens_N1, windows, world, s)
         chunks = in_chunks(windows, s.batch_windows)

@@ -20,6 +20,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from fairway.evaluation.scoring import WindowSettings
 from fairway.model.gpt import GPT
 from fairway.runtime.settings import Section
 
@@ -30,22 +31,19 @@ class SlotFitSettings(Section):
     steps: int = Field(ge=0)
     lr: float = Field(gt=0)
     # Where the learning rate's cosine ends; null keeps it constant.
-    lr_end: float | None = Field(default=None, ge=0)
+    lr_end: float | None = Field(ge=0)
     # One offset per batch on all places (PR #1150, #1172), per window on its scored places (PR #1488), or per window on
     # the places before them: the last alone is causal.
-    fitted_on: Literal["batch", "scored", "context"] = "batch"
+    fitted_on: Literal["batch", "scored", "context"]
     # An offset to the logits too (PR #1488).
-    bias: bool = False
+    bias: bool
 
 
-class SlotSettings(SlotFitSettings):
+class SlotSettings(SlotFitSettings, WindowSettings):
     """A hidden-state offset fitted on each batch of windows before it is scored (not a code length: see README)."""
 
-    stride: int = Field(gt=0)
-    batch_windows: int = Field(gt=0)
-    published_window_list: bool = False
     # Instead of starting anew, carry one offset along the stream and fit it on what has been scored: causal.
-    carried: bool = False
+    carried: bool
 
     @model_validator(mode="after")
     def _forms(self) -> "SlotSettings":

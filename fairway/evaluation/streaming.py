@@ -19,23 +19,28 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.kv_cache import Cache, cached_hidden
 from fairway.evaluation.passes import Pass, Prediction, State
+from fairway.model.config import ModelConfig
 from fairway.model.embedding import LOOK_BACK
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
-from fairway.runtime.settings import Section
 
 
-class StreamingSettings(Section):
+class StreamingSettings(EvaluatorSettings):
     """One pass with a rolling key/value cache, each token computed once."""
 
     # Tokens of a lane that go through the network together.
     block_tokens: int = Field(gt=1)
     # Equal parts of the stream, each begun with an empty cache, that are worked on side by side.
     lanes: int = Field(gt=0)
+
+    def check(self, *, section: str, model: ModelConfig, processes: int) -> None:
+        """Every process has a lane to work on."""
+        if processes > self.lanes:
+            raise ValueError(f"{section}.lanes ({self.lanes}) is less than the {processes} processes")
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,6 @@ class StreamingEvaluator(Evaluator):
             raise UserError(
                 f"params.yaml: streaming.lanes ({s.lanes}): too many for {targets} targets in rows of {seq_len}"
             )
-        if world.size > s.lanes:
-            raise UserError(f"params.yaml: streaming.lanes ({s.lanes}) is less than the {world.size} processes")
         return StreamingPass(model, tokens_N1, world, s)
 
 

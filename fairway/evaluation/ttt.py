@@ -26,21 +26,18 @@ from fairway.adaptation.trainable import Loss, Named, RoundedWeights, loss_with,
 from fairway.evaluation.cuda_graph import as_cuda_graph
 from fairway.evaluation.evaluator import Evaluator
 from fairway.evaluation.passes import Pass, State
-from fairway.evaluation.scoring import WindowPass, plain_head, stream_windows
+from fairway.evaluation.scoring import WindowPass, WindowSettings, plain_head, stream_windows
 from fairway.evaluation.slot import OffsetHead
 from fairway.evaluation.slot_offsets import SlotFitSettings
 from fairway.evaluation.windows import Windows, by_chunk
+from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
-from fairway.runtime.errors import UserError
-from fairway.runtime.settings import Section
 
 
-class TttSettings(Section):
+class TttSettings(WindowSettings):
     """Score-first test-time training: SGD on each chunk after it was scored."""
 
-    stride: int = Field(gt=0)
-    batch_windows: int = Field(gt=0)
     chunk_tokens: int = Field(gt=0)
     epochs: int = Field(ge=0)
     lr: float = Field(gt=0)
@@ -49,12 +46,22 @@ class TttSettings(Section):
     batch_rows: int = Field(gt=0)
     freeze_blocks: int = Field(ge=0)
     # As in adapt.
-    freeze: Literal["blocks", "vectors"] = "blocks"
+    freeze: Literal["blocks", "vectors"]
     # Matrices that are rounded to 6 bits while training (PR #1150: side, the projections of bigram and value tables).
-    fake_quantize: Literal["none", "side", "all"] = "none"
-    published_window_list: bool = False
+    fake_quantize: Literal["none", "side", "all"]
     # Chunks are scored with SLOT as well (PR #1150).
-    slot: SlotFitSettings | None = None
+    slot: SlotFitSettings | None
+
+    def check(self, *, section: str, model: ModelConfig, processes: int) -> None:
+        """Chunks are whole rows and whole strides, and there are as many blocks as stay fixed."""
+        super().check(section=section, model=model, processes=processes)
+        if self.chunk_tokens % model.seq_len or self.chunk_tokens % self.stride:
+            raise ValueError(
+                f"{section}.chunk_tokens ({self.chunk_tokens}) must be a multiple of model.seq_len ({model.seq_len}) "
+                f"and of {section}.stride ({self.stride})"
+            )
+        if self.freeze_blocks > model.layers:
+            raise ValueError(f"{section}.freeze_blocks ({self.freeze_blocks}) exceeds model.layers ({model.layers})")
 
 
 # Parts of a step's rows that go through the network on their own, as on the GPUs of the records. In bfloat16 a gradient
@@ -70,12 +77,8 @@ class TttEvaluator(Evaluator):
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         """Chunks of chunk_tokens, on a copy of the model."""
-        s, targets, seq_len = self.settings, len(tokens_N1) - 1, model.config.seq_len
-        if s.chunk_tokens % seq_len:
-            raise UserError(
-                f"params.yaml: ttt.chunk_tokens ({s.chunk_tokens}) must be a multiple of model.seq_len ({seq_len})"
-            )
-        windows = stream_windows("ttt", model, targets, stride=s.stride, as_published=s.published_window_list)
+        s, targets = self.settings, len(tokens_N1) - 1
+        windows = stream_windows(model, targets, stride=s.stride, as_published=s.published_window_list)
         chunks = by_chunk(windows, targets=targets, chunk_tokens=s.chunk_tokens)
         model = copy.deepcopy(model)
         free = trainable(model, freeze_blocks=s.freeze_blocks, freeze=s.freeze)

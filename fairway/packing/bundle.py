@@ -50,11 +50,12 @@ def program_text(
 ) -> str:
     """The minified program of `entry` (a module under `root`, say "fairway.whole_record") and what it needs of `root`.
 
-    Started as a program it calls run_shipped(*arguments, *late) of the entry module. Arguments are JSON values, or
-    settings (pydantic objects); `late` are names that the stub sets. `chosen`, {"module.TABLE": key}, tells of which
-    tables at module level only one entry is ever looked up. Raises ValueError on code that cannot be packed.
+    Started as a program it calls run_shipped(*arguments, *late) of the entry module. Arguments are JSON values,
+    settings (pydantic objects), or classes, whose modules are linked too: the evaluator's, which no module imports.
+    `late` are names that the stub sets. `chosen`, {"module.TABLE": key}, tells of which tables at module level only one
+    entry is ever looked up. Raises ValueError on code that cannot be packed.
     """
-    linked = link(root, entry)
+    linked = link(root, entry, *(argument.__module__ for argument in arguments if isinstance(argument, type)))
     for table, key in (chosen or {}).items():
         _keep_entry(linked, table, key)
     strip(linked.tree)

@@ -43,14 +43,14 @@ class _Module:
     meanings: dict[str, Meaning] | None = None
 
 
-def link(root: Path, entry: str) -> Linked:
-    """`entry` (a module under `root`) and every module of `root` that it needs, as one text.
+def link(root: Path, *entries: str) -> Linked:
+    """These modules under `root` and every module of `root` that they need, as one text.
 
     Modules imported inside functions alone run at the end of the text, each in a `try` that ends quietly if a package
     is not installed: Triton's kernels are what this is for. Raises ValueError on what one text cannot express.
     """
     linker, lazy = Linker(root), list[str]()
-    eager = linker.closure([entry])
+    eager = linker.closure(list(entries))
     while new := linker.closure(list(linker.inner_imports([*eager, *lazy])), [*eager, *lazy]):
         lazy += new
     tree = ast.Module([statement for name in eager for statement in linker.text(name, linker.seen)], [])

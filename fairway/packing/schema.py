@@ -1,7 +1,7 @@
 """The settings inside a packed program: namespaces without a schema, since the pipeline has checked them.
 
-An object stays one of its own class where that can matter: if the class has more than fields and checks, or if the
-program makes objects of it, reads data into it, or asks for it (isinstance, match).
+An object stays one of its own class where that can matter: if the class has methods that the program may call, or if
+the program makes objects of it, reads data into it, or asks for it (isinstance, match).
 """
 
 import ast
@@ -26,8 +26,9 @@ class Settings:
     def __init__(self, linked: Linked, parts: Parts) -> None:
         self.parts, self.names, self.quiet = parts, linked.names, Quiet(linked.tree)
         self.classes = {node.name: node for node in linked.tree.body if isinstance(node, ast.ClassDef)}
-        # Names of classes that the program uses as such.
+        # Names of classes that the program uses as such, and names of attributes that it may read.
         self.used: set[str] = set()
+        self.read: set[str] = set()
 
     def call(self, start: str, values: Sequence[Any], late: Sequence[str]) -> ast.Call:
         """The call of `start` with the values, and behind them names that whoever runs the text will set.
@@ -37,28 +38,40 @@ class Settings:
         while True:
             arguments = [*map(self._written, values), *(ast.Name(name, ast.Load()) for name in late)]
             call = ast.Call(ast.Name(start, ast.Load()), arguments, [])
-            used = {name for part in self.parts.reached(global_names(call)) for name in _used(part)}
-            if used <= self.used:
+            reached = self.parts.reached(global_names(call))
+            used = {name for part in reached for name in _used(part)}
+            read = {name for part in reached for name in attributes_read(part)}
+            if used <= self.used and read <= self.read:
                 return call
             self.used |= used
+            self.read |= read
 
     def _written(self, value: Any) -> ast.expr:
         if isinstance(value, list):
             return ast.List([*map(self._written, value)], ast.Load())
+        if isinstance(value, type):
+            return ast.Name(self._name(value), ast.Load())
         if not isinstance(value, BaseModel):
             return _literal(value)
         if not self._is_whole(type(value)):
-            fields = [ast.keyword(name, self._written(part)) for name, part in vars(value).items()]
+            parts = vars(value) | {name: getattr(value, name) for name in self._properties(type(value))}
+            fields = [ast.keyword(name, self._written(part)) for name, part in parts.items()]
             return ast.Call(ast.Name(NAMESPACE, ast.Load()), [], fields)
         data = value.model_dump()
         if type(value).model_validate(data) != value:
             raise ValueError(f"{type(value).__name__}: its data do not give the settings back")
         return ast.Call(ast.Name(self._name(type(value)), ast.Load()), [], [ast.keyword(None, _literal(data))])
 
+    def _properties(self, kind: type[BaseModel]) -> list[str]:
+        """Properties that the program may read. Settings never change, so that each is written as one more field."""
+        own = [base for base in kind.__mro__ if base not in (BaseModel, object)]
+        found = {name for base in own for name, part in vars(base).items() if isinstance(part, property)}
+        return sorted(found & self.read)
+
     def _name(self, kind: type) -> str:
         name = self.names.get((kind.__module__, kind.__name__))
         if name is None:
-            raise ValueError(f"{kind.__name__}: settings of a class that is not the program's")
+            raise ValueError(f"{kind.__name__}: a class that is not the program's")
         return name
 
     def _is_whole(self, kind: type[BaseModel]) -> bool:
@@ -68,15 +81,34 @@ class Settings:
         return pydantic or bool(classes & self.used) or any(self._does_more(self.classes[name]) for name in classes)
 
     def _does_more(self, node: ast.ClassDef) -> bool:
-        """Whether a class has more than fields, a configuration and checks."""
+        """Whether a class has more than fields, a configuration, checks, and methods that nothing calls."""
         return not all(map(self._is_passive, node.body))
 
     def _is_passive(self, part: ast.stmt) -> bool:
         if isinstance(part, ast.AnnAssign):
             return "ClassVar" not in ast.unparse(part.annotation)
         if isinstance(part, ast.FunctionDef):
-            return any(CHECKS.match(self.quiet.decorator_name(decorator)) for decorator in part.decorator_list)
+            names = [self.quiet.decorator_name(decorator) for decorator in part.decorator_list]
+            if any(map(CHECKS.match, names)) or "property" in map(ast.unparse, part.decorator_list):
+                return True
+            # Python itself calls methods such as __len__.
+            return part.name not in self.read and not part.name.startswith("__")
         return isinstance(part, ast.Expr | ast.Pass) or ast.unparse(part).startswith("model_config =")
+
+
+def attributes_read(tree: ast.AST) -> Iterator[str]:
+    """Names that stand behind a dot, in a pattern of `match`, or in a string, which getattr could be given.
+
+    Docstrings are strings that nobody reads.
+    """
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.MatchClass):
+            yield from node.kwd_attrs
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield from re.findall(r"\w+", node.value)
 
 
 def _literal(value: Any) -> ast.expr:

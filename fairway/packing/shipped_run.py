@@ -21,12 +21,11 @@ from torch import Tensor
 
 from fairway.codec.artifact import load_artifact
 from fairway.evaluation.collect import collect, measure
-from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.registry import make_evaluator
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import alone, make_deterministic
 from fairway.runtime.errors import UserError
-from fairway.runtime.settings import Section
 from fairway.tokens.shards import sidecar_paths, write_shard
 from fairway.tokens.validation import Validation, load_validation
 
@@ -47,7 +46,7 @@ class ShippedRun:
 
 
 def check_shipped_run(
-    program: bytes, model: bytes, name: str, settings: Section, tokens: Path, device: torch.device
+    program: bytes, model: bytes, name: str, settings: EvaluatorSettings, tokens: Path, device: torch.device
 ) -> ShippedRun:
     """Score the beginning of the folder `tokens` with the repository's code on `device`, and with train_gpt.py
     (`program`) in a process of its own, which chooses its device itself; both read model.bin (`model`).
@@ -59,7 +58,8 @@ def check_shipped_run(
         folder = Path(folder_name)
         (folder / "train_gpt.py").write_bytes(program)
         (folder / "model.bin").write_bytes(model)
-        network, evaluator = load_artifact(folder / "model.bin", device), make_evaluator(name, settings)
+        network = load_artifact(folder / "model.bin", device)
+        evaluator = make_evaluator(name, settings, model=network.config, processes=1)
         validation = _beginning(tokens, network, evaluator)
         _write_stream(folder, validation, tokens)
         own = _own_figures(evaluator, network, validation)

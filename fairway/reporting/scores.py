@@ -14,7 +14,7 @@ from fairway.reporting.published import PublishedRecord
 from fairway.reporting.runs import Run
 from fairway.reporting.significance import Spread, spread
 
-# What each evaluator is, in a table's words.
+# What each kind of evaluator is, in a table's words. Names are those of params.yaml: a kind, or a kind with a suffix.
 TITLES = {
     "sliding": "sliding window",
     "ttt": "score-first test-time training",
@@ -47,7 +47,8 @@ class Score:
     @property
     def title(self) -> str:
         """What the evaluator is, in a few words."""
-        return TITLES.get(self.name, "an evaluator of your own")
+        kinds = [kind for kind in TITLES if self.name == kind or self.name.startswith(f"{kind}_")]
+        return TITLES[max(kinds, key=len)] if kinds else "an evaluator of your own"
 
     @property
     def remark(self) -> str:

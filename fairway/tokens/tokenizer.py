@@ -42,9 +42,9 @@ class TokenizeSettings(Section):
     # A given SentencePiece model, or null to train one on the training split.
     model: str | None
     # How one is trained: lossless, or published with the challenge's folding of text (tokens/tokenizer.py).
-    trainer: Literal["lossless", "published"] = "lossless"
+    trainer: Literal["lossless", "published"]
     # none, or caseops: capitals as operators (tokens/caseops.py).
-    transform: Literal["none", "caseops"] = "none"
+    transform: Literal["none", "caseops"]
     vocab_size: int = Field(gt=259, le=65536)
     val_documents: int = Field(gt=0)
     shard_tokens: int = Field(gt=0, lt=2**31)
