@@ -1,9 +1,9 @@
 """Train the averaged weights of one seed a little further, on whole rows, before they are quantized.
 
-Reads:  artifacts/average/<seed>/weights.safetensors, artifacts/tokens (the split that params.yaml names)
-Writes: artifacts/adapt/<seed>/weights.safetensors and adapt.json (split, epochs, seconds, loss of each epoch)
-Method: AdamW with one learning rate an epoch (adaptation/row_training.py); 0 epochs passes the weights through
-Source: PR #1488, #1958. Ours: the split is a parameter, and so is the number of lanes, whatever the processes.
+Reads:  artifacts/average/<seed>/weights.safetensors, artifacts/tokens (the split that adapt.split names)
+Writes: artifacts/adapt/<seed>: weights.safetensors, and adapt.json (split, epochs, seconds, loss of each epoch)
+Method: AdamW with one learning rate an epoch (fairway/adaptation); with 0 epochs the weights are passed on unchanged
+Source: PR #1488, #1958. Ours: the split is a parameter, and the number of lanes does not depend on that of processes.
 """
 
 import json
@@ -23,7 +23,7 @@ from fairway.runtime.progress import Progress
 
 
 def main() -> None:
-    """Adapt artifacts/average/<seed>."""
+    """Adapt the weights of one seed and write them with a report."""
     seed, _ = stage_arguments(sys.argv[1:], "adapt")
     params = load_params("params.yaml")
     make_deterministic()

@@ -1,7 +1,8 @@
 """What this machine has and lacks for each record: a table of needs by records, and a line for what is missing.
 
 Reads:  params.yaml (the experiment in hand), records/r*.yaml
-Prints: what there is, then ✓ or ✗ per need and record, then what to do. Ends with status 0 whatever it finds.
+Prints: this machine's GPUs, memory and libraries, then ✓ or ✗ per need and record, then what to do about each ✗. A
+        params file with a fault is one line among these and has no column. Ends with status 0 whatever it finds.
 Usage:  make doctor, or python -m stages.doctor
 """
 
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +24,7 @@ import torch
 
 from fairway.model.backends import attention_backend
 from fairway.params import Params, load_params
-from fairway.runtime.errors import run_stage
+from fairway.runtime.errors import UserError, run_stage
 from fairway.tokens.hub import FetchHub
 from fairway.tokens.sdists import FetchSdists
 
@@ -48,15 +50,29 @@ class Check:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print what this machine is, the table, and what to do."""
     names = sorted(file.stem for file in Path("records").glob("r[0-9]*.yaml"))
     files = {"params.yaml": Path("params.yaml")} | {name: Path(f"records/{name}.yaml") for name in names}
-    checks = {name: record_checks(load_params(file)) for name, file in files.items()}
-    print("\n".join([*machine_lines(), "", *table(checks), "", *remedies(checks)]))
+    params, faults = read_params(files)
+    checks = {name: record_checks(found) for name, found in params.items()}
+    parts = [machine_lines(), table(checks) if checks else [], remedies(checks, faults)]
+    print("\n\n".join("\n".join(lines) for lines in parts if lines))
+
+
+def read_params(files: dict[str, Path]) -> tuple[dict[str, Params], list[str]]:
+    """The params of those files that are valid, by name, and one line for the fault of each other file."""
+    found: dict[str, Params] = {}
+    faults = []
+    for name, file in files.items():
+        try:
+            found[name] = load_params(file)
+        except UserError as error:
+            faults.append(str(error))
+    return found, faults
 
 
 def machine_lines() -> list[str]:
-    """What there is."""
+    """The GPUs, the libraries, the memory and the attention of this machine, in three lines."""
     gpus = _gpus()
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(len(gpus))})) or "none"
     rows, packed = (_attention(packed=packed) for packed in (False, True))
@@ -82,7 +98,7 @@ def _wants_gpus(params: Params) -> bool:
 
 def _programs(params: Params) -> list[Check]:
     checks = [
-        Check("packages as pinned", not _unpinned(), f"pip install -r requirements.txt ({_unpinned()})"),
+        Check("packages as pinned", not _unpinned(), f"pip install -r {_pin_files()[-1]} ({_unpinned()})"),
         Check("torchrun", find_spec("torch.distributed.run") is not None, "install a PyTorch with torch.distributed"),
         Check("dvc", shutil.which("dvc") is not None, "source .venv/bin/activate, or pip install -r requirements.txt"),
         Check("git", shutil.which("git") is not None, "install git: experiments are kept in it"),
@@ -164,19 +180,20 @@ def _mark(found: list[Check], need: str) -> str:
     return marks[0] if marks else "·"
 
 
-def remedies(checks: dict[str, list[Check]]) -> list[str]:
-    """A line for each unmet need, with the records that have it."""
+def remedies(checks: dict[str, list[Check]], faults: Sequence[str] = ()) -> list[str]:
+    """A line for each fault of a params file, and one for each unmet need with the records that have it."""
     unmet: dict[Check, list[str]] = {}
     for name, found in checks.items():
         for check in found:
             if not check.met:
                 unmet.setdefault(check, []).append(name)
-    lines = [f"✗ {check.need} ({_some(names)}): {check.remedy}" for check, names in unmet.items()]
+    lines = [f"✗ {fault}" for fault in faults]
+    lines += [f"✗ {check.need} ({_some(names)}): {check.remedy}" for check, names in unmet.items()]
     return lines or ["Nothing is missing."]
 
 
 def _some(names: list[str]) -> str:
-    """Without the variants of a record that is named itself."""
+    """The names as a list in words, without the variants of a record that is itself among them."""
     return ", ".join(name for name in names if name == name.partition("-")[0] or name.partition("-")[0] not in names)
 
 
@@ -194,11 +211,16 @@ def _disk() -> int:
 
 
 @cache
+def _pin_files() -> list[str]:
+    """The files that pin packages for this machine; what a later one pins counts."""
+    return ["requirements.txt", *(["requirements-gpu.txt"] if _gpus() else [])]
+
+
 def _unpinned() -> str:
-    """Packages of requirements.txt whose installed version is another; "" if there is none."""
-    lines = Path("requirements.txt").read_text(encoding="utf-8").splitlines()
-    pins = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-    return ", ".join(f"{name}: {_installed(name)}" for name, wanted in pins if _installed(name) != wanted)
+    """Packages whose installed version is another than the pinned one; "" if there is none."""
+    lines = [line for file in _pin_files() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    return ", ".join(f"{name}: {_installed(name)}" for name, wanted in pins.items() if _installed(name) != wanted)
 
 
 def _installed(name: str) -> str:

@@ -1,9 +1,9 @@
-"""Get the documents.
+"""Get the documents that everything is trained and scored on.
 
-Reads: the section `fetch` of params.yaml: pinned source distributions on PyPI, a local file, or a published export on
-the Hugging Face hub.
-Writes: data/docs/docs.jsonl (or .jsonl.zst): one JSON object with `text` a line, in the order of everything after; the
-first tokenize.val_documents lines are the validation split. Of a published export: its shards and tokenizer instead.
+Reads:  what the section `fetch` of params.yaml names: pinned source distributions on PyPI, a local file, or a published
+        export on the Hugging Face hub
+Writes: data/docs/docs.jsonl (or .jsonl.zst): one JSON object with `text` a line, in the order that holds from here on;
+        the first tokenize.val_documents lines validate. Of a published export: its shards and tokenizer, and hub.json
 Source: the layout of the challenge's docs_selected.jsonl. The laptop's documents are Django's documentation.
 """
 
@@ -18,7 +18,7 @@ from fairway.tokens.sdists import FetchSdists, fetch_sdists
 
 
 def main() -> None:
-    """Fetch what params.yaml names into data/docs."""
+    """Fetch what params.yaml names into data/docs, and print how much it is."""
     fetch = load_params("params.yaml").fetch
     with output_folder(Path("data/docs")) as folder:
         if isinstance(fetch, FetchSdists):

@@ -1,10 +1,10 @@
 """Round the weights of one seed to integer codes.
 
 Reads:  artifacts/adapt/<seed>/weights.safetensors; for GPTQ also artifacts/tokens
-Writes: artifacts/quantize/<seed>/codes.safetensors (codes, scales, float16 tensors), quantize.json (figures by tensor)
-Method: round to nearest, or GPTQ (arXiv:2210.17323); clips by percentile or sigma; LQER (arXiv:2402.02446)
-Source: PR #1150, #1488 (percentiles), #1172 (GPTQ), #1855 (sigmas, LQER). Ours: each of them by class of tensor, and a
-        search for the steps that fill a given size.
+Writes: artifacts/quantize/<seed>: codes.safetensors (codes, scales, float16 tensors), quantize.json (figures by tensor)
+Method: to nearest or by GPTQ (arXiv:2210.17323); clips by percentile or by sigma; LQER (arXiv:2402.02446)
+Source: PR #1150, #1488 (percentiles), #1172 (GPTQ), #1855 (sigmas, LQER). Ours: the rule can differ between classes of
+        tensors, and the steps between codes can be widened until model.bin has a given size.
 """
 
 import json
@@ -23,7 +23,7 @@ from fairway.runtime.files import load_tensors, output_folder, write_atomic
 
 
 def main() -> None:
-    """Quantize artifacts/adapt/<seed>."""
+    """Quantize the weights of one seed and write their codes with a report."""
     seed, _ = stage_arguments(sys.argv[1:], "quantize")
     params = load_params("params.yaml")
     path = Path(f"artifacts/adapt/{seed}/weights.safetensors")

@@ -1,7 +1,7 @@
 """Make the folder that is submitted to the challenge: nothing in it is typed by hand.
 
 Reads:  of every seed artifacts/train, adapt, quantize, size_check, evaluate and certify; of the first seed
-        artifacts/compress; artifacts/tokens/tokenizer.model; the code (for the packages that it imports)
+        artifacts/compress/<seed>/train_gpt.py (also for the packages that it imports); artifacts/tokens/tokenizer.model
 Writes: artifacts/submission/: README.md, submission.json, train_gpt.py, tokenizer.model, requirements.txt and
         train_seed<seed>.log of every seed
 Source: the challenge's rules (keys of submission.json: its baseline and the record folders). Ours: the certificate's
@@ -39,7 +39,7 @@ def main() -> None:
             write_atomic(out / f"train_seed{run.seed}.log", log)
         write_atomic(out / "submission.json", json.dumps(submission, indent=2) + "\n")
         write_atomic(out / "README.md", readme(submission, runs))
-        write_atomic(out / "requirements.txt", requirements(Path(), "fairway.whole_record"))
+        write_atomic(out / "requirements.txt", requirements(program.read_bytes()))
         shutil.copyfile(program, out / "train_gpt.py")
         shutil.copyfile(tokenizer, out / "tokenizer.model")
     print(f"artifacts/submission: val_bpb {submission['val_bpb']:.6f}, {submission['certificate']['verdict']}")

@@ -1,11 +1,11 @@
-"""Documents to token shards.
+"""Turn the documents into token shards.
 
-Reads: data/docs (documents, or the shards of a published export), and the section `tokenize` of params.yaml.
-Writes: artifacts/tokens: val_*.bin and train_*.bin, val_bytes_*.bin (bytes per validation token, CaseOps only),
-tokenizer.model, and meta.json with counts, bytes and the SHA-256 of every file.
-Method: SentencePiece BPE (arXiv:1808.06226), trained on the training split alone or given.
-Source: the challenge's exporter; CaseOps: PR #1729. Changed: the default tokenizer loses nothing, where the published
-ones fold text (nmt_nfkc) and strip whitespace.
+Reads:  data/docs: the documents, or the shards of a published export
+Writes: artifacts/tokens: train_*.bin and val_*.bin, for CaseOps also val_bytes_*.bin (the bytes of each validation
+        token), tokenizer.model, and meta.json with counts, bytes and the SHA-256 of every file
+Method: SentencePiece BPE (arXiv:1808.06226), trained on the training split alone, or a given model
+Source: the challenge's exporter; CaseOps: PR #1729. Ours: the default tokenizer loses nothing, where the published ones
+        fold text (nmt_nfkc) and strip whitespace.
 """
 
 import json
@@ -19,7 +19,7 @@ from fairway.tokens.hub import adopt_export
 
 
 def main() -> None:
-    """Tokenize the documents, or adopt published shards, and write meta.json beside them."""
+    """Tokenize the documents, or take over published shards, and write meta.json beside them."""
     settings = load_params("params.yaml").tokenize
     fetched = Path("data/docs")
     hosted = (fetched / "hub.json").is_file()

@@ -1,12 +1,12 @@
-"""Train the network of one seed, on this process or on those that torchrun started.
+"""Train the network of one seed, in this process or in those that torchrun started.
 
-Reads:  artifacts/tokens/ (train and validation shards, tokenizer.model, meta.json)
-Writes: artifacts/train/<seed>/: last.safetensors, ema_<decay>.safetensors, swa.safetensors (if collected), train.json,
-        live/ (curves). While it runs: resume points and curves in artifacts/resume/train-<seed>/.
+Reads:  artifacts/tokens: training and validation shards, tokenizer.model, meta.json
+Writes: artifacts/train/<seed>: last.safetensors, ema_<decay>.safetensors, swa.safetensors if any were collected,
+        train.json (figures), live/ (curves). While it runs: resume points and curves in artifacts/resume/train-<seed>
 Method: Muon (kellerjordan.github.io/posts/muon) and AdamW (arXiv:1711.05101) on next-token cross-entropy
-Source: PR #1150, #1172, #1488, #1958. Ours: an order of data and a global batch that do not depend on the number of
-        processes, one clock for all ranks, resume points.
-Usage:  python -m stages.train [--check] <seed>      (--check: only look at params and tokens, before torchrun starts)
+Source: PR #1150, #1172, #1488, #1958. Ours: neither the order of the data nor the batch of a step depends on the number
+        of processes, one clock decides for all of them, and a killed run goes on where it was.
+Usage:  python -m stages.train [--check] <seed>      (--check only looks at params and tokens, before torchrun starts)
 """
 
 import shutil
@@ -25,14 +25,14 @@ from fairway.tokens.loader import Prefetcher
 from fairway.tokens.validation import load_validation
 from fairway.training.loop import Trained, train
 from fairway.training.train_settings import run_budget
-from fairway.training.training_inputs import check_world, fingerprint, train_stream
-from fairway.training.training_outputs import memory_named, write_outputs
+from fairway.training.training_inputs import check_world, fingerprint, memory_named, train_stream
+from fairway.training.training_outputs import write_outputs
 
 TOKENS = Path("artifacts/tokens")
 
 
 def main() -> None:
-    """Train one seed, or check that it could be trained."""
+    """Train one seed, or only check that it could be trained."""
     check_only = sys.argv[1:2] == ["--check"]
     seed, _ = stage_arguments(sys.argv[1 + check_only :], "train [--check]")
     params = load_params("params.yaml")
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _train(params: Params, seed: int, world: World, resume: Path) -> Trained:
-    """Build what the loop needs, and run it."""
+    """Build what the training loop needs, and run it."""
     model = GPT(params.model)
     model.init_weights(seed)
     model.to_device(world.device)

@@ -17,7 +17,7 @@ from conftest import REPOSITORY, Experiment
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fairway.packing.bundle import bundle, program_text, quoted, self_extracting
+from fairway.packing.bundle import bundle, program_of, program_text, quoted, self_extracting
 from fairway.params import Params, load_params
 from fairway.whole_record import shipped_params
 
@@ -110,6 +110,17 @@ def test_any_bytes_are_read_back_out_of_the_string(packed: bytes) -> None:
         Path(file.name).write_bytes(quoted(packed))
         read = eval(ast.unparse(decompress.args[0]), {"__file__": file.name})
     assert read == packed
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1))
+def test_the_program_is_read_back_out_of_its_file(text: str) -> None:
+    assert program_of(self_extracting(text)) == text
+
+
+@pytest.mark.parametrize("data", [b"", b"print(1)\n", b"import pyppmd\ns='''x'''\n"])
+def test_a_file_without_a_packed_program_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="not a program packed by fairway"):
+        program_of(data)
 
 
 def test_settings_carry_the_record_and_nothing_else() -> None:

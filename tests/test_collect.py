@@ -11,7 +11,7 @@ from conftest import launch
 from streams import lively_network, random_stream
 from torch import Tensor
 
-from fairway.evaluation.collect import Scores, collect
+from fairway.evaluation.collect import Scores, Tally, collect, measure
 from fairway.evaluation.evaluator import Evaluator
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
@@ -21,6 +21,7 @@ from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
 from fairway.evaluation.ttt import TttEvaluator, TttSettings
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import alone
+from fairway.runtime.errors import UserError
 from fairway.runtime.resume import ResumePoints
 from fairway.tokens.tokenizer import BOS
 
@@ -102,6 +103,21 @@ def test_every_target_is_scored_once_but_for_the_published_list(name: str) -> No
     times = _run(name)[0].times_N
     assert int(times.min()) == 1
     assert int(times.max()) == (4 if name == "published" else 1)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "told"),
+    [
+        ([2, 3, 4, 8], r"4 of 12 targets were never scored: tokens 3 to 5, 9 of the validation stream"),
+        ([0, 2, 4, 6, 8], r"5 of 12 targets were never scored: tokens 1, 3, 5 and others of the validation stream"),
+    ],
+)
+def test_targets_that_no_evaluator_scored_are_named(left_out: list[int], told: str) -> None:
+    tally, scored = Tally(12), torch.tensor([position for position in range(12) if position not in left_out])
+    tally.add(scored, torch.ones(len(scored), dtype=torch.float64))
+    sums_N, times_N = tally.over_ranks(alone(CPU))
+    with pytest.raises(UserError, match=told):
+        measure(Scores(sums_N / times_N, times_N, 0.0), torch.ones(12, dtype=torch.int64))
 
 
 RANKS = """

@@ -92,6 +92,37 @@ def test_what_is_there_is_ticked(experiment: Experiment, hub: str) -> None:
     assert "✗ lrzip" not in output
 
 
+def test_a_params_file_with_a_fault_is_one_line_and_the_rest_is_shown_all_the_same(experiment: Experiment) -> None:
+    experiment.set_params(experiment.params | {"processes": "many"})
+    output = doctor(experiment, NOWHERE)
+    assert output.startswith("GPUs       0: none")
+    head = next(line for line in output.splitlines() if "r1150" in line)
+    assert head.split() == ["r1150", "r1172", "r1488", "r1958"]
+    assert [line for line in output.splitlines() if "params.yaml" in line] == [
+        "✗ params.yaml: processes: Input should be a valid integer (found 'many')"
+    ]
+    assert "\n✗ lrzip (r1958): apt-get install lrzip" in output
+
+
+@pytest.mark.parametrize("text", [None, "", "seeds: [", "seeds: [1]\n"])
+def test_even_without_any_valid_params_file_the_machine_is_shown(text: str | None, tmp_path: Path) -> None:
+    """None stands for a file that is not there."""
+    shutil.copy(REPOSITORY / "requirements.txt", tmp_path)
+    if text is not None:
+        (tmp_path / "params.yaml").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.doctor"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("GPUs       0: none")
+    assert done.stdout.splitlines()[-1].startswith("✗ params.yaml: ")
+    assert "Nothing is missing" not in done.stdout
+
+
 def test_several_processes_without_a_compiler_need_no_gpu_where_there_is_none(experiment: Experiment) -> None:
     experiment.set_params(experiment.params | {"processes": 2})
     output = doctor(experiment, NOWHERE)

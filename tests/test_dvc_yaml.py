@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ EXEMPT = {
     "fairway.preflight": "refuses to start, or changes nothing",
     "fairway.runtime": "files, processes, messages and progress",
 }
+
+# What git tracks of results/: scores and bytes.
+RESULTS = ("summary.json", "report.md", "curve.csv", "positions.csv", "sizes.csv")
 
 
 def imported(stage: str) -> set[str]:
@@ -75,11 +80,54 @@ def test_every_exemption_is_a_module_that_a_stage_imports() -> None:
     } == set()
 
 
+def test_git_tracks_exactly_the_outs_that_dvc_does_not_keep(tmp_path: Path) -> None:
+    """An out in both would make every clone dirty; one in neither would be lost."""
+    shutil.copy(REPOSITORY / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    outs = [out for stage in STAGES.values() for out in [*stage.get("outs", []), *stage.get("metrics", [])]]
+    of_git = {next(iter(out)) for out in outs if isinstance(out, dict)}
+    of_dvc = {out for out in outs if isinstance(out, str)}
+    assert of_git == {f"results/{name}" for name in RESULTS}
+    assert all(out == {next(iter(out)): {"cache": False}} for out in outs if isinstance(out, dict))
+    done = subprocess.run(
+        ["git", "check-ignore", *of_git, *of_dvc], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split()) == of_dvc
+
+
 def test_what_comes_late_re_runs_nothing_early() -> None:
     assert re_run_by("fairway/evaluation/ttt.py") == {"compress", "evaluate", "certify"}
     assert re_run_by("fairway/packing/bundle.py") == {"compress", "submission"}
     for shown in ("fairway/reporting/page.py", "stages/doctor.py", "fairway/runtime/progress.py"):
         assert re_run_by(shown) <= {"report", "submission"}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "stages/doctor.py",
+        "fairway/preflight.py",
+        "fairway/runtime/live_log.py",
+        "fairway/runtime/progress.py",
+        "fairway/runtime/errors.py",
+    ],
+)
+def test_what_only_displays_or_looks_ahead_re_runs_nothing(file: str) -> None:
+    assert (REPOSITORY / file).is_file()
+    assert re_run_by(file) == set()
+
+
+def test_a_change_of_the_report_re_runs_what_is_written_for_people_alone() -> None:
+    files = [path for path in (REPOSITORY / "fairway/reporting").rglob("*") if path.suffix in (".py", ".html", ".css")]
+    assert len(files) > 10
+    for file in files:
+        assert re_run_by(str(file.relative_to(REPOSITORY))) == {"report", "submission"}
+    assert re_run_by("stages/report.py") == {"report"}
+    assert re_run_by("stages/submission.py") == {"submission"}
+
+
+def test_a_stage_re_runs_for_its_own_file_alone() -> None:
+    assert {stage: re_run_by(f"stages/{stage}.py") for stage in STAGES} == {stage: {stage} for stage in STAGES}
 
 
 def test_the_commands_that_params_yaml_names_read_an_unwatched_file_again(experiment: Experiment) -> None:

@@ -1,6 +1,8 @@
 """Fused kernels and attention backends on a GPU, in bfloat16, against the plain path in float32 on the same numbers."""
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,8 +11,8 @@ import torch.nn.functional as F
 from test_model import EVERY_RECORD, RECORDS
 from torch import Tensor
 
-from fairway.evaluation.windows import overlapping_hidden
-from fairway.model import attention, embedding, norm
+from fairway.evaluation.overlapping import overlapping_hidden
+from fairway.model import attention, causal_attention, embedding, norm
 from fairway.model.backends import attention_backend, compiled
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
@@ -159,15 +161,68 @@ def test_all_backends_agree_with_plain_attention(packed: bool, monkeypatch: pyte
     segments = torch.tensor([0, 100, 101, 300, 512, 512], dtype=torch.int32, device=CUDA) if packed else None
     inputs = random(5, (2, 256, 8, 64), (2, 256, 4, 64), (2, 256, 4, 64))
     for backend in backends(packed):
-        monkeypatch.setattr(attention, "attention_backend", lambda *_, name=backend, **__: name)
+        monkeypatch.setattr(causal_attention, "attention_backend", lambda *_, name=backend, **__: name)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention.attend(q, k, v, segments)
+            return causal_attention.attend(q, k, v, segments)
 
         def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention._attend_plainly(q, k, v, segments)
+            return causal_attention.attend_plainly(q, k, v, segments)
 
         assert_same(attend, plain, inputs)
+
+
+def _as_flash3(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, longest: int) -> Tensor:
+    from fairway.model.backends import flash2_attention
+
+    return flash2_attention(q, k, v, segments, longest)[0]
+
+
+def flash_attn_interface(returns_pair: bool) -> ModuleType:
+    """A module with the interface of FlashAttention-3, which no package index has, computed by FlashAttention-2."""
+    module = ModuleType("flash_attn_interface")
+
+    def rows(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, deterministic: bool) -> Any:
+        assert causal
+        o = _as_flash3(q, k, v, None, q.size(1))
+        return (o, None) if returns_pair else o
+
+    def packed(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        *,
+        causal: bool,
+        deterministic: bool,
+    ) -> Any:
+        assert causal
+        assert cu_seqlens_q is cu_seqlens_k
+        assert max_seqlen_q == max_seqlen_k
+        o = _as_flash3(q[None], k[None], v[None], cu_seqlens_q, max_seqlen_q)[0]
+        return (o, None) if returns_pair else o
+
+    module.flash_attn_func, module.flash_attn_varlen_func = rows, packed  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.mark.parametrize("returns_pair", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_flash3_is_called_as_its_interface_asks(
+    packed: bool, returns_pair: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", flash_attn_interface(returns_pair))
+    segments = torch.tensor([0, 100, 101, 300, 512, 512], dtype=torch.int32, device=CUDA) if packed else None
+    monkeypatch.setattr(causal_attention, "attention_backend", lambda *_, **__: "flash3")
+    inputs = random(5, (2, 256, 8, 64), (2, 256, 4, 64), (2, 256, 4, 64))
+    assert_same(
+        lambda q, k, v: causal_attention.attend(q, k, v, segments),
+        lambda q, k, v: causal_attention.attend_plainly(q, k, v, segments),
+        inputs,
+    )
 
 
 @pytest.mark.parametrize(("windows", "length", "spacing"), [(5, 256, 64), (4, 192, 96), (1, 128, 16), (3, 96, 32)])
@@ -183,7 +238,7 @@ def test_nested_attention_is_that_of_each_window(
     rows_BT = rows[:stretch].unfold(0, length, spacing).contiguous()
     rows_BT[:, :2] = rows[stretch:].view(windows, 2)
     q, k, v = (x.detach() for x in random(6, *((1, len(rows), n, width) for n in (heads, kv_heads, kv_heads))))
-    expected = attention._attend_plainly(*(x[0][rows_BT].float() for x in (q, k, v)), None)
+    expected = causal_attention.attend_plainly(*(x[0][rows_BT].float() for x in (q, k, v)), None)
     assert error(nested_attention(q, k, v, rows_BT, spacing), expected) < CLOSE
 
 
@@ -237,12 +292,12 @@ def test_scoring_on_the_gpu_without_gradients_gives_the_same_loss(record: str) -
 
 
 @EVERY_RECORD
-@pytest.mark.parametrize("last", [None, 16])
-def test_overlapping_windows_are_on_the_gpu_what_they_are_on_the_cpu(record: str, last: int | None) -> None:
+@pytest.mark.parametrize("wanted", [None, 16])
+def test_overlapping_windows_are_on_the_gpu_what_they_are_on_the_cpu(record: str, wanted: int | None) -> None:
     model = network(record)
     tokens = torch.randint(2, 256, (128 + 3 * 16,), generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
-        expected = overlapping_hidden(model, tokens, spacing=16, last=last)
+        expected = overlapping_hidden(model, tokens, spacing=16, wanted=wanted)
         model.to_device(CUDA)
-        found = overlapping_hidden(model, tokens.to(CUDA), spacing=16, last=last)
+        found = overlapping_hidden(model, tokens.to(CUDA), spacing=16, wanted=wanted)
     assert error(found.cpu(), expected) < 3e-2

@@ -17,12 +17,13 @@ from fairway.runtime.errors import UserError
 from fairway.tokens.data_orders import (
     CoprimeWindows,
     PackedRows,
+    Sequential,
     ShuffledWindows,
     document_bounds,
     name_seed,
     segment_bounds,
 )
-from fairway.tokens.loader import Batch, Prefetcher, Sequential, Stream, Tokens
+from fairway.tokens.loader import Batch, Prefetcher, Stream, Tokens
 from fairway.tokens.shards import write_shard
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "loaders.json").read_text())

@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream
 from torch import Tensor
 
-from fairway.evaluation.lora_adapters import AdaptedNetwork, Adapters, Factors, draw_factors
-from fairway.evaluation.lora_ttt import (
-    Document,
-    LoraTttEvaluator,
-    LoraTttPass,
-    LoraTttSettings,
-    by_length,
-    documents,
-    phase_ends,
-)
+from fairway.evaluation.document_batches import Document, by_length, documents, phase_ends
+from fairway.evaluation.lora_adapters import Factors, LoraAdapters, adapted_logits, draw_factors
+from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttPass, LoraTttSettings
 from fairway.runtime.distributed import alone
 from fairway.runtime.errors import UserError
 from fairway.tokens.tokenizer import BOS
@@ -85,25 +78,24 @@ def test_documents_have_every_target_once(is_bos: list[bool], size: int) -> None
     assert lengths == sorted(lengths)
 
 
-def _adapters(model: Any, rows: int, *, seed: int = 1) -> Adapters:
+def _adapters(model: Any, rows: int, *, seed: int = 1) -> LoraAdapters:
     factors = draw_factors(model.config, rows, 2, torch.Generator().manual_seed(seed))
-    return Adapters(model.config, factors, scale=2.0, device=CPU)
+    return LoraAdapters(model.config, factors, scale=2.0, device=CPU)
 
 
 def test_adapters_that_add_nothing_change_nothing() -> None:
     model, tokens = lively_network("r1958"), random_stream(1, 31).view(2, 16)
     plain = model.hidden(tokens)
     adapters = _adapters(model, 2)
-    network = AdaptedNetwork(model)
-    torch.testing.assert_close(network.hidden(tokens, adapters), plain, rtol=0, atol=1e-5)
-    torch.testing.assert_close(network.logits(plain, adapters), model.logits(plain), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.hidden(tokens, adapters=adapters), plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(adapted_logits(model, plain, adapters), model.logits(plain), rtol=0, atol=1e-5)
     assert torch.equal(model.hidden(tokens), plain)
 
 
 def test_every_site_and_application_learns() -> None:
     model, tokens = lively_network("r1958"), random_stream(1, 31).view(2, 16)
-    adapters, network = _adapters(model, 2), AdaptedNetwork(model)
-    network.logits(network.hidden(tokens, adapters), adapters).square().mean().backward()
+    adapters = _adapters(model, 2)
+    adapted_logits(model, model.hidden(tokens, adapters=adapters), adapters).square().mean().backward()
     for up in adapters.up.values():
         assert up.grad is not None
         assert bool((up.grad.abs().amax((2, 3)) > 0).all())
@@ -111,12 +103,12 @@ def test_every_site_and_application_learns() -> None:
 
 def test_rows_have_adapters_of_their_own() -> None:
     model, tokens = lively_network("r1958"), random_stream(1, 31).view(2, 16)
-    adapters, network = _adapters(model, 2), AdaptedNetwork(model)
+    adapters = _adapters(model, 2)
     with torch.no_grad():
-        before = network.hidden(tokens, adapters)
+        before = model.hidden(tokens, adapters=adapters)
         for up in adapters.up.values():
             up[:, 1] = 0.1
-        after = network.hidden(tokens, adapters)
+        after = model.hidden(tokens, adapters=adapters)
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-6)
     assert float((after[1] - before[1]).abs().max()) > 1e-3
 

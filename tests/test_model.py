@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fairway.model.attention import attend
 from fairway.model.backends import compiled
+from fairway.model.causal_attention import attend
 from fairway.model.config import ModelConfig, Rope
 from fairway.model.embedding import bigram_bucket
 from fairway.model.gpt import GPT, param_groups
@@ -150,7 +150,7 @@ def test_at_the_start_only_the_embedding_speaks(record: str, looped: bool) -> No
 def test_skips_start_as_a_known_multiple_of_the_embedding(record: str, factor: float) -> None:
     model, seen = small_network(record, started=False), []
     model.get_submodule("layer0").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model.get_submodule("layer10").register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    model.get_submodule("layer10").register_forward_hook(lambda _module, _inputs, output: seen.append(output[0]))
     logits(model, random_tokens(0))
     torch.testing.assert_close(seen[1], factor * seen[0])
 

@@ -99,7 +99,7 @@ def test_every_block_output_matches_the_record(record: str, case: str) -> None:
     outputs: list[tuple[int, Tensor]] = []
 
     def note(index: int) -> Callable[..., None]:
-        return lambda _module, _inputs, output: outputs.append((index, output))
+        return lambda _module, _inputs, output: outputs.append((index, output[0]))
 
     for i in range(model.config.layers):
         model.get_submodule(f"layer{i}").register_forward_hook(note(i))

@@ -45,6 +45,16 @@ def test_a_second_run_runs_nothing(repro: Experiment) -> None:
     assert "up to date" in repro.run("dvc", "status").stdout
 
 
+def test_a_run_leaves_only_what_git_tracks_or_ignores_by_name(repro: Experiment) -> None:
+    """The files added by the first run: those of results/ that hold scores and bytes, and DVC's own."""
+    shown = ["git", "show", "--name-only", "--format=", "HEAD"]
+    added = subprocess.run(shown, cwd=repro.folder, check=True, capture_output=True, text=True).stdout.split()
+    tracked = {"summary.json", "report.md", "curve.csv", "positions.csv", "sizes.csv"}
+    assert set(added) == {".dvc/.gitignore", "dvc.lock", *(f"results/{name}" for name in tracked)}
+    assert (repro.folder / "results/report.html").exists()
+    assert set(json.loads((repro.folder / "results/times.json").read_text())) == {"train_s", "eval_s"}
+
+
 def test_the_summary_is_small_and_complete(repro: Experiment) -> None:
     summary = json.loads((repro.folder / "results/summary.json").read_text())
     assert len(summary) <= 12

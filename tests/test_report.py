@@ -17,9 +17,10 @@ from reports import Figures, certificate, certify, write_certificate
 from fairway.reporting import tables
 from fairway.reporting.budgets import adapt_s, budgets, eval_s
 from fairway.reporting.comparison import compare
+from fairway.reporting.facts import Facts
 from fairway.reporting.published import load_published
 from fairway.reporting.significance import welch
-from fairway.reporting.tables import markdown, summarize
+from fairway.reporting.tables import markdown, summarize, times, timing
 from fairway.runtime.errors import UserError
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;"
@@ -50,9 +51,44 @@ def test_the_stage_writes_what_dvc_and_people_read(one: Figures, evaluated: Expe
     certify(experiment.folder, 1337)
     printed = experiment.stage("report").stdout
     results = {path.name for path in (experiment.folder / "results").iterdir()}
-    assert results == {"summary.json", "report.md", "report.html", "curve.csv", "positions.csv", "sizes.csv"}
-    assert (experiment.folder / "results/report.md").read_text().strip() == printed.strip()
+    tracked = {"summary.json", "report.md", "curve.csv", "positions.csv", "sizes.csv"}
+    assert results == tracked | {"report.html", "times.json"}
+    table = (experiment.folder / "results/report.md").read_text()
+    assert printed.strip() == f"{table}\n{timing(one.facts())} The page to look at: results/report.html"
+    assert json.loads((experiment.folder / "results/times.json").read_text()) == times(one.facts())
     assert (experiment.folder / "results/report.html").read_text() == one.page()
+
+
+def _as_git_tracks_it(found: Facts) -> tuple[str, ...]:
+    """The texts of results/ that git tracks."""
+    return (
+        json.dumps(summarize(found)),
+        markdown(found),
+        tables.curve(found),
+        tables.positions(found),
+        tables.sizes(found),
+    )
+
+
+def test_a_run_that_only_took_longer_elsewhere_changes_no_file_that_git_tracks(one: Figures) -> None:
+    one.change("adapt/1337/adapt.json", epochs=2, split="train", adapt_s=5.0)
+    one.change("quantize/1337/quantize.json", calibration="train", calibration_s=2.0)
+    here, page_here, times_here = _as_git_tracks_it(one.facts()), one.page(), times(one.facts())
+    elsewhere = {"device": "another", "commit": "0123abc", "torch": "9.9", "processes": 8}
+    environment = json.loads((one.folder / "artifacts/train/1337/train.json").read_text())["environment"]
+    one.change(
+        "train/1337/train.json", wall_s=77.7, step_ms=7.7, peak_memory_bytes=7, environment=environment | elsewhere
+    )
+    one.change("adapt/1337/adapt.json", adapt_s=55.5)
+    one.change("quantize/1337/quantize.json", calibration_s=44.4)
+    for evaluator in one.params["evaluators"]:
+        one.change(f"evaluate/1337/{evaluator}/metrics.json", eval_s=88.8)
+        one.change(f"certify/1337/{evaluator}/certificate.json", certify_s=99.9)
+    assert _as_git_tracks_it(one.facts()) == here
+    assert one.page() != page_here
+    assert times(one.facts()) == {"train_s": 77.7 + 55.5 + 44.4, "eval_s": 88.8}
+    assert times(one.facts()) != times_here
+    assert timing(one.facts()) == "Training took 178 s, evaluation with `sliding` 89 s."
 
 
 def _folder(path: Path) -> Path:
@@ -80,7 +116,7 @@ def test_every_evaluator_of_the_pipeline_fits_into_the_summary(three: Figures) -
     three.params |= {"lora_ttt": lora, "streaming": {"block_tokens": 64, "lanes": 1}}
     three.params["evaluators"] += ["lora_ttt", "streaming"]
     found = summarize(three.facts())
-    assert len(found) == 12
+    assert len(found | times(three.facts())) == 12
     assert "lora_ttt_bpb_unproven" in found
 
 

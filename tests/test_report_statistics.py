@@ -25,7 +25,7 @@ from fairway.reporting.tables import size_parts
 from fairway.runtime.errors import UserError
 
 PUBLISHED = REPOSITORY / "records/published.yaml"
-# Means and sample deviations of the reported figures as worked out from the logs (spec of the records).
+# Means and sample deviations of the reported figures as worked out from the logs (records.md 2).
 PUBLISHED_BPB = {
     "r549": (1.11937967, 0.00058043),
     "r1019": (1.11473509, 0.00035387),

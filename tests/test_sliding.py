@@ -14,9 +14,10 @@ from test_model import RECORDS
 from torch import Tensor
 
 from fairway.evaluation.collect import bpb, collect, measure
+from fairway.evaluation.overlapping import overlapping_hidden
 from fairway.evaluation.scoring import WindowPass, stream_windows
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
-from fairway.evaluation.windows import Windows, overlapping_hidden, published, scored_once
+from fairway.evaluation.windows import Windows, published, scored_once
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import alone
 from fairway.runtime.errors import UserError
@@ -60,7 +61,7 @@ def test_the_last_places_alone_are_as_among_all(record: str) -> None:
     network, tokens = lively_network(record), random_stream(5, 31).view(2, 16)
     with torch.no_grad():
         expected = network.hidden(tokens)[:, -3:]
-        found = torch.cat([overlapping_hidden(network, row, spacing=1, last=3) for row in tokens])
+        found = torch.cat([overlapping_hidden(network, row, spacing=1, wanted=3) for row in tokens])
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import model.attention
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +11,12 @@ from streams import lively_network, random_stream
 from test_model import RECORDS
 from torch import Tensor
 
-from fairway.evaluation.kv_cache import RememberingNetwork
+from fairway.evaluation.kv_cache import cached_hidden
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
-from fairway.model.attention import attend_recent
+from fairway.model.causal_attention import attend_recent
+from fairway.model.context import Context
+from fairway.model.rope import rotary_table
 from fairway.runtime.distributed import alone
 from fairway.runtime.errors import UserError
 
@@ -30,35 +31,36 @@ def _silent(_: int) -> None:
     pass
 
 
-def _literal_nats(record: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def _literal_nats(record: str, tokens: Tensor) -> Tensor:
     """All tokens as one row, in which each sees itself and the ROW - 1 tokens before it."""
     place = torch.arange(len(tokens) - 1)
     mask = (place <= place[:, None]) & (place > place[:, None] - ROW)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, application: int) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
-    with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(model.attention, "attend", attend)
-        network = lively_network(record)
-        logits = network.logits(network.hidden(tokens[None, :-1]))[0]
+    network, row = lively_network(record), tokens[None, :-1]
+    with torch.no_grad():
+        rope = rotary_table(network.config.rope, ROW, place.double(), torch.float32)
+        context = Context(network.embed_tokens(row), rope, network.value_embeddings(row), attend)
+        logits = network.logits(network.run_layers(context))[0]
     return F.cross_entropy(logits, tokens[1:], reduction="none").double()
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_blocks_equal_one_long_row(record: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_equal_one_long_row(record: str) -> None:
     tokens = random_stream(3, 85)
     found = _evaluator().score(lively_network(record), tokens, _silent)
-    torch.testing.assert_close(found, _literal_nats(record, tokens, monkeypatch), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found, _literal_nats(record, tokens), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_without_memory_the_network_is_itself(record: str) -> None:
-    """Holds the replaced attention to the network's own."""
+def test_without_a_cache_the_network_is_itself(record: str) -> None:
+    """Holds cached attention to the network's own."""
     network, tokens = lively_network(record), random_stream(5, 31).view(2, 16)
     with torch.no_grad():
-        hidden, _ = RememberingNetwork(network).hidden(tokens, 0, ())
+        hidden, _ = cached_hidden(network, tokens, 0, ())
         torch.testing.assert_close(hidden, network.hidden(tokens), rtol=0, atol=1e-5)
 
 

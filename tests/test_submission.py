@@ -12,7 +12,8 @@ import pytest
 from conftest import REPOSITORY, Experiment
 from reports import write_certificate
 
-from fairway.reporting.handed_in import outside_imports, requirements
+from fairway.packing.bundle import self_extracting
+from fairway.reporting.handed_in import outside_imports
 
 SEED = "1337"
 BASELINE_KEYS = {"author", "github_id", "name", "blurb", "date", "val_loss", "val_bpb", "bytes_total", "bytes_code"}
@@ -111,13 +112,20 @@ def test_its_program_alone_gives_the_submitted_score(scored: Experiment, tmp_pat
     assert found == pytest.approx(json.loads((submission / "submission.json").read_text())["val_bpb"], abs=1e-6)
 
 
-def test_requirements_are_what_the_program_imports() -> None:
-    outside = outside_imports(REPOSITORY, "fairway.whole_record")
-    assert {"torch", "numpy", "pydantic", "yaml", "sentencepiece"} <= outside
+def test_requirements_are_what_the_shipped_program_imports(scored: Experiment) -> None:
+    submission = scored.folder / "artifacts/submission"
+    outside = outside_imports((submission / "train_gpt.py").read_bytes())
+    assert {"torch", "numpy", "pydantic", "sentencepiece"} <= outside
     assert not {"dvc", "dvclive", "matplotlib", "pytest", "stages", "fairway", "json"} & outside
-    lines = requirements(REPOSITORY, "fairway.whole_record").splitlines()
+    lines = (submission / "requirements.txt").read_text().splitlines()
+    assert {line.partition("==")[0] for line in lines} >= {"torch", "numpy", "pydantic", "sentencepiece"}
     pinned = (REPOSITORY / "requirements.txt").read_text().splitlines()
     assert {line for line in lines if not line.startswith(("triton", "flash"))} <= set(pinned)
+
+
+def test_the_stub_that_unpacks_the_program_has_requirements_too() -> None:
+    program = self_extracting("import json, numpy.linalg\nfrom torch.nn import Module as m\n")
+    assert outside_imports(program) == {"numpy", "torch", "pyppmd"}
 
 
 def test_a_missing_certificate_names_the_stage_that_makes_it(scored: Experiment, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from test_bytes import byte_pieces, write_model
 
 from fairway.runtime.errors import UserError
 from fairway.tokens.documents import read_texts
-from fairway.tokens.encoding import Batch, PlainEncoder, encode_batch
+from fairway.tokens.encoding import LineBatch, PlainEncoder, encode_batch
 from fairway.tokens.export import check_documents, compressed_bytes, export
 from fairway.tokens.shards import open_shard, shard_paths
 from fairway.tokens.tokenizer import Tokenizer, TokenizeSettings, train_tokenizer
@@ -87,7 +87,7 @@ def test_every_text_comes_back_and_its_tokens_count_its_bytes(encoder: PlainEnco
 
 def test_a_folding_tokenizer_counts_the_text_it_decodes_to(folding_model: Path) -> None:
     lines = [json.dumps({"text": text}).encode() for text in (" a  a ", "é\n", "")]
-    encoded = encode_batch(PlainEncoder(folding_model, VOCAB_SIZE), Batch("x", "val", 1, lines))
+    encoded = encode_batch(PlainEncoder(folding_model, VOCAB_SIZE), LineBatch("x", "val", 1, lines))
     assert encoded.tokens.tolist() == [1, 260, 262, 1, 4 + 0xC3, 4 + 0xA9, 4 + 0x0A, 1]
     assert encoded.text_bytes == len(" a  a é\n".encode())
     assert encoded.counted_bytes == len("a aé\n".encode())
@@ -96,7 +96,7 @@ def test_a_folding_tokenizer_counts_the_text_it_decodes_to(folding_model: Path) 
 def test_a_tokenizer_without_byte_fallback_is_refused(tmp_path: Path) -> None:
     encoder = PlainEncoder(write_model(tmp_path / "m.model", {4: "a", 5: "▁"}, VOCAB_SIZE), VOCAB_SIZE)
     with pytest.raises(UserError, match=r"x, line 8: the tokens count 1 bytes and decode to \d: no byte fallback"):
-        encode_batch(encoder, Batch("x", "train", 7, [b'{"text": "a"}', b'{"text": "ab"}']))
+        encode_batch(encoder, LineBatch("x", "train", 7, [b'{"text": "a"}', b'{"text": "ab"}']))
 
 
 def run_export(corpus: Path, model: Path, folder: Path, *, shard_tokens: int = 100_000, workers: int = 1) -> dict:
@@ -127,7 +127,7 @@ def test_the_first_documents_validate_and_the_others_train(
 def test_the_number_of_processes_changes_nothing(
     corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.tokenize.export.BATCH_BYTES", 2000)
+    monkeypatch.setattr("fairway.tokens.export.BATCH_BYTES", 2000)
     metas = [run_export(corpus, model, tmp_path / str(workers), workers=workers) for workers in (1, 2, 3)]
     assert metas[0] == metas[1] == metas[2]
 
@@ -135,7 +135,7 @@ def test_the_number_of_processes_changes_nothing(
 def test_a_fault_in_a_worker_process_is_told_with_its_line(
     corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.tokenize.export.BATCH_BYTES", 2000)
+    monkeypatch.setattr("fairway.tokens.export.BATCH_BYTES", 2000)
     bad = tmp_path / "docs.jsonl"
     bad.write_bytes(corpus.read_bytes() + b'{"text": 1}\n')
     with pytest.raises(UserError, match=r"docs\.jsonl, line 25: `text` is int, expected a string"):
@@ -230,7 +230,7 @@ def test_published_settings_fold_text_and_lossless_ones_keep_it(corpus: Path, tm
 
 
 def test_published_settings_are_those_recorded_in_the_published_models(corpus: Path) -> None:
-    """spec/data.md, section 6.1."""
+    """data.md 6.1."""
     model = train_tokenizer(read_texts(corpus), vocab_size=VOCAB_SIZE, trainer="published", transform="none")
     recorded = proto.ModelProto.FromString(model)
     trainer, normalizer = recorded.trainer_spec, recorded.normalizer_spec

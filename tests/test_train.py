@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fairway.model.gpt import GPT
+from fairway.model.gpt import GPT, param_groups
 from fairway.params import Params, load_params
 from fairway.preflight import check_inputs
 from fairway.runtime.distributed import World, alone
@@ -31,9 +31,9 @@ from fairway.tokens.loader import Prefetcher
 from fairway.tokens.shards import shard_paths
 from fairway.tokens.validation import load_validation
 from fairway.training.loop import Trained, train
+from fairway.training.optimizer import Optimizer
 from fairway.training.run import Figures
-from fairway.training.training_inputs import check_world, fingerprint, train_stream
-from fairway.training.training_outputs import memory_named
+from fairway.training.training_inputs import check_world, fingerprint, memory_named, train_stream
 
 SEED = "1337"
 ALONE = alone(torch.device("cpu"))
@@ -77,7 +77,7 @@ def change(experiment: Experiment, **train: Any) -> Params:
 
 
 def run_loop(
-    experiment: Experiment, params: Params, points: ResumePoints | None = None
+    experiment: Experiment, params: Params, points: ResumePoints | None = None, world: World = ALONE
 ) -> tuple[Trained, list[Figures]]:
     """The public function on the experiment's tokens, in this process: what it returns, and every step's figures."""
     tokens = experiment.folder / "artifacts/tokens"
@@ -85,13 +85,13 @@ def run_loop(
     model.init_weights(1337)
     validation = load_validation(tokens, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
     ticks: list[Figures] = []
-    with Prefetcher(train_stream(params.model, params.train, tokens, ALONE), ALONE.device) as loader:
+    with Prefetcher(train_stream(params.model, params.train, tokens, world), world.device) as loader:
         trained = train(
             model,
             loader,
             validation,
             params.train,
-            ALONE,
+            world,
             log=lambda step, figures: None,
             tick=lambda step, figures: ticks.append(figures),
             points=points,
@@ -122,6 +122,8 @@ def test_one_process_and_two_train_alike(ready: Experiment, clip: str) -> None:
     np.testing.assert_allclose(
         [loss for _, loss in shared], [figures["train_loss"] for figures in ticks[:10]], atol=1e-4
     )
+    for name in ["micro_grad_norm", *(["grad_norm"] if clip == "step" else [])]:
+        assert curve(ready, name)[0] == (1, pytest.approx(ticks[0][name], rel=1e-4))
     for name, value in final_weights(ready).items():
         kind, _, parameter = name.partition("/")
         torch.testing.assert_close(value, alone.weights[kind][parameter], atol=2e-3, rtol=0)
@@ -232,11 +234,13 @@ def test_a_changed_experiment_does_not_see_the_resume_point(ready: Experiment) -
 def test_changed_code_does_not_see_the_resume_point(ready: Experiment) -> None:
     code = (
         "from pathlib import Path; from fairway.params import load_params;"
-        "from fairway.runtime.resume import fingerprint;"
+        "from fairway.training.training_inputs import fingerprint;"
         "p = load_params('params.yaml'); print(fingerprint(p.model, p.train, 1, Path('artifacts/tokens')))"
     )
-    sources = ("fairway/reporting/page.py", "fairway/model/attention.py", "fairway/training/loop.py")
-    before, report, model, train = ready.printed_as_sources_change(code, *sources)
+    shown = ("fairway/runtime/live_log.py", "fairway/runtime/progress.py", "stages/doctor.py")
+    sources = (*shown, "fairway/reporting/page.py", "fairway/model/attention.py", "fairway/training/loop.py")
+    before, *displays, report, model, train = ready.printed_as_sources_change(code, *sources)
+    assert set(displays) == {before}
     assert len({before, model, train}) == 3
     ResumePoints(ready.folder / "resume", before).save(3, {"model/w": torch.ones(2)}, {"step": 3})
     assert ResumePoints(ready.folder / "resume", report).load() is not None
@@ -267,6 +271,57 @@ def test_the_clock_stops_training_and_decays_the_learning_rate(ready: Experiment
     assert trained.stopped_by == "wallclock"
     assert 0.5 <= trained.clock_s < 1.0
     assert ticks[-1]["lr_scale"] < 0.2
+
+
+def test_the_gradient_norm_is_that_of_the_mean_over_the_micro_batches(ready: Experiment) -> None:
+    """Shown on gradients made up here: the norm of their mean is not the mean of their norms."""
+    params = change(ready, clip="step")
+    model, generator = GPT(params.model), torch.Generator().manual_seed(1)
+    optimizer = Optimizer(param_groups(model, side_matrices=False), params.train, ALONE)
+    optimizer.gradients.clear()
+    sums = [torch.zeros_like(p) for p in model.parameters()]
+    norms = []
+    for _ in range(2):
+        made_up = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+        norms.append(float(torch.cat([g.flatten() for g in made_up]).norm()))
+        for p, total, g in zip(model.parameters(), sums, made_up, strict=True):
+            p.grad = g
+            total += g
+        optimizer.add_gradients()
+    found = optimizer.step(lr_scale=1.0, momentum=0.9)
+    expected = float(torch.cat([total.flatten() for total in sums]).norm()) / 2
+    assert found is not None
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    assert float(optimizer.gradients.norm) == pytest.approx(sum(norms) / 2, rel=1e-5)
+
+
+def test_training_logs_the_norm_of_the_step_beside_that_of_its_micro_batches(ready: Experiment) -> None:
+    """What differs between micro-batches cancels in the step's mean; a step of a single one has but one norm."""
+    of_two = run_loop(ready, change(ready, clip="step", max_steps=1))[1][0]
+    assert of_two["micro_grad_norm"] > 1.01 * of_two["grad_norm"]
+    of_one = run_loop(ready, change(ready, clip="step", max_steps=1, micro_batch_tokens=512))[1][0]
+    assert of_one["micro_grad_norm"] == pytest.approx(of_one["grad_norm"], rel=1e-6)
+
+
+def test_a_step_that_clips_micro_batches_does_not_claim_to_know_its_own_norm(ready: Experiment) -> None:
+    figures = run_loop(ready, change(ready, clip="micro_batch", max_steps=1))[1][0]
+    assert "grad_norm" not in figures
+    assert figures["micro_grad_norm"] > 0
+
+
+class LateWorld(World):
+    """A process whose device is always behind: the host waits a while for the end of every step."""
+
+    def gather(self, values: Tensor) -> list[list[float]]:
+        time.sleep(0.3)
+        return super().gather(values)
+
+
+def test_the_time_of_training_includes_the_work_of_the_last_step(ready: Experiment) -> None:
+    """The clock is read before the host waits for a step, so that the last wait comes behind the last such reading."""
+    world = LateWorld(rank=0, size=1, device=torch.device("cpu"))
+    trained, ticks = run_loop(ready, change(ready, max_steps=2), world=world)
+    assert trained.clock_s >= ticks[-1]["clock_s"] + 0.3
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_names_the_group(ready: Experiment) -> None:

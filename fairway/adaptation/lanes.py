@@ -1,6 +1,8 @@
-"""What processes that train one network together add up: one result a lane, whichever process has the lane.
+"""Sums over lanes: how processes train one network together with the same result however many they are.
 
-Lanes are dealt to the processes in turn: process r of P has the lanes r, r + P, r + 2P, ...
+The work of a step is divided into lanes, which stand for the GPUs of a record. Lanes are dealt to the processes in
+turn: process r of P has the lanes r, r + P, r + 2P, ... Each lane has one result, and the results are added up in the
+order of the lanes.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +17,9 @@ from fairway.runtime.distributed import World
 def sum_over_lanes(
     like: Sequence[Tensor], lanes: int, work: Callable[[int], Sequence[Tensor | None]], world: World
 ) -> list[Tensor]:
-    """Sums over the lanes of what `work` puts out for each, shaped as `like`, float32, on every process; None is 0.
+    """The sums over all lanes of what `work(lane)` returns, float32, shaped as `like`, on every process; None counts 0.
 
-    Added up in the order of the lanes, so that sums are the same to the last bit however many processes there are.
+    They are added up in the order of the lanes, so that they are the same to the last bit for any number of processes.
     """
     sizes, each = [tensor.numel() for tensor in like], -(-lanes // world.size)
     mine = torch.zeros(each, sum(sizes), device=like[0].device)
@@ -34,9 +36,9 @@ def sum_over_lanes(
 def sum_gradients(
     parameters: Sequence[Parameter], lanes: int, gradients: Callable[[int], Sequence[Tensor | None]], world: World
 ) -> None:
-    """Give every parameter the sum of what `gradients` puts out for it for each lane, zero where it puts out nothing.
+    """Set the gradient of every parameter to the sum over all lanes of what `gradients(lane)` returns for it.
 
-    A process keeps all lanes' at a time, in float32: 0.9 GiB for 8 of 27 million.
+    Every process holds the gradients of all lanes at once, in float32: 0.9 GiB for 8 lanes and 27 million parameters.
     """
     for parameter, total in zip(parameters, sum_over_lanes(parameters, lanes, gradients, world), strict=True):
         parameter.grad = total.to(parameter.dtype)

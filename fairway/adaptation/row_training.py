@@ -1,21 +1,16 @@
 """AdamW on whole rows of a token stream, before quantization.
 
-The rows are dealt to lanes, which stand for the GPUs of a record, so that the result does not depend on how many
-processes there are. Lanes are coupled in one of two ways:
+The rows are dealt to lanes (lanes.py), which are coupled in one of two ways:
 
-    step    each lane takes a run of rows; every step averages the lanes' gradients, then clips (PR #1488)
-    epoch   lanes take turns at batches of rows and train alone, with moments of their own; after every epoch their
-            weights are averaged (PR #1958, recipe of #1911)
+    step    each lane has a run of rows; a step averages the gradients of all lanes, then clips them (PR #1488)
+    epoch   batches of rows are dealt to the lanes in turn; each lane trains alone, with moments of its own, and after
+            every epoch the lanes' weights are averaged (PR #1958, recipe of #1911)
 
-Each epoch has one learning rate, on a cosine from `lr` to lr·lr_floor. Rows come in the order of the stream, documents
-unseparated. On the validation split the weights then hold what they will be scored on, and the score is no code
-length; the train split is ours.
+Each epoch has one learning rate, on a cosine from `lr` to lr·lr_floor. Rows come in the order of the stream, and
+documents are not separated. The records train on the validation split: the weights then contain what they will be
+scored on, and the score is not the length of a code. Training on the train split is ours.
 
 Legend: R rows, T tokens of a row.
-
-From averaged weights to a network.
-
-The rows that adaptation trains on.
 """
 
 import math
@@ -75,8 +70,8 @@ def adapt(
     """Train `model` in place on rows (R, T+1) int64 on its device; the mean loss of each epoch, in nats per token.
 
     A row's last token is the first of the next one. Every process is given the same rows and ends with the same
-    weights; no world means one process. `stepped` is told how many rows were trained on. Raises UserError if processes
-    outnumber the lanes, or if the loss is not finite.
+    weights; without a world there is one process. `stepped` is called with the number of rows trained on. Raises
+    UserError if there are more processes than lanes, or if the loss is not finite.
     """
     world = world or alone(rows_RT1.device)
     if world.size > settings.lanes:
@@ -94,13 +89,13 @@ def adapt(
 
 
 def epoch_lr(settings: AdaptSettings, epoch: int) -> float:
-    """The learning rate of an epoch, from 0: a cosine that would reach the floor after the last."""
+    """The learning rate of an epoch, counted from 0: a cosine that would reach the floor after the last epoch."""
     floor = settings.lr * settings.lr_floor
     return floor + (settings.lr - floor) * 0.5 * (1 + math.cos(math.pi * epoch / settings.epochs))
 
 
 class Trainer:
-    """The network, this process's lanes, and one AdamW per lane (of steps that lanes take together, one for all)."""
+    """Trains the network in this process's lanes, each with an AdamW; steps taken together use the first one's."""
 
     def __init__(self, model: GPT, settings: AdaptSettings, world: World, stepped: Callable[[int], None]) -> None:
         free = trainable(
@@ -119,7 +114,7 @@ class Trainer:
         self.total = torch.zeros((), dtype=torch.float64, device=world.device)
 
     def epoch_of_steps(self, rows_RT1: Tensor, lr: float) -> None:
-        """Every lane takes a run of rows; a step averages the gradients of those that have rows left."""
+        """Each lane goes through a run of rows; a step averages the gradients of the lanes that have rows left."""
         lanes, rows = self.settings.lanes, len(rows_RT1)
         runs = [rows_RT1[rows * lane // lanes : rows * (lane + 1) // lanes] for lane in range(lanes)]
         batches = [run.split(self.settings.batch_rows) if len(run) else () for run in runs]
@@ -127,7 +122,7 @@ class Trainer:
             self._step_together([of_lane[step : step + 1] for of_lane in batches], lr)
 
     def epoch_of_lanes(self, rows_RT1: Tensor, lr: float) -> None:
-        """Every lane trains alone on every lanes-th batch of rows, from the same weights; then weights are averaged."""
+        """Each lane trains alone on its share of the batches, from the same weights; then the weights are averaged."""
         batches = rows_RT1.split(self.settings.batch_rows)
         start = [parameter.detach().clone() for parameter in self.parameters]
 
@@ -149,7 +144,7 @@ class Trainer:
         return mean
 
     def _step_together(self, batches: Sequence[Sequence[Tensor]], lr: float) -> None:
-        """One step on the batch of every lane, for those that have one left."""
+        """One step on the mean loss of the lanes' batches; a lane that has none left has an empty sequence."""
         active = sum(map(len, batches))
 
         def gradients(lane: int) -> Sequence[Tensor | None]:
@@ -159,7 +154,7 @@ class Trainer:
         self._step(self.optimizers[self.mine[0]], lr)
 
     def _gradients(self, batch_RT1: Tensor, weight: float) -> Sequence[Tensor | None]:
-        """Of weight · mean loss."""
+        """The gradients of weight · mean loss of a batch of rows."""
         loss = self.loss(batch_RT1[:, :-1], batch_RT1[:, 1:])
         self.total += loss.detach() * len(batch_RT1)
         self.stepped(len(batch_RT1))
@@ -181,7 +176,7 @@ class Trainer:
 
 
 def adamw(parameters: list[Parameter]) -> torch.optim.AdamW:
-    """The optimizer of the records; the learning rate is set at every step."""
+    """The optimizer of the records. Its learning rate is set before every step."""
     return torch.optim.AdamW(parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
 
@@ -190,8 +185,8 @@ def load_rows(
 ) -> Tensor:
     """One split of a token folder as whole rows (R, seq_len + 1) int64; each row's last token begins the next one.
 
-    With `max_rows` at most the last so many; shards before them are not read. A view of one stream on the CPU. Raises
-    UserError on a damaged shard or a split shorter than one row.
+    `max_rows` keeps the last so many rows only, and shards before them are not read. The result is a view of one stream
+    on the CPU. Raises UserError on a damaged shard or a split shorter than one row.
     """
     wanted = None if max_rows is None else max_rows * seq_len + 1
     tails: list[np.ndarray] = []

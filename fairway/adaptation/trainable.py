@@ -1,15 +1,6 @@
-"""Which parameters an adaptation may change.
+"""What adaptation may change in a network, with which weights it runs, and how bfloat16 parameters are trained.
 
-Training with the weights that quantization will leave.
-
-What PR #1150 and #1488 did when they adapted: their "late QAT" flag was set by then, and unlike in compiled training it
-took effect (training/qat.py).
-
-Parameters that are stored in bfloat16, trained with float32 gradients and moments.
-
-The records update their bfloat16 tables in bfloat16 throughout, without a master copy. Their gradients then depend on
-how many processes the rows are spread over. Here only the weight itself is rounded after every step, which is what
-makes most updates of those tables vanish, in the records and here.
+Legend: R rows, T tokens of a row.
 """
 
 from collections.abc import Callable
@@ -28,10 +19,10 @@ Named = list[tuple[str, Parameter]]
 def trainable(
     model: GPT, *, freeze_blocks: int, freeze: Literal["blocks", "vectors"], freeze_tokens: bool = False
 ) -> Named:
-    """Turn requires_grad off in the first `freeze_blocks` blocks; the names and parameters of all the rest.
+    """Freeze the first `freeze_blocks` blocks; the names and parameters of all that is not frozen.
 
-    "vectors" freezes no matrix of those blocks but only vectors, scalars and the (2, D) resid_mix: in records that keep
-    all layers' matrices in banks, freezing a block by its name missed them. `freeze_tokens` freezes the token table.
+    "blocks" freezes everything in those blocks, "vectors" everything but the matrices: in records that keep all layers'
+    matrices in banks, freezing a block by its name missed them. `freeze_tokens` freezes the token table too.
     """
     blocks = tuple(f"layer{i}." for i in range(freeze_blocks))
     for name, parameter in model.named_parameters():
@@ -45,9 +36,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def loss_with(model: GPT, matrices: Literal["none", "side", "all"]) -> Loss:
-    """The model's loss of inputs (R, T) and targets (R, T) with some matrices rounded to 6 bits, straight through.
+    """The model's loss of inputs (R, T) and targets (R, T) with some matrices rounded to 6 bits, as quantization will.
 
-    "side" are the projections of the bigram and value tables, "all" the layers' matrices as well.
+    Gradients pass the rounding unchanged. "side" rounds the projections of the bigram and value tables, "all" the
+    layers' matrices as well. PR #1150 and #1488 did this when they adapted: their flag for quantization-aware training
+    was set by then, and took effect, which it never had in compiled training (training/qat.py).
     """
     endings = {"none": (), "side": SIDE_MATRICES, "all": MATRICES + SIDE_MATRICES}[matrices]
     names = [name for name, _ in model.named_parameters() if name.endswith(endings)]
@@ -55,7 +48,7 @@ def loss_with(model: GPT, matrices: Literal["none", "side", "all"]) -> Loss:
         return model
 
     def loss(inputs_RT: Tensor, targets_RT: Tensor) -> Tensor:
-        # Rows are never scaled as if their largest weight were below 1, which sets the step of most of them.
+        # As in the records, a row is scaled as if its largest weight were at least 1; most rows have smaller ones.
         rounded = {name: straight_through(model.get_parameter(name), bits=6, min_clip=1.0) for name in names}
         value: Tensor = torch.func.functional_call(model, rounded, (inputs_RT, targets_RT))
         return value
@@ -64,7 +57,12 @@ def loss_with(model: GPT, matrices: Literal["none", "side", "all"]) -> Loss:
 
 
 class RoundedWeights:
-    """The bfloat16 parameters of a model, from now on float32 tensors that hold bfloat16 values."""
+    """The bfloat16 parameters of a model, which become float32 tensors that hold bfloat16 values.
+
+    The records update their bfloat16 tables in bfloat16 throughout, without a master copy. Gradients in bfloat16 depend
+    on how many processes the rows are spread over. Here gradients and moments are float32, and only the weights are
+    rounded, after every step; that makes most updates of those tables vanish, here as in the records.
+    """
 
     def __init__(self, model: GPT) -> None:
         self.parameters = [parameter for parameter in model.parameters() if parameter.dtype == torch.bfloat16]
@@ -73,11 +71,11 @@ class RoundedWeights:
 
     @torch.no_grad()
     def round(self) -> None:
-        """Bring them back to bfloat16 values, after a step."""
+        """Round the weights to bfloat16 values, after a step."""
         for parameter in self.parameters:
             parameter.copy_(parameter.bfloat16())
 
     def store(self) -> None:
-        """Store them as bfloat16 again."""
+        """Make them bfloat16 tensors again."""
         for parameter in self.parameters:
             parameter.data = parameter.data.bfloat16()

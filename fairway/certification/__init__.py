@@ -1,1 +1,1 @@
-"""Stage certify."""
+"""Certificates: whether a score is the length of a code that can be decoded."""

@@ -1,14 +1,14 @@
-"""Tokens to bits and back, given a distribution for each: range coding with integer counts.
-
-Source: Martin 1979, by the constriction library. Legend: V vocabulary.
-
-The test that decides: a slice of the stream is coded, and decoded again from the artifact and the code alone.
+"""The test that decides: a slice of the stream is coded, and decoded again from the artifact and the code alone.
 
 The encoder has the whole stream. The decoder has a network loaded anew, the tokens before the slice, and a stream whose
 other tokens are all the same until it has decoded them. What an evaluator cannot predict without having seen it comes
-out as another distribution, and from there on as other tokens. The code must be as long as the claim, too.
+out as another distribution, and from there on as other tokens. The code must also be as long as what was claimed for
+the slice, neither longer nor shorter: otherwise what is coded is not what was claimed. The slice lies around the first
+step of learning, if there is one.
 
-The slice lies around the first step of learning, if there is one.
+Tokens become bits, and bits tokens, by range coding with integer counts (Martin 1979), from the constriction library.
+
+Legend: N targets, V vocabulary, W words of code.
 """
 
 import math
@@ -68,9 +68,10 @@ class Decoder:
         return int(self._coder.decode(_model(log_probs_V)))
 
 
-# What stands where nothing is known yet.
+# The token that stands in the decoder's stream wherever the true one is not known yet.
 UNKNOWN = 0
-# A code may be longer than claimed by so many bits, for the end of it, and by this share of itself.
+# The length of a code may differ from the claim by so many bits, which its last words leave unused, and by this share
+# of the claim, for the rounding of probabilities to counts and of activations computed in other batches.
 SLACK_BITS, SLACK_SHARE = 64, 1e-3
 # Of all tokens, those that are given beforehand.
 MOST_GIVEN = 0.01
@@ -94,7 +95,7 @@ def decoder(
     """
     span = slice_around(order.learned_from(base), len(order.positions), tokens)
     coded = order.positions[span.start : span.stop]
-    words, gap_nats = _encode(box, base, coded)
+    words = _encode(box, base, coded)
     right = _right(_decode(fresh, base, order, span, words), base.tokens_N1[coded + 1].tolist(), decoded)
     claimed_bits = float(base.claims_N[coded].sum()) / math.log(2)
     excess_bits = 32 * len(words) - claimed_bits
@@ -105,7 +106,6 @@ def decoder(
         "decoded": right,
         "claimed_bytes": round(claimed_bits / 8, 1),
         "compressed_bytes": 4 * len(words),
-        "step_gap_nats": gap_nats,
         "given_tokens": int(order.given_N1[1:].sum()),
         "given_bytes": round(order.given_bits(box.model.config.vocab_size) / 8, 1),
     }
@@ -116,7 +116,8 @@ def decoder(
         return Finding("fail", f"{why} takes {more:.3f} bits a token more than claimed", evidence)
     if not abs(excess_bits) <= SLACK_BITS + SLACK_SHARE * claimed_bits:
         evidence |= _honest_price(box, short_N1)
-        return Finding("fail", f"it decodes, but the code is {excess_bits:.0f} bits longer than claimed", evidence)
+        than_claimed = f"{abs(excess_bits):.0f} bits {'longer' if excess_bits > 0 else 'shorter'} than claimed"
+        return Finding("fail", f"it decodes, but the code is {than_claimed}", evidence)
     if evidence["given_tokens"] > MOST_GIVEN * len(order.positions):
         return Finding("fail", f"{evidence['given_tokens']} tokens must be given before it decodes", evidence)
     given = f", given {evidence['given_tokens']} tokens of the stream" if evidence["given_tokens"] else ""
@@ -140,17 +141,15 @@ def slice_around(learned: int, targets: int, tokens: int) -> range:
     return range(start, min(start + tokens, targets))
 
 
-def _encode(box: BlackBox, base: Baseline, coded: Tensor) -> tuple[np.ndarray, float]:
-    """The code of the targets, and how far step-by-step predictions were from those of whole batches, in nats."""
+def _encode(box: BlackBox, base: Baseline, coded: Tensor) -> np.ndarray:
+    """The code of the targets, (W,) uint32, from predictions made step by step by somebody who knows the stream."""
     follower, encoder = Follower(box, base, base.tokens_N1, base.learned), Encoder()
     rows: dict[int, Tensor] = {}
-    gap_nats = 0.0
     for position in coded.tolist():
         if position not in rows:
             rows = follower.rows(position)
         encoder.push(int(base.tokens_N1[position + 1]), rows[position])
-        gap_nats = max(gap_nats, float((rows[position] - base.log_probs_NV[position]).abs().max()))
-    return encoder.words(), gap_nats
+    return encoder.words()
 
 
 def _decode(box: BlackBox, base: Baseline, order: Order, span: range, words: np.ndarray) -> Iterator[int]:

@@ -4,7 +4,11 @@ Codes are noise to a dictionary coder; all that can be known about one is how la
 a product of its row's and its column's scale, both stored on a grid of logarithms. The sum of the two grid indices is
 the code's bucket, and each bucket of a group of matrices has a histogram of its own: no assumption is made about shape,
 and tails are what they are. Codes are then written bucket by bucket by an asymmetric numeral system, which spends what
-the histogram says to a fraction of a percent. Before all this, rows that are like another become differences.
+the histogram says to a fraction of a percent.
+
+Before all this, a row that is like an earlier row of its matrix is replaced by the difference of the two. The matrices
+of layers have no such rows. Tables have: tokens that never occur in training are all pushed the same way, and their
+rows end up nearly equal.
 
     buckets u8 | lowest, highest code i8 | bytes of the packed model u32 | model | ANS words, u32 each
 
@@ -12,11 +16,6 @@ The model, packed by Brotli: references of rows (u16), row indices, column indic
 histograms (u8 logarithms).
 
 Method: ANS (arXiv:1311.2540) by the constriction library. Legend: R rows, C columns, K buckets, S symbols.
-
-Rows that are like an earlier row of their matrix, stored as the difference.
-
-The matrices of layers have no such rows. Tables have: tokens that never occur in training are all pushed the same way,
-and their rows end up nearly equal.
 """
 
 import struct
@@ -182,8 +181,10 @@ BLOCK = 512
 def find_references(matrix: np.ndarray) -> np.ndarray:
     """For each row of int8 codes the earlier row that points most nearly the same way, uint16 (R,).
 
-    0 stands for none, i for row i - 1. Matrices with more rows than that can name have none.
+    0 stands for none, i for row i - 1. Matrices of 65,536 rows or more have none: uint16 could not name all of those.
     """
+    if len(matrix) >= 2**16:
+        return np.zeros(len(matrix), np.uint16)
     codes = matrix.astype(np.float32)
     codes /= np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1.0)
     nearest = np.zeros(len(matrix), np.int64)
@@ -195,8 +196,6 @@ def find_references(matrix: np.ndarray) -> np.ndarray:
     difference = np.abs(plain - plain[nearest])
     useful = (difference.mean(axis=1) < WORTHWHILE * np.abs(plain).mean(axis=1)) & (difference.max(axis=1) <= 127)
     useful[0] = False
-    if len(matrix) >= 2**16:
-        useful[:] = False
     return np.where(useful, nearest + 1, 0).astype(np.uint16)
 
 

@@ -1,1 +1,1 @@
-"""Stage evaluate."""
+"""Evaluators: ways to score a network on a stream."""

@@ -1,12 +1,10 @@
-"""Running a pass: adding up what it predicts, with points to resume from, or reading single distributions off it.
+"""From a pass to a score: run it, add up what it predicts, and turn the sums into bits per byte.
 
-Legend: N targets, M targets predicted together, P chosen positions, V vocabulary.
+`collect` runs a pass to its end and leaves points to resume from; `distributions` reads single distributions off one.
+`RunningScore` is what an evaluation shows while it goes on, and `measure` makes its final figures.
 
-The running score that an evaluation shows while it goes on.
-
-The figures of an evaluation.
-
-The score of the challenge: bits per byte of the validation text.
+Legend: N targets, M targets predicted together, P chosen positions, V vocabulary. Target p is token p + 1 of the
+stream.
 """
 
 import math
@@ -136,8 +134,9 @@ def _resume(
     evaluation.restore({name: value.to(world.device) for name, value in state.items()})
     if world.rank == 0:
         tally.sums_N, tally.times_N = tensors["nats"], tensors["times"]
-        positions_M = tally.times_N.nonzero()[:, 0]
-        scored(positions_M.to(world.device), tally.sums_N[positions_M].to(world.device))
+    # Each process shows its share, as of what it scores itself.
+    positions_M = tensors["times"].nonzero()[world.rank :: world.size, 0]
+    scored(positions_M.to(world.device), tensors["nats"][positions_M].to(world.device))
     return progress["chunks"], progress["elapsed_s"]
 
 
@@ -165,7 +164,8 @@ class RunningScore:
         self.bytes_N, self.processes, self.every_s = target_bytes, world.size, every_s
         self.nats = torch.zeros((), dtype=torch.float64, device=target_bytes.device)
         self.bytes = torch.zeros((), dtype=torch.int64, device=target_bytes.device)
-        self.progress = Progress(name, len(target_bytes), unit="tokens") if world.rank == 0 else None
+        self.name, self.shows = name, world.rank == 0
+        self.progress: Progress | None = None
         self._unshown = 0
         self._shown_at = time.monotonic()
 
@@ -173,7 +173,14 @@ class RunningScore:
         """Take the nats (M,) float64 of more targets; both tensors on the device."""
         self.nats += nats_M.sum()
         self.bytes += self.bytes_N[positions_M].sum()
-        self._unshown += len(nats_M)
+        if self.shows and self.progress is None:
+            # Its count and its time begin behind the first batch, which is what was restored where an evaluation is
+            # resumed: so that it judges its speed by what it does itself.
+            total = len(self.bytes_N)
+            done = min(len(nats_M) * self.processes, total)
+            self.progress = Progress(self.name, total, unit="tokens", start=done)
+        else:
+            self._unshown += len(nats_M)
         # Reading a sum makes the host wait for the device, so not at every batch.
         if time.monotonic() - self._shown_at >= self.every_s:
             self._show()
@@ -181,7 +188,7 @@ class RunningScore:
     def _show(self) -> None:
         self._shown_at = time.monotonic()
         if self.progress is not None:
-            # The others are about as far.
+            # The other processes are about as far as this one.
             ahead = min(self._unshown * self.processes, self.progress.total - self.progress.done)
             self.progress.update(ahead, bpb=float(self.nats) / (math.log(2) * max(int(self.bytes), 1)))
         self._unshown = 0
@@ -201,8 +208,14 @@ class RunningScore:
 def measure(scores: Scores, target_bytes: Tensor) -> dict[str, Any]:
     """val_bpb, val_loss (nats per scored target), targets, how often they were scored in all, and bytes so counted.
 
-    `target_bytes` (N,) int64. Raises UserError if any score is not finite.
+    `target_bytes` (N,) int64. Raises UserError if a target was never scored, or if any score is not finite.
     """
+    unscored = (scores.times_N == 0).nonzero()[:, 0].tolist()
+    if unscored:
+        raise UserError(
+            f"{len(unscored)} of {len(scores.times_N)} targets were never scored: tokens {_places(unscored)} of the "
+            "validation stream; the evaluator must predict every target once"
+        )
     if not scores.nats_N.isfinite().all():
         raise UserError(
             "some targets have no finite score: the network overflows, as trained or once it has adapted "
@@ -217,6 +230,18 @@ def measure(scores: Scores, target_bytes: Tensor) -> dict[str, Any]:
         "scored": scored,
         "bytes": int(bytes_N.sum()),
     }
+
+
+def _places(positions: list[int], *, most: int = 3) -> str:
+    """The tokens at these increasing positions, neighbours as one range: "3 to 5, 9"; "and others" beyond `most`."""
+    ranges: list[list[int]] = []
+    for token in (position + 1 for position in positions):
+        if ranges and token == ranges[-1][1] + 1:
+            ranges[-1][1] = token
+        else:
+            ranges.append([token, token])
+    listed = [str(first) if first == last else f"{first} to {last}" for first, last in ranges[:most]]
+    return ", ".join(listed) + (" and others" if len(ranges) > most else "")
 
 
 def bpb(nats: Tensor, target_bytes: Tensor) -> float:

@@ -1,7 +1,7 @@
-"""A network's forward pass, or its gradients, as one CUDA graph: recorded once, then replayed without the host
-launching its kernels.
+"""A function's kernels as one CUDA graph: recorded once, then replayed without the host launching each of them.
 
-Compiling the pass would save about as much a batch and take ten seconds first.
+Used for forward passes and gradients of the network. Compiling them would save about as much time per batch, but takes
+ten seconds first.
 """
 
 from collections.abc import Callable
@@ -10,21 +10,22 @@ import torch
 from torch import Tensor
 
 
-class Graphed:
-    """A function of one tensor whose kernels depend on nothing but its shape, recorded once for every shape it meets.
+class CudaGraph:
+    """A function of one CUDA tensor, recorded when a shape is met for the first time and replayed from then on.
 
-    Runs without gradients, unless the function takes its own. What it returns may be overwritten by the next call.
-    Weights are read where they lie: the graph sees changes in place.
+    The function's kernels may depend on nothing but that shape. Gradients are off, unless the function turns them on.
+    What a call returns is overwritten by the next call with the same shape. Other tensors that the function reads, such
+    as weights, are read anew in every call: they may change, but only in place.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
-        # By shape: a graph, and where it reads and writes.
+        # By shape: the graph, the tensor that it reads and the one that it writes.
         self._recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """The function of `x`, on CUDA."""
+        """The function of `x`."""
         if x.shape not in self._recorded:
             return self._record(x)
         graph, reads, writes = self._recorded[x.shape]
@@ -33,20 +34,21 @@ class Graphed:
         return writes
 
     def _record(self, x: Tensor) -> Tensor:
-        """The function of `x` by an ordinary run, and the graph from then on.
+        """The function of `x` by an ordinary run, after which it is run again to be recorded.
 
-        The graph has memory of its own, beside that of the run before it: twice what a run takes stays reserved.
+        The graph has memory of its own beside that of the ordinary run, so that twice what a run takes stays reserved.
         """
-        # What earlier graphs held: nothing can be given back while one is recorded.
+        # Now, because no memory can be given back to the device while a graph is recorded.
         torch.cuda.empty_cache()
         graph, same = torch.cuda.CUDAGraph(), x.clone()
-        # On another stream, as recording asks; and not by torch.cuda.graph, which would wait for the run to end.
+        # Recording needs a stream that is not the default one. The context manager torch.cuda.graph would provide it,
+        # but would also make the host wait for the ordinary run.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # Kernels are built and libraries choose theirs on a run before.
+            # Triton builds its kernels and libraries choose theirs in this run, which they cannot while recording.
             first = self.function(same)
-            # Other threads, NCCL's watchdog among them, may go on asking the device meanwhile.
+            # Other threads, such as NCCL's watchdog, may go on querying the device meanwhile.
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 writes = self.function(same)
@@ -54,11 +56,11 @@ class Graphed:
                 graph.capture_end()
         self._recorded[x.shape] = graph, same, writes
         torch.cuda.current_stream().wait_stream(stream)
-        # Made on another stream: not to be reused there before it is read here.
+        # It was made on the other stream, which must not reuse its memory before it is read here.
         first.record_stream(torch.cuda.current_stream())
         return first
 
 
-def graphed(function: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The function as a graph on a GPU; on a CPU as it is."""
-    return Graphed(function) if device.type == "cuda" else function
+def as_cuda_graph(function: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The function recorded as a CUDA graph (CudaGraph) if the device is a GPU; on a CPU the function itself."""
+    return CudaGraph(function) if device.type == "cuda" else function

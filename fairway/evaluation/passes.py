@@ -17,11 +17,12 @@ State = dict[str, Tensor]
 class Pass(ABC):
     """One evaluation under way: chunk 0 is predicted, then learned from, then chunk 1, and so on.
 
-    Whatever an evaluator adapts, it adapts in `learn`, from targets whose predictions it has already given away: score
-    before update, the third condition of the challenge, is the order of two calls. (SLOT as the records had it adapts
-    inside `predict`; that is what is wrong with it.) Tokens are read where they are predicted or learned from and not
-    before, but for the layout, so that a decoder can fill them in on the way (stepping.py). Processes share the work:
-    each predicts a part of every chunk, and all learn together, so that they hold the same state between chunks.
+    Whatever an evaluator adapts, it adapts in `learn`, from targets whose predictions it has already given away. "Score
+    before update", the third condition of the challenge, is then the order of two calls. (SLOT as the records had it
+    adapts inside `predict`; that is what is wrong with it.) Except for the places where documents start, which decide
+    in what order they are visited, tokens are read only when they are predicted or learned from, so that a decoder can
+    fill them in on the way (certification/stepping.py). Processes share the work: each predicts a part of every chunk,
+    and all learn together, so that they hold the same state between chunks.
     """
 
     chunks: int
@@ -39,8 +40,8 @@ class Pass(ABC):
 
     @abstractmethod
     def state(self) -> State:
-        """What `restore` needs to go on behind the last chunk learned from, by a pass over the same stream."""
+        """What `restore` needs to go on after the last chunk learned from, in another pass over the same stream."""
 
     @abstractmethod
     def restore(self, state: State) -> None:
-        """Take what `state` gave."""
+        """Continue where the pass stood that gave this state."""

@@ -1,7 +1,7 @@
-"""The one scoring core: windows through the network in batches, logits on the scored places only.
+"""What scores overlapping windows for all evaluators: the network in batches of windows, and logits of scored places.
 
-Legend: B windows, T tokens of a window, X its last places that are looked at, D model width, M scored places of a
-batch, V vocabulary.
+Legend: N targets, B windows of a batch, T tokens of a window, X its last places whose hidden states are computed, L
+tokens of the stretch that a batch covers, D model width, M scored places of a batch, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fairway.evaluation.collect import POINTS
-from fairway.evaluation.cuda_graph import graphed
+from fairway.evaluation.cuda_graph import as_cuda_graph
+from fairway.evaluation.overlapping import overlapping_hidden
 from fairway.evaluation.passes import Pass, Prediction, State
-from fairway.evaluation.windows import Windows, in_groups, overlapping_hidden, published, scored_once
+from fairway.evaluation.windows import Windows, in_groups, published, scored_once
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
@@ -21,30 +22,31 @@ from fairway.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows that go through the network together. Beyond the stream's end, tokens and targets are 0.
+    """Windows that go through the network together, and score none but places among their last X.
 
-    On a GPU batches are filled up with windows that score nothing, so that few shapes are met: attention is planned for
-    each. Hidden states are known at the last X places of each window; it scores none of the others.
+    Beyond the stream's end, tokens and targets are 0. On a GPU, a batch may be filled up with windows that score
+    nothing. Few different shapes are then met, which saves time, because attention is planned for each.
     """
 
     windows: Windows
-    # The windows' first scored offsets and tokens inside the stream, (B,) int64 on the device.
+    # As windows.first and windows.length, (B,) int64 on the device.
     first_B: Tensor
     length_B: Tensor
     # Inputs (B, T) and targets (B, X), int64 on the device.
     tokens_BT: Tensor
     targets_BX: Tensor
-    # Scored places as rows of (B·X), and the positions of the stream they are: (M,) int64 on the device.
+    # Scored places, counted through the last X of all windows, and their positions in the stream: (M,) int64 on the
+    # device.
     rows_M: Tensor
     positions_M: Tensor
 
 
-# Windows of a batch on a GPU that no recorded pass takes: a multiple of this, or all that a batch has.
+# On a GPU, a batch that does not go through a recorded pass is filled up to a multiple of so many windows.
 FILLED = 32
-# Batches of a large chunk: a multiple of this.
+# The number of batches in a large chunk is a multiple of this.
 EVEN = 8
 
-# From the final hidden state (B, X, D) of a batch to the logits (M, V) float32 of its scored places.
+# Makes of a batch's final hidden states (B, X, D) the logits (M, V) float32 of its scored places.
 Head = Callable[[GPT, Batch, Tensor], Tensor]
 
 
@@ -54,12 +56,12 @@ def plain_head(model: GPT, batch: Batch, hid_BXD: Tensor) -> Tensor:
 
 
 def make_batch(tokens_N1: Tensor, windows: Windows, *, seq_len: int, width: int | None = None) -> Batch:
-    """Cut the windows out of the stream (N+1,), on whose device the batch will lie; no width means all of a window."""
+    """Cut the windows out of the stream (N+1,), on whose device the batch will lie; `width` is X, or None for T."""
     device, width = tokens_N1.device, width or seq_len
     start_B, first_B, length_B = _sent(torch.stack([windows.start, windows.first, windows.length]), device)
     offset_T = torch.arange(seq_len, device=device)
     inside_BT = offset_T < length_B[:, None]
-    # Within bounds also where nothing is read from the stream.
+    # Beyond the stream's end some place within it is read, and the token then set to 0.
     place_BT = (start_B[:, None] + offset_T).clamp(max=len(tokens_N1) - 2)
     return Batch(
         windows=windows,
@@ -73,16 +75,17 @@ def make_batch(tokens_N1: Tensor, windows: Windows, *, seq_len: int, width: int 
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, from memory of which the host need not wait until the device has reached the copy."""
+    """A copy on the device. The host does not wait for it, which copying from pinned memory makes possible."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class WindowPass(Pass):
-    """A pass over chunks of windows, by a network that stays as it is. Batches are the same whatever the processes.
+    """A pass over chunks of windows, by a network that is not changed by it.
 
-    A head that reads scored places alone says how many at a window's end those are (`width`), but for the stream's
-    first and last windows: what only they need is not computed for the others. Batches of windows that begin the same
-    number of tokens apart go through a recorded pass, batches with others among them through the network as it is.
+    Batches do not depend on the number of processes. `head` makes logits of hidden states. `width` is how many places
+    at a window's end it needs; None means all. Where all windows of a batch begin the same number of tokens apart and
+    score none but those places, they go through overlapping_hidden, as a recorded pass on a GPU. Other batches, such as
+    the stream's first, go through the network in the ordinary way with all their places.
     """
 
     def __init__(
@@ -102,11 +105,12 @@ class WindowPass(Pass):
         self.chunks, self.width = len(chunks), width or seq_len
         self.spacing = spacing = int(begin[1] - begin[0]) if len(begin) > 1 else seq_len
 
-        # Not a function of self, which would then hold itself, and the graph's memory, for longer than it is used.
+        # This must not refer to self: self would hold it and it would hold self, and the graph's memory would be given
+        # back only when Python's collector of such circles happens to run.
         def hidden(tokens_L: Tensor) -> Tensor:
-            return overlapping_hidden(model, tokens_L, spacing=spacing, last=width)
+            return overlapping_hidden(model, tokens_L, spacing=spacing, wanted=width)
 
-        self._hidden, self.fills_up = graphed(hidden, tokens_N1.device), tokens_N1.is_cuda
+        self._hidden, self.fills_up = as_cuda_graph(hidden, tokens_N1.device), tokens_N1.is_cuda
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Iterator[Prediction]:
         """The predictions of every world.size-th batch of a chunk's windows."""
@@ -117,34 +121,48 @@ class WindowPass(Pass):
 
     @torch.no_grad()
     def _predict(self, group: Windows) -> Prediction:
-        seq_len = self.model.config.seq_len
         missing = (self.batch_windows - len(group)) * self.fills_up
-        # Earlier windows fill up a recorded pass; behind these, where nothing scores them.
-        begin, end = int(group.start[0]) - missing * self.spacing, int(group.start[-1]) + seq_len
-        apart = bool((group.start.diff() == self.spacing).all())
-        if apart and begin >= 0 and end < len(self.tokens_N1) and int(group.first.min()) >= seq_len - self.width:
-            batch = make_batch(self.tokens_N1, self._filled(group, missing), seq_len=seq_len, width=self.width)
-            hid_BXD = self._hidden(self.tokens_N1[begin:end])
-            if missing:
-                hid_BXD = hid_BXD.roll(-missing, 0)
-        else:
-            batch = make_batch(self.tokens_N1, self._filled(group, min(missing, -len(group) % FILLED)), seq_len=seq_len)
-            hid_BXD = self.model.hidden(batch.tokens_BT)
+        batch, hid_BXD = self._overlapping(group, missing) or self._one_by_one(
+            group, min(missing, -len(group) % FILLED)
+        )
         return batch.positions_M, self.head(self.model, batch, hid_BXD)
 
-    def _filled(self, group: Windows, missing: int) -> Windows:
-        nothing = torch.zeros(missing, dtype=torch.int64)
-        return Windows(*(torch.cat([column, nothing]) for column in (group.start, group.first, group.length)))
+    def _overlapping(self, group: Windows, missing: int) -> tuple[Batch, Tensor] | None:
+        """The batch and its hidden states from overlapping_hidden, or None where that does not fit the windows.
+
+        A pass is filled up with windows before these in the stream, because their tokens are at hand.
+        """
+        seq_len, stream = self.model.config.seq_len, len(self.tokens_N1)
+        begin, end = int(group.start[0]) - missing * self.spacing, int(group.start[-1]) + seq_len
+        evenly_spaced = bool((group.start.diff() == self.spacing).all())
+        if not evenly_spaced or begin < 0 or end >= stream or int(group.first.min()) < seq_len - self.width:
+            return None
+        hid_BXD = self._hidden(self.tokens_N1[begin:end])
+        if missing:
+            # In a batch, windows that score nothing come last.
+            hid_BXD = hid_BXD.roll(-missing, 0)
+        return make_batch(self.tokens_N1, _filled(group, missing), seq_len=seq_len, width=self.width), hid_BXD
+
+    def _one_by_one(self, group: Windows, missing: int) -> tuple[Batch, Tensor]:
+        """The batch and its hidden states, at all places, each window computed for itself."""
+        batch = make_batch(self.tokens_N1, _filled(group, missing), seq_len=self.model.config.seq_len)
+        return batch, self.model.hidden(batch.tokens_BT)
 
     def learn(self, chunk: int) -> None:
-        """Nothing."""
+        """Nothing is adapted; subclasses may."""
 
     def state(self) -> State:
-        """Nothing."""
+        """No tensors, as nothing is adapted."""
         return {}
 
     def restore(self, state: State) -> None:
-        """Nothing."""
+        """Nothing is put back, as nothing is adapted."""
+
+
+def _filled(group: Windows, missing: int) -> Windows:
+    """The windows, and after them `missing` ones that score nothing."""
+    nothing = torch.zeros(missing, dtype=torch.int64)
+    return Windows(*(torch.cat([column, nothing]) for column in (group.start, group.first, group.length)))
 
 
 def stream_windows(section: str, model: GPT, targets: int, *, stride: int, as_published: bool) -> Windows:
@@ -156,9 +174,10 @@ def stream_windows(section: str, model: GPT, targets: int, *, stride: int, as_pu
 
 
 def in_chunks(windows: Windows, batch_windows: int) -> list[Windows]:
-    """Runs of whole batches, about as many as there may be resume points: chunks for evaluators that need none.
+    """Runs of whole batches, about as many as there may be resume points: chunks where nothing is learned from them.
 
-    Large ones come out even on eight processes, which all wait for the last at a chunk's end.
+    A large chunk has a multiple of EVEN batches, so that eight processes, which wait for one another at its end, have
+    equally many.
     """
     batches = -(-len(windows) // batch_windows)
     each = -(-batches // POINTS)

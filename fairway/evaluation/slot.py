@@ -107,10 +107,15 @@ FITTED_ON: dict[str, Callable[[Batch], Places]] = {
 
 
 class OffsetHead:
-    """The head that fits offsets for a batch from zero, and scores with them."""
+    """The head that fits offsets for a batch from zero, and scores with them.
 
-    def __init__(self, settings: SlotFitSettings, device: torch.device) -> None:
-        self.settings, self.places = settings, FITTED_ON[settings.fitted_on]
+    `places` says what they are fitted on; None means what settings.fitted_on says.
+    """
+
+    def __init__(
+        self, settings: SlotFitSettings, device: torch.device, places: Callable[[Batch], Places] | None = None
+    ) -> None:
+        self.settings, self.places = settings, places or FITTED_ON[settings.fitted_on]
         self._gradient = compiled_on_gpu(gradient, device)
 
     def __call__(self, model: GPT, batch: Batch, hid_BXD: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from fairway.adaptation.lanes import sum_gradients
 from fairway.adaptation.trainable import Loss, Named, RoundedWeights, loss_with, trainable
-from fairway.evaluation.cuda_graph import graphed
+from fairway.evaluation.cuda_graph import as_cuda_graph
 from fairway.evaluation.evaluator import Evaluator
 from fairway.evaluation.passes import Pass, State
 from fairway.evaluation.scoring import WindowPass, plain_head, stream_windows
@@ -94,7 +94,7 @@ class TttPass(WindowPass):
         self.settings, self.free, self._rounded = settings, dict(free), RoundedWeights(model)
         self._optimizer = torch.optim.SGD(self.free.values(), lr=settings.lr, momentum=settings.momentum)
         gradients = flat_gradients(loss_with(model, settings.fake_quantize), list(self.free.values()))
-        self._gradients = graphed(gradients, tokens_N1.device)
+        self._gradients = as_cuda_graph(gradients, tokens_N1.device)
 
     def learn(self, chunk: int) -> None:
         """Train on the chunk's rows, settings.epochs times over, in steps of at most batch_rows rows."""

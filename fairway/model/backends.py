@@ -1,12 +1,10 @@
-"""Attention kernels behind model.attention.attend, and the one function that chooses among them.
+"""Attention kernels behind causal_attention.attend, the function that chooses among them, and torch.compile.
 
-Legend: B rows, T tokens, N = B·T, H query heads, K key/value heads, E width of a head, S segments.
-
-Each is a torch.library operator of queries (B, T, H, E), keys and values (B, T, K, E), bfloat16 on CUDA, so that the
+Each kernel is a torch.library operator of queries (B, T, H, E), keys and values (B, T, K, E), bfloat16 on CUDA. So the
 compiler takes it as a whole, whatever library does the work. It returns the result (B, T, H, E) and the logarithm of
 each query's softmax denominator, float32, which its backward pass reads.
 
-The network, and what is built around it, for torch.compile.
+Legend: B rows, T tokens, N = B·T, H query heads, K key/value heads, E width of a head, S segments.
 """
 
 from collections.abc import Callable
@@ -18,23 +16,27 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-# Lengths for which cuDNN is asked. It makes a plan for every new shape, which takes it up to a second.
+# cuDNN is used for lengths that are multiples of this: it plans every new shape, which takes it up to a second.
 CUDNN_MULTIPLE = 128
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, *, length: int, packed: bool) -> str:
-    """What attends on that device, for rows of `length` tokens, or for packed documents.
+    """The name of the kernel for rows of `length` tokens, or for packed documents, on a device.
 
     "plain" (PyTorch's own choice, with a mask for documents) unless the device is CUDA and the dtype bfloat16. There:
-    "flash4" (FlashAttention-4, package flash-attn-4) if it is installed and the GPU is a Hopper or newer; "cudnn" for
-    whole rows on such a GPU; else "flash2" (FlashAttention-2, which comes with PyTorch). cuDNN's gradients differ from
-    run to run, so it has none to compute where deterministic algorithms are asked for.
+    "flash4" (FlashAttention-4, package flash-attn-4) if it is installed and the GPU is a Hopper or newer; "flash3"
+    (FlashAttention-3, module flash_attn_interface, in the images of the challenge's machines) if that is installed on a
+    Hopper; "cudnn" for whole rows on a Hopper or newer; else "flash2" (FlashAttention-2, which comes with PyTorch).
+    cuDNN's gradients differ from run to run, so it has none to compute where deterministic algorithms are asked for.
     """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return "plain"
-    modern = torch.cuda.get_device_capability(device)[0] in (9, 10)
+    generation = torch.cuda.get_device_capability(device)[0]
+    modern = generation in (9, 10)
     if modern and find_spec("flash_attn") and find_spec("flash_attn.cute"):
         return "flash4"
+    if generation == 9 and find_spec("flash_attn_interface"):
+        return "flash3"
     exact = torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled()
     return "cudnn" if modern and not packed and length % CUDNN_MULTIPLE == 0 and not exact else "flash2"
 
@@ -104,14 +106,35 @@ def flash4_attention_backward(
     return dq.view_as(q), dk.view_as(k), dv.view_as(v)
 
 
-def recent_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attention of the last positions to the `window` up to each, by FlashAttention-2; fewer queries than keys.
+def flash3_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, longest: int
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention within rows, or within segments of at most `longest` tokens, by FlashAttention-3.
 
-    No gradient, and not for the compiler.
+    The library brings its own gradient and its own operators for the compiler. Its older versions return a pair, of
+    which the first part is the result. The second value here is None: nobody needs the softmax's denominator.
+    """
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+
+    options = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    rows = _packed(segments, q, k, v)
+    found = (
+        flash_attn_func(*rows, **options)
+        if segments is None
+        else flash_attn_varlen_func(*rows, **_lengths(segments, longest), **options)
+    )
+    o = found[0] if isinstance(found, tuple) else found
+    return o.view_as(q), None
+
+
+def recent_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attention of queries at the last positions, each to the `window` positions up to its own, by FlashAttention-2.
+
+    It is not an operator of ours, and not compiled.
     """
     lengths, causal = (None, None, q.size(1), k.size(1)), (0.0, True, False)
     q, k, v = (x.contiguous() for x in (q, k, v))
-    # It counts the positions before a query's own, and aligns the last query with the last key.
+    # FlashAttention counts the positions before a query's own, and aligns the last query with the last key.
     o: Tensor = aten._flash_attention_forward(
         q, k, v, *lengths, *causal, window_size_left=window - 1, window_size_right=0
     )[0]
@@ -119,12 +142,12 @@ def recent_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def _packed(segments: Tensor | None, *tensors: Tensor) -> list[Tensor]:
-    """As they are, (B, T, ...), or for segments as one sequence of all tokens, (N, ...)."""
+    """The tensors as they are, (B, T, ...), or where there are segments as one sequence of all tokens, (N, ...)."""
     return list(tensors) if segments is None else [x.flatten(0, 1) for x in tensors]
 
 
 def _lengths(segments: Tensor | None, longest: int) -> dict[str, Any]:
-    """How FlashAttention-4 is told of segments."""
+    """The arguments of FlashAttention-3 and -4 that say where segments are."""
     if segments is None:
         return {}
     return dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), segments) | dict.fromkeys(
@@ -169,7 +192,7 @@ _register(flash4_attention, flash4_attention_backward)
 
 
 def compiled(function: Callable[..., Any], *, backend: Any = "inductor", fullgraph: bool = False) -> Callable[..., Any]:
-    """The function compiled for fixed shapes, for which the attention kernel is chosen once."""
+    """The function compiled for fixed shapes; the attention kernel is chosen when a shape is compiled."""
     # Marked here and not where it is defined: marking imports the compiler, which takes a second that most runs on a
     # CPU need not spend.
     torch.compiler.assume_constant_result(attention_backend)

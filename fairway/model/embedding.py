@@ -1,8 +1,5 @@
-"""From token ids to the first residual stream, and the tables looked up by token.
-
-Legend: B rows, T tokens, D model width, V vocabulary.
-
-From the final hidden state to logits and the training loss.
+"""Both ends of the network: from token ids to the first residual stream, and from the final hidden state to logits and
+loss. Also the value embeddings, which layers look up by token.
 
 Legend: B rows, T tokens, N = B·T, D model width, V vocabulary.
 """
@@ -17,6 +14,10 @@ from fairway.model.precision import linear
 
 # Every tokenizer of the challenge starts each document with this id.
 BOS = 1
+
+# How many tokens before its own an embedding depends on: a smear adds the previous token's, and that one depends, by
+# its bigram, on the token before it.
+LOOK_BACK = 2
 
 
 def storage(name: str) -> torch.dtype:

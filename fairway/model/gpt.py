@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from fairway.model.attention import Shared
+from fairway.model.causal_attention import WithinRows
 from fairway.model.config import ModelConfig
+from fairway.model.context import Adapters, Context
 from fairway.model.embedding import (
     BigramTable,
     GatedSmear,
@@ -55,6 +56,7 @@ class GPT(nn.Module):
             self.add_module(f"layer{i}", Block(config, i))
         self.skip = Skips(config)
         self.lanes = Lanes(config) if config.lanes_from is not None else None
+        self.first_in_lanes = config.layers if config.lanes_from is None else config.lanes_from
 
     def init_weights(self, seed: int) -> None:
         """Set every parameter to its initial value, the same on every device (model/init.py)."""
@@ -76,24 +78,34 @@ class GPT(nn.Module):
         """Softcapped logits (..., V), float32, from the final hidden state (..., D); the product runs in its dtype."""
         return logits(hid, self.embed.token, cap=self.config.softcap)
 
-    def hidden(self, tokens_BT: Tensor, *, segments: Tensor | None = None, looped: bool = True) -> Tensor:
-        """Hidden state after the final norm, (B, T, D) in the compute dtype, of integer tokens (B, T).
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        segments: Tensor | None = None,
+        looped: bool = True,
+        adapters: Adapters | None = None,
+        wanted: int | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, in the compute dtype, of integer tokens (B, T): (B, X, D).
 
-        `segments`: see model.attention.attend; none is longer than config.seq_len. `looped` switches depth recurrence
-        on, where the config has it.
+        `segments`: see causal_attention.attend; none is longer than config.seq_len. `looped` switches depth recurrence
+        on, where the config has it. `adapters` add to the outputs of the layers' matrices (context.Adapters). `wanted`
+        is X, the number of places at the end of each row whose states are computed, or None for all T.
         """
-        x0_BTD, length = self._embed(tokens_BT), tokens_BT.size(1)
+        x0_BTD, length = self.embed_tokens(tokens_BT), tokens_BT.size(1)
         positions_T = torch.arange(length, device=x0_BTD.device, dtype=torch.float32)
-        shared = Shared(
+        context = Context(
             x0_BTD=x0_BTD,
             rope=rotary_table(self.config.rope, length, positions_T, x0_BTD.dtype),
-            segments=segments,
-            longest=self.config.seq_len,
-            value_embeddings=self.ve(tokens_BT, x0_BTD.dtype) if self.ve is not None else {},
+            value_embeddings=self.value_embeddings(tokens_BT),
+            attend=WithinRows(segments, self.config.seq_len),
+            adapters=adapters,
         )
-        return rms_norm(self._layers(x0_BTD, shared, looped))
+        return self.run_layers(context, looped=looped, wanted=wanted)
 
-    def _embed(self, tokens_BT: Tensor) -> Tensor:
+    def embed_tokens(self, tokens_BT: Tensor) -> Tensor:
+        """x0 (B, T, D) in the compute dtype: what the first layer starts from (context.Context.x0_BTD)."""
         x_BTD = self.embed(tokens_BT, self.compute_dtype)
         if self.bigram is not None:
             x_BTD = x_BTD + self.bigram(tokens_BT, self.compute_dtype)
@@ -104,31 +116,40 @@ class GPT(nn.Module):
             x_BTD = self.smear(x_BTD)
         return x_BTD
 
-    def _layers(self, x_BTD: Tensor, shared: Shared, looped: bool) -> Tensor:
-        """Encoder layers, then decoder layers with skips; from config.lanes_from on, in two lanes.
+    def value_embeddings(self, tokens_BT: Tensor) -> dict[int, Tensor]:
+        """What is added to the values, (B, T, K·E) in the compute dtype, by layer; empty where the config has none."""
+        return self.ve(tokens_BT, self.compute_dtype) if self.ve is not None else {}
 
-        The last one puts out the places that are wanted alone (Shared.last).
+    def run_layers(self, context: Context, *, looped: bool = True, wanted: int | None = None) -> Tensor:
+        """Hidden states after the final norm, (B, X, D), of all layers in turn from context.x0_BTD on.
+
+        `looped` and `wanted` as for `hidden`: only the last layer's application computes fewer places.
         """
         encoder, decoder = self.config.layer_order(looped)
+        x_BTD, first_values = context.x0_BTD, None
         saved: list[Tensor] = []
-        for i in encoder:
-            x_BTD = self._block(i)(x_BTD, shared)
+        for application, index in enumerate(encoder):
+            x_BTD, first_values = self._block(index)(x_BTD, context, application, first_values=first_values)
             saved.append(x_BTD)
-        in_stream = [i for i in decoder if self.config.lanes_from is None or i < self.config.lanes_from]
-        for step, i in enumerate(in_stream):
-            skip = (saved.pop(), self.skip(step, x_BTD.dtype)) if saved else None
-            shared.ending = step == len(decoder) - 1
-            x_BTD = self._block(i)(x_BTD, shared, skip)
-        if self.lanes is None:
-            return x_BTD
-        first, second = x_BTD, x_BTD
-        for step, i in enumerate(decoder[len(in_stream) :], start=len(in_stream)):
-            if saved:
-                shares = self.skip(step, x_BTD.dtype)
-                first = shares[0] * first + shares[1] * saved.pop()
-            shared.ending = step == len(decoder) - 1
-            first, second = self.lanes(self._block(i), (first, second), shared)
-        return 0.5 * (first + second)
+        lanes: tuple[Tensor, Tensor] | None = None
+        for step, index in enumerate(decoder):
+            application, few = len(encoder) + step, wanted if step == len(decoder) - 1 else None
+            block, skip = self._block(index), (saved.pop(), self.skip(step, x_BTD.dtype)) if saved else None
+            if self.lanes is not None and index >= self.first_in_lanes:
+                lanes = self.lanes(
+                    block,
+                    lanes or (x_BTD, x_BTD),
+                    context,
+                    application,
+                    skip=skip,
+                    first_values=first_values,
+                    wanted=few,
+                )
+            else:
+                x_BTD, first_values = block(
+                    x_BTD, context, application, skip=skip, first_values=first_values, wanted=few
+                )
+        return rms_norm(x_BTD if lanes is None else 0.5 * (lanes[0] + lanes[1]))
 
     def _block(self, index: int) -> Block:
         block: Block = getattr(self, f"layer{index}")

@@ -1,9 +1,8 @@
 """Sums of the residual stream and their norms, as attention and MLP read them.
 
-Legend: B rows, T tokens, D model width.
+Legend: B rows, T tokens, U rows of a table of tokens, D model width, J sources of a sum.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,21 +13,25 @@ from fairway.model.precision import rms_norm
 
 @dataclass(frozen=True)
 class Normed:
-    """scale·norm(u): x (B, T, D) times factors (B, T, 1), float32, which are None where x is all of it.
+    """scale·norm(u), which is x (B, T, D) if there are no factors, and else x times the factors (B, T, 1), float32.
 
-    Where nothing needs a gradient x is u itself, and what multiplies it by a matrix multiplies the rows of the product
-    by the factors: that spares writing and reading the norm.
+    Where nothing needs a gradient, x is u itself: a product with a matrix then multiplies its own rows by the factors,
+    which spares writing the norm to memory and reading it back.
     """
 
     x: Tensor
     factors: Tensor | None = None
 
-    def map(self, places: Callable[[Tensor], Tensor]) -> "Normed":
-        """What `places` leaves of it."""
-        return Normed(places(self.x), None if self.factors is None else places(self.factors))
+    def last(self, places: int) -> "Normed":
+        """The last places of each row."""
+        return Normed(self.x[:, -places:], None if self.factors is None else self.factors[:, -places:])
+
+    def computed(self) -> "Normed":
+        """The same without factors: it lasts when u is later changed in place."""
+        return Normed(self.tensor())
 
     def tensor(self, channels: int | None = None) -> Tensor:
-        """The norm, (B, T, D), or the first so many channels of it."""
+        """The norm, (B, T, D), or its first `channels` channels."""
         x = self.x[..., :channels]
         return x if self.factors is None else (x * self.factors).to(x.dtype)
 
@@ -48,8 +51,8 @@ def join(
 ) -> tuple[Tensor, Normed]:
     """u = Σ weights[j]⊙sources[j], and scale·norm(u): two or three sources (B, T, D), weights (J, D) of their dtype.
 
-    No weights are all 1, for two sources. `rows_BT`: the last source is (1, U, D), and these say which row of it
-    stands at each place.
+    Weights may be None for two sources; they are then added as they are. With `rows_BT` the last source is a table
+    (1, U, D), and these int64 say which row of it stands at each place.
     """
     aside = in_place(sources[0])
     if rows_BT is not None and not aside:

@@ -1,24 +1,25 @@
 """How layers join the residual stream: the block, U-Net skips and parallel lanes.
 
-Legend: B rows, T tokens, D model width, L layers, S skips.
+Legend: B rows, T tokens, X wanted places at the end of a row, D model width, K key/value heads, E width of a head.
 """
 
 import torch
 from torch import Tensor, nn
 
-from fairway.model.attention import Attention, Shared
+from fairway.model.attention import Attention
 from fairway.model.config import ModelConfig
+from fairway.model.context import Context, by_row, last_places, placed
 from fairway.model.embedding import storage
 from fairway.model.kernels import in_place
 from fairway.model.mlp import Mlp
-from fairway.model.norm import join, norm
+from fairway.model.norm import Normed, join, norm
 
 
 class Block(nn.Module):
     """Attention, then MLP, on a stream that is first mixed with the embedding: u = mix[0]⊙x + mix[1]⊙x0.
 
-    Both branches read a norm scaled by 1/√(index + 1), so deeper layers speak more softly, and are scaled per channel.
-    The residual base is the mixed stream u, not x.
+    Both branches read a norm scaled by 1/√(index + 1), so that deeper layers add less, and what they put out is scaled
+    per channel. It is added to the mixed stream u, not to x.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -30,32 +31,76 @@ class Block(nn.Module):
         self.attn_scale = nn.Parameter(torch.empty(config.width))
         self.mlp_scale = nn.Parameter(torch.empty(config.width))
 
-    def forward(self, x_BTD: Tensor, shared: Shared, skip: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D), or the places wanted of it.
+    def forward(
+        self,
+        x_BTD: Tensor,
+        context: Context,
+        application: int,
+        *,
+        skip: tuple[Tensor, Tensor] | None = None,
+        first_values: Tensor | None = None,
+        wanted: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """From (B, T, D) to (B, X, D), and the first layer's raw values.
 
-        `skip`: a saved output and both its shares (Skips), merged in before everything.
+        `application` and what it counts: see context. `skip`: a saved output (B, T, D) and both its shares (Skips),
+        merged in before everything. `first_values` and `wanted`: see Attention.forward.
         """
+        u_BTD, n = self._mixed(x_BTD, context, skip)
+        u_BXD = last_places(placed(u_BTD, context.rows_BT), wanted).contiguous()
+        onto = u_BXD if in_place(u_BXD) else None
+        attended_BXD, first_values = self.attend(
+            n, context, application, first_values=first_values, wanted=wanted, onto=onto
+        )
+        if onto is not None:
+            # u was changed into y, and y is changed into what comes out.
+            n = norm(attended_BXD, self.norm_scale)
+            return self.transform(n, context, application, onto=attended_BXD), first_values
+        y_BXD, n = join([u_BXD, attended_BXD], None, self.norm_scale)
+        return y_BXD + self.transform(n, context, application), first_values
+
+    def _mixed(self, x_BTD: Tensor, context: Context, skip: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Normed]:
+        """The mixed stream u, and its norm; both are by row where x is (see context.Context.rows_BT)."""
         mix = self.resid_mix.to(x_BTD.dtype)
         if skip is None:
-            sources, weights = [x_BTD, shared.x0_BTD], mix
+            sources, weights = [x_BTD, context.x0_BTD], mix
         else:
             saved_BTD, shares = skip
-            sources, weights = [x_BTD, saved_BTD, shared.x0_BTD], torch.cat([mix[:1] * shares, mix[1:]])
-        u_BTD, n = join(sources, weights, self.norm_scale, None if shared.by_row(x_BTD) else shared.rows_BT)
-        u_BTD = shared.wanted(shared.placed(u_BTD)).contiguous()
-        if in_place(u_BTD):
-            # u becomes y, and y what comes out.
-            y_BTD = self.attn(n, self.attn_scale, shared, u_BTD)
-            return self.mlp(norm(y_BTD, self.norm_scale), self.mlp_scale, y_BTD)
-        y_BTD, n = join([u_BTD, self.attn(n, self.attn_scale, shared)], None, self.norm_scale)
-        return y_BTD + self.mlp(n, self.mlp_scale)
+            sources, weights = [x_BTD, saved_BTD, context.x0_BTD], torch.cat([mix[:1] * shares, mix[1:]])
+        return join(sources, weights, self.norm_scale, None if by_row(x_BTD, context.rows_BT) else context.rows_BT)
+
+    def attend(
+        self,
+        n: Normed,
+        context: Context,
+        application: int,
+        *,
+        first_values: Tensor | None = None,
+        wanted: int | None = None,
+        onto: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What attention puts out for its input, scaled and with its adapters: as Attention.forward."""
+        if context.adapters is not None:
+            n = n.computed()
+        y_BXD, first_values = self.attn(
+            n, self.attn_scale, context, application, first_values=first_values, wanted=wanted, onto=onto
+        )
+        # This adapter reads attention's input, not the heads' outputs that the matrix beside it reads (PR #1855).
+        read = n if wanted is None else n.last(wanted)
+        return context.adapted(y_BXD, "o", application, read, self.attn_scale), first_values
+
+    def transform(self, n: Normed, context: Context, application: int, onto: Tensor | None = None) -> Tensor:
+        """What the MLP puts out for its input (B, X, D), scaled and with its adapter; `onto`: see precision.linear."""
+        if context.adapters is not None:
+            n = n.computed()
+        return context.adapted(self.mlp(n, self.mlp_scale, onto), "mlp", application, n, self.mlp_scale)
 
 
 class Skips(nn.Module):
     """U-Net skips: before decoder step j, the output of the j-th last encoder step joins the stream.
 
-    Plain: x + weight[j]⊙saved. Gated (PR #1172): σ(gate[j]) keeps that share of x and lets in the rest of
-    weight[j]⊙saved. Rows count decoder steps, so with depth recurrence they serve other layers once looping is on.
+    Plain: x + weight[j]⊙saved. Gated (PR #1172): σ(gate[j])⊙x + (1 - σ(gate[j]))⊙weight[j]⊙saved. Rows count decoder
+    steps and not layers, so that with depth recurrence a row serves other layers once looping is on.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -66,7 +111,7 @@ class Skips(nn.Module):
         self.gate = nn.Parameter(torch.empty(shape, dtype=gate_dtype)) if config.skip == "gated" else None
 
     def forward(self, step: int, dtype: torch.dtype) -> Tensor:
-        """The shares of x and of what was saved at row `step`, (2, D) in `dtype`."""
+        """What x and the saved output are multiplied by at decoder step `step`, (2, D) in `dtype`."""
         weight = self.weight[step].to(dtype)
         if self.gate is None:
             return torch.stack([torch.ones_like(weight), weight])
@@ -77,9 +122,9 @@ class Skips(nn.Module):
 class Lanes(nn.Module):
     """Two residual lanes in the last layers: attention reads lane 0, the MLP lane 1, both write to both (PR #1855).
 
-    post[i, source, lane] weighs what attention (source 0) and MLP (source 1) of layer i add; resid[i, lane] the lane
-    itself, which is the raw one: the embedding is mixed into attention's reading only. Rows of layers without lanes
-    are never read; they exist because the record counts them.
+    In layer i, post[i, source, lane] multiplies what attention (source 0) or the MLP (source 1) adds to a lane, and
+    resid[i, lane] multiplies the lane itself. The embedding is mixed into what attention reads, not into the lane. The
+    rows of layers without lanes are never read; they exist because the record counts them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -87,14 +132,30 @@ class Lanes(nn.Module):
         self.post = nn.Parameter(torch.empty(config.layers, 2, 2))
         self.resid = nn.Parameter(torch.empty(config.layers, 2))
 
-    def forward(self, block: Block, lanes: tuple[Tensor, Tensor], shared: Shared) -> tuple[Tensor, Tensor]:
-        """Both lanes (B, T, D) after the layer `block`, or the places wanted of them."""
-        mix = block.resid_mix.to(lanes[0].dtype)
-        _, n = join([lanes[0], shared.x0_BTD], mix, block.norm_scale, shared.rows_BT)
-        attention = block.attn(n, block.attn_scale, shared)
-        first, second = shared.wanted(lanes[0]), shared.wanted(lanes[1])
-        mlp = block.mlp(norm(second, block.norm_scale), block.mlp_scale)
+    def forward(
+        self,
+        block: Block,
+        lanes: tuple[Tensor, Tensor],
+        context: Context,
+        application: int,
+        *,
+        skip: tuple[Tensor, Tensor] | None = None,
+        first_values: Tensor | None = None,
+        wanted: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both lanes, from (B, T, D) to (B, X, D), after the layer `block`; a skip joins lane 0.
+
+        The other arguments as for Block.forward.
+        """
+        first, second = lanes
+        if skip is not None:
+            saved_BTD, shares = skip
+            first = shares[0] * first + shares[1] * saved_BTD
+        _, n = join([first, context.x0_BTD], block.resid_mix.to(first.dtype), block.norm_scale, context.rows_BT)
+        attended, _ = block.attend(n, context, application, first_values=first_values, wanted=wanted)
+        first, second = last_places(first, wanted), last_places(second, wanted)
+        transformed = block.transform(norm(second, block.norm_scale), context, application)
         index = block.attn.index
-        (a0, a1), (m0, m1) = self.post[index].to(attention.dtype)
-        r0, r1 = self.resid[index].to(attention.dtype)
-        return r0 * first + a0 * attention + m0 * mlp, r1 * second + a1 * attention + m1 * mlp
+        (a0, a1), (m0, m1) = self.post[index].to(attended.dtype)
+        r0, r1 = self.resid[index].to(attended.dtype)
+        return r0 * first + a0 * attended + m0 * transformed, r1 * second + a1 * attended + m1 * transformed

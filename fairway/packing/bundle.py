@@ -9,6 +9,7 @@ Source: PR #1172 and #1493 ship LZMA2-raw + base85 of one minified script; #1958
 """
 
 import ast
+import re
 import string
 import typing
 from collections.abc import Iterator, Sequence
@@ -98,6 +99,16 @@ def self_extracting(text: str) -> bytes:
     if pyppmd.decompress_str(packed, max_order=16) != text:
         raise ValueError("PPMd does not give the program back")
     return quoted(packed)
+
+
+def program_of(data: bytes) -> str:
+    """The text of the program that a file made by self_extracting holds. Raises ValueError if it holds none."""
+    read = re.search(rb"split\(b['\"](['\"])['\"]\*3\)\[1\]\[:-1\]\.replace\(b\"([a-z]{2})\"", data)
+    if read is None:
+        raise ValueError("not a program packed by fairway")
+    quote, zero = read.groups()
+    packed = data.split(quote * 3)[1][:-1].replace(zero, b"\0")
+    return str(pyppmd.decompress_str(packed, max_order=16))
 
 
 def quoted(packed: bytes) -> bytes:

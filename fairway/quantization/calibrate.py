@@ -1,15 +1,15 @@
-"""Hessians of a network's matrices: what their inputs look like on some text.
+"""Hessians for GPTQ: what the inputs of a network's matrices look like on a calibration text.
 
-Legend: B rows, T tokens, n inputs of a product flattened to rows, C features, X (n, C) the inputs of a matrix.
+calibrate() runs the network over the text that quantize.gptq.calibration names and sums XᵀX for each matrix, X being
+its inputs. The text is drawn from the training or the validation tokens, read from a file, or written by the network
+itself.
 
-Source: PR #1172 and #1855: the mean over batches of XᵀX. The first damps it here already, we only in gptq.py.
+Legend: B rows, T tokens of a row, V vocabulary, n inputs of a product with all rows joined, C features of an input.
 
-The text that GPTQ's Hessians are collected on.
-
-Legend: B rows, T tokens, V vocabulary.
-
-Source: PR #1172 and #1855 (training text), PR #1019 (text that the network wrote). Ours: rows are drawn at random from
-all shards, by the seed, so that neither paths nor ranks decide; a text file; validation text, to show what that buys.
+Source: PR #1172 and #1855 calibrate on training text and take the mean over batches of XᵀX, PR #1019 calibrates on text
+that the network wrote. PR #1172 damps the Hessian already here; we do that in gptq.py alone (quantize.md 4). Ours: rows
+are drawn at random from all shards, by the run's seed, so that neither the shards' paths nor the number of processes
+matters; a text file as calibration text; validation text, to show what knowing it is worth.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,19 +34,83 @@ from fairway.tokens.shards import shard_paths
 from fairway.tokens.tokenizer import Tokenizer
 
 
-class _Taps(TorchFunctionMode):
-    """Sums XᵀX of every product X·Wᵀ with one of the given weights, however often a forward pass visits it.
+def calibrate(
+    config: ModelConfig,
+    settings: GptqSettings | None,
+    weights: dict[str, Tensor],
+    path: Path,
+    tokens: Path,
+    *,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Hessians by name, float32 (C, C) on `device`, of the weights that GPTQ is to round; empty without GPTQ.
 
-    Watching the product itself needs no hooks in the network and sees exactly what W is multiplied with. A weight is
-    recognised by the cast to the activations' dtype that comes before each product.
+    `path` is the file that the weights come from, for the message if they do not fit `config`; `tokens` is the token
+    folder. Raises UserError if they do not fit, or if the text is missing or shorter than a row.
+    """
+    if settings is None:
+        return {}
+    model = load_network(config, weights, path, device).eval()
+    with Progress("calibrate", settings.batches, unit="batches") as progress:
+        batches_BT = _batches(settings, model, tokens, seed)
+        return collect_hessians(model, _counted(batches_BT, progress), calibrated_names(weights, settings))
+
+
+def calibrated_names(weights: dict[str, Tensor], settings: GptqSettings) -> list[str]:
+    """The names of the weights to collect Hessians for: those of the chosen classes that something is multiplied with.
+
+    These are the projections of the layers, and the token table, which is the output head too. Other tables are only
+    looked up.
+    """
+    return [
+        name
+        for name in weights
+        if tensor_class(name) in settings.classes and (name.endswith(MATRICES) or name == "embed.token")
+    ]
+
+
+def _counted(batches_BT: Iterator[Tensor], progress: Progress) -> Iterator[Tensor]:
+    """The same batches; each counts as progress once the next one is asked for."""
+    for tokens_BT in batches_BT:
+        yield tokens_BT
+        progress.update()
+
+
+def collect_hessians(model: GPT, batches_BT: Iterable[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """The mean over batches of XᵀX, float32 (C, C) on the model's device, for each named weight of `model`.
+
+    Batches are int64 (B, T). A row's documents see each other. Depth recurrence is on, and a layer that runs several
+    times counts several times. The token table's X is the final hidden state, since it is the output head.
+    """
+    weights = dict(model.named_parameters())
+    taps, count = _Taps({name: weights[name] for name in names}), 0
+    device = next(model.parameters()).device
+    for tokens_BT in batches_BT:
+        # The taps watch only while the batch runs: generate_text runs the network too, in order to make the next batch.
+        with torch.no_grad(), plain_products(), taps:
+            hidden = model.hidden(tokens_BT.to(device))
+            if "embed.token" in names:
+                model.logits(hidden)
+        count += 1
+    assert taps.sums.keys() == set(names), "the network multiplies with each of these weights"
+    return {name: total / count for name, total in taps.sums.items()}
+
+
+class _Taps(TorchFunctionMode):
+    """Inside this context, sums XᵀX over all products X·Wᵀ with one of the given weights W.
+
+    It watches the calls of torch's functions, so that the network needs no hooks and X is exactly what W is multiplied
+    with. Before each product the network casts W to the dtype of the activations, and that cast tells which W it is.
     """
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.names = {id(weight): name for name, weight in weights.items()}
         self.sums: dict[str, Tensor] = {}
-        # Query, key and value read the same input: the last one is kept with its product.
+        # The latest X and its XᵀX. Query, key and value share their input, so that one product serves all three.
         self.last: tuple[Tensor, Tensor] | None = None
+        # The latest cast of a given weight, and the weight's name.
         self.cast: tuple[Tensor | None, str] = None, ""
 
     def __torch_function__(
@@ -60,6 +124,7 @@ class _Taps(TorchFunctionMode):
         return result
 
     def _add(self, name: str, x: Tensor) -> None:
+        """Add XᵀX to the sum of the weight `name`; x is X before its rows are joined, (..., C)."""
         if self.last is None or self.last[0] is not x:
             self.last = x, _gram(x.detach().flatten(0, -2))
         product = self.last[1]
@@ -67,77 +132,18 @@ class _Taps(TorchFunctionMode):
 
 
 def _gram(x_nC: Tensor) -> Tensor:
-    """XᵀX, float32 (C, C). Of bfloat16 on CUDA, products are exact and sums float32: no need to convert first."""
+    """XᵀX, float32 (C, C).
+
+    On CUDA bfloat16 inputs need no conversion: torch multiplies them exactly there and adds the products in float32.
+    """
     if x_nC.is_cuda and x_nC.dtype == torch.bfloat16:
         return torch.mm(x_nC.T, x_nC, out_dtype=torch.float32)
     x_nC = x_nC.float()
     return x_nC.T @ x_nC
 
 
-def collect_hessians(model: GPT, batches_BT: Iterable[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Mean over batches of XᵀX, float32 (C, C) on the model's device, for each named weight of `model`.
-
-    Rows are taken whole, without document masks, with depth recurrence on: layers visited repeatedly count repeatedly.
-    The token table's X is the final hidden state, since it is the output head.
-    """
-    weights = dict(model.named_parameters())
-    taps, count = _Taps({name: weights[name] for name in names}), 0
-    device = next(model.parameters()).device
-    for tokens_BT in batches_BT:
-        # Entered anew for each batch: whatever makes the batches may run the network too.
-        with torch.no_grad(), plain_products(), taps:
-            hidden = model.hidden(tokens_BT.to(device))
-            if "embed.token" in names:
-                model.logits(hidden)
-        count += 1
-    assert taps.sums.keys() == set(names), "the network multiplies with each of these weights"
-    return {name: total / count for name, total in taps.sums.items()}
-
-
-# PR #1019's temperature of self-generated text.
-TEMPERATURE = 0.8
-
-
-def calibrate(
-    config: ModelConfig,
-    settings: GptqSettings | None,
-    weights: dict[str, Tensor],
-    path: Path,
-    tokens: Path,
-    *,
-    seed: int,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Hessians, float32 (C, C) on `device`, of the weights that quantize.gptq wants rounded; none where it is null.
-
-    `path` is where the weights come from, `tokens` the token folder. Raises UserError if the weights do not fit
-    `config` or the text is missing or too short.
-    """
-    if settings is None:
-        return {}
-    model = load_network(config, weights, path, device).eval()
-    with Progress("calibrate", settings.batches, unit="batches") as progress:
-        batches_BT = _batches(settings, model, tokens, seed)
-        return collect_hessians(model, _counted(batches_BT, progress), calibrated_names(weights, settings))
-
-
-def calibrated_names(weights: dict[str, Tensor], settings: GptqSettings) -> list[str]:
-    """The projections of the layers, and the token table as output head. Other tables are looked up, not multiplied."""
-    return [
-        name
-        for name in weights
-        if tensor_class(name) in settings.classes and (name.endswith(MATRICES) or name == "embed.token")
-    ]
-
-
-def _counted(batches_BT: Iterator[Tensor], progress: Progress) -> Iterator[Tensor]:
-    for tokens_BT in batches_BT:
-        yield tokens_BT
-        progress.update()
-
-
 def _batches(settings: GptqSettings, model: GPT, tokens: Path, seed: int) -> Iterator[Tensor]:
-    """Batches (batch_rows, T) int64."""
+    """The batches of the calibration text, each int64 (batch_rows, T)."""
     shape = settings.batches, settings.batch_rows, model.config.seq_len
     if settings.calibration == "generated":
         return generate_text(model, shape, seed=seed)
@@ -152,9 +158,10 @@ def _batches(settings: GptqSettings, model: GPT, tokens: Path, seed: int) -> Ite
 def random_rows(
     read: Callable[[int, int], np.ndarray], total: int, shape: tuple[int, int, int], *, seed: int
 ) -> Iterator[Tensor]:
-    """`shape` (batches, rows, T) of a text of `total` tokens, at random multiples of T, none twice if there are enough.
+    """Batches int64 (rows, T) of a text of `total` tokens; `shape` is (batches, rows, T).
 
-    `read(start, count)` gives tokens (count,) int64. Raises UserError on a text shorter than one row.
+    A row begins at a random multiple of T. No row is taken twice if the text has enough of them. `read(start, count)`
+    returns the tokens (count,) int64 from a position on. Raises UserError on a text shorter than one row.
     """
     batches, rows, length = shape
     if total < length:
@@ -169,7 +176,7 @@ def random_rows(
 
 
 def _text_tokens(path: Path, tokenizer: Path) -> np.ndarray:
-    """A text file as tokens (n,) int64."""
+    """The tokens (n,) int64 of a text file. Raises UserError unless it is a file of UTF-8 text."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -177,10 +184,15 @@ def _text_tokens(path: Path, tokenizer: Path) -> np.ndarray:
     return np.array(Tokenizer(tokenizer).encode(text), dtype=np.int64)
 
 
-def generate_text(model: GPT, shape: tuple[int, int, int], *, seed: int) -> Iterator[Tensor]:
-    """`shape` (batches, rows, T) of text that the network writes: first token uniform, then softmax(logits / 0.8).
+# The temperature at which PR #1019 lets the network write.
+TEMPERATURE = 0.8
 
-    The calibration that needs no data at all. The prefix is evaluated anew for each token.
+
+def generate_text(model: GPT, shape: tuple[int, int, int], *, seed: int) -> Iterator[Tensor]:
+    """Batches int64 (rows, T) of text that the network writes, so that calibration needs no data at all.
+
+    `shape` is (batches, rows, T). The first token of a row is uniform over the vocabulary, each later one is drawn from
+    softmax(logits / 0.8). The network runs over all tokens so far to draw the next one.
     """
     batches, rows, length = shape
     device = next(model.parameters()).device

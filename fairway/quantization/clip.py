@@ -1,7 +1,13 @@
-"""Row scales, and rounding to nearest with them.
+"""Scales of rows, and rounding to nearest with them.
 
-R rows, C columns, P candidates, Q the largest code. Arithmetic is float32; a scale is rounded to float16 because that
-is what ships. Source: PR #1150 and #1488 (percentiles; "GPTQ-lite"), #1493 and #1855 (multiples of sigma).
+A scale is the step between two codes. It follows from the row's clip, the weight that becomes the largest code: a
+percentile of the row's magnitudes, or a multiple of its standard deviation. Arithmetic is float32. Scales ship as
+float16 and are rounded to it before codes are formed with them, except in plain_rows.
+
+Legend: R rows, C columns, P candidate scales of a row, Q the largest code.
+
+Source: PR #1150 and #1488 (percentiles, there called "GPTQ-lite"), PR #1493 and #1855 (multiples of sigma); quantize.md
+2.1, 2.2 and 2.4.
 """
 
 from collections.abc import Sequence
@@ -11,17 +17,18 @@ from torch import Tensor
 
 from fairway.codec.codes import Quantized, largest_code
 
-# The smallest positive float16. A row of zeros, or of weights far below it, keeps a scale that can be divided by.
+# The smallest positive float16. No scale is smaller, so that a row of zeros has one that can be divided by.
 SMALLEST_SCALE = 2.0**-24
-# Below this float16 keeps fewer than 11 bits of a scale.
+# The smallest normal float16. Below it float16 keeps fewer than 11 significant bits of a scale.
 SMALLEST_NORMAL_SCALE = 2.0**-14
 
 
 def percentile_scales(weight: Tensor, percentiles: Sequence[float], *, bits: int, min_clip: float) -> Tensor:
-    """Float32 scales (P, R): for each quantile of |row|, the step at which that value becomes the largest code.
+    """Float32 scales (P, R) of a matrix (R, C): for each percentile (0 to 1), a row's clip is that quantile of |row|.
 
-    No row is scaled as if its clip were below `min_clip`. The records' 1.0 puts rows of small weights on the fixed grid
-    Z/Q: fewer codes in use, so fewer bytes, and an artifact whose size follows the weights' magnitude.
+    A clip is at least `min_clip`. With the records' 1.0, rows of small weights are rounded to multiples of 1/Q whatever
+    their own size. They then use fewer codes and take fewer bytes, and the size of the artifact depends on how large
+    the weights are.
     """
     quantiles = torch.tensor(percentiles, dtype=torch.float32, device=weight.device)
     clip_PR = torch.quantile(weight.float().abs(), quantiles, dim=1)
@@ -29,10 +36,10 @@ def percentile_scales(weight: Tensor, percentiles: Sequence[float], *, bits: int
 
 
 def sigma_scales(weight: Tensor, sigmas: float, *, bits: int) -> Tensor:
-    """Float32 scales (R,): `sigmas` standard deviations of the row become the largest code.
+    """Float32 scales (R,) of a matrix (R, C): a row's clip is `sigmas` of its standard deviations.
 
-    From 10 on nothing is clipped, and the number sets the rate: a step is sigmas/Q standard deviations. A row of one
-    weight has none; it deviates from zero.
+    From about 10 on no weight is clipped. The number then sets the bits per weight alone, since a step is sigmas/Q
+    standard deviations. A row of a single weight has no standard deviation; its magnitude is taken instead.
     """
     weight = weight.float()
     deviation_R = weight.std(dim=1) if weight.size(1) > 1 else weight[:, 0].abs()
@@ -40,9 +47,10 @@ def sigma_scales(weight: Tensor, sigmas: float, *, bits: int) -> Tensor:
 
 
 def coarse_scales(scales: Tensor, mantissa_bits: int) -> Tensor:
-    """Float32 scales of any shape, rounded to so many bits behind the leading one: they differ less, and pack better.
+    """Float32 scales of any shape, rounded to `mantissa_bits` bits behind the leading one; they compress better.
 
-    At 3 bits no scale moves by more than 6 %; codes formed with the new one are as good as those of the old one.
+    With 3 bits no scale moves by more than 6.25 %. The codes are formed with the rounded scale afterwards, so that the
+    rounding adds no error of its own.
     """
     mantissa, exponent = torch.frexp(scales)
     steps = 2.0 ** (mantissa_bits + 1)
@@ -50,19 +58,19 @@ def coarse_scales(scales: Tensor, mantissa_bits: int) -> Tensor:
 
 
 def nearest_codes(weight: Tensor, scale: Tensor, *, bits: int) -> Tensor:
-    """Codes int8 (R, C) of a float32 matrix at float32 row scales: round half to even, clamp to ±Q."""
+    """Codes int8 (R, C) of a float32 matrix (R, C) at float32 scales (R,): rounded half to even, clamped to ±Q."""
     Q = largest_code(bits)
     return (weight / scale[:, None]).round_().clamp_(-Q, Q).to(torch.int8)
 
 
 def best_of(weight: Tensor, candidates: Sequence[Quantized]) -> int:
-    """Which candidate has the smallest squared error over the whole float32 matrix; the first of equals."""
+    """The index of the candidate with the smallest squared error over the float32 matrix; of equals the first."""
     errors = [float((weight - candidate.dequantize()).square().mean()) for candidate in candidates]
     return errors.index(min(errors))
 
 
 def searched_rows(weight: Tensor, scales: Tensor, *, bits: int) -> tuple[Quantized, int]:
-    """A matrix (R, C) rounded at the best of float32 candidate scales (P, R), and the index of those."""
+    """A matrix (R, C) rounded at the best of the float32 candidate scales (P, R), and which of them that is."""
     weight = weight.float()
     candidates = [Quantized(nearest_codes(weight, scale.float(), bits=bits), scale, bits) for scale in scales.half()]
     best = best_of(weight, candidates)
@@ -70,10 +78,10 @@ def searched_rows(weight: Tensor, scales: Tensor, *, bits: int) -> tuple[Quantiz
 
 
 def plain_rows(weight: Tensor, scale: Tensor, *, bits: int) -> Quantized:
-    """A matrix (R, C) rounded at float32 scales (R,), as the records treat embedding tables.
+    """A matrix (R, C) rounded at float32 scales (R,), as the records round embedding tables.
 
-    As theirs, the codes are formed with the float32 scale and decoded with its float16 rounding (an error of at most
-    2^-11), except where float16 has too few bits left for that.
+    As in the records the codes are formed with the float32 scale, though they are read back with its float16 rounding,
+    which differs by at most 2^-11 of it. Scales so small that float16 rounds them more coarsely are rounded first.
     """
     rounded = scale.half()
     scale = torch.where(scale < SMALLEST_NORMAL_SCALE, rounded.float(), scale)

@@ -1,10 +1,15 @@
-"""GPTQ: round one column after another, and let the columns still to come make up for each one's error.
+"""GPTQ: round one column after another, and change the columns still to come so that they make up for each error.
 
-Legend, of the paper: N matrices of one shape, R rows, C columns, W (N, R, C) weights, H (N, C, C) Hessians XᵀX of their
-inputs, U the upper Cholesky factor of H⁻¹ = UᵀU, q codes, Q the largest code.
+Rounding to nearest keeps the weights close to what they were. GPTQ keeps the products of the weights with their inputs
+close, and knows the inputs by their Hessian.
 
-Method: arXiv:2210.17323 (IST-DASLab gptq.py), columns by descending diagonal of H. Source: PR #1172, #1855.
-Ours: matrices of one shape go through the loop together, and H is factorised in float64, which does not fail.
+Legend (letters of the paper): N matrices of one shape, R rows, C columns, P candidate scales of a row, W (N, R, C)
+weights, H (N, C, C) Hessians XᵀX of their inputs, U the upper Cholesky factor of H⁻¹ = UᵀU, q codes, Q the largest
+code.
+
+Method: arXiv:2210.17323 (IST-DASLab gptq.py), columns in the order of a falling diagonal of H (quantize.md 2.3).
+Source: PR #1172, #1855. Ours: matrices of one shape go through the loop together, and H is factorised in float64, in
+which the factorisation of a damped H does not fail.
 """
 
 from dataclasses import dataclass
@@ -21,14 +26,14 @@ from fairway.runtime.settings import Section
 
 
 class GptqSettings(Section):
-    """GPTQ, rounding that compensates, and the text its Hessians come from (quantization/calibrate.py)."""
+    """Which classes of tensors GPTQ rounds and how, and the text that its Hessians come from (calibrate.py)."""
 
     classes: list[Literal["attn", "mlp", "embed"]] = Field(min_length=1)
     damping: float = Field(gt=0)
     block_size: int = Field(gt=0)
-    # "validation" is the very text that is scored: not a code length, and recorded as such.
+    # "validation" is the very text that is scored. The score is then no code length; quantize.json records it.
     calibration: Literal["train", "validation", "text", "generated"]
-    # Plain text, for "text" alone.
+    # The file of plain text for calibration "text", null otherwise.
     path: str | None
     batches: int = Field(gt=0)
     batch_rows: int = Field(gt=0)
@@ -40,20 +45,53 @@ class GptqSettings(Section):
         return self
 
 
+def gptq(
+    W: Tensor, H: Tensor, scales: Tensor, *, bits: int, damping: float, block_size: int
+) -> list[tuple[Quantized, int]]:
+    """Each of N float32 matrices (N, R, C) rounded at the best of its candidate scales (N, P, R), and which that is.
+
+    Every candidate goes through the loop over columns. The best one has the smallest squared error of the weights, as
+    in PR #1172, although that is not the error that GPTQ lowers. H (N, C, C) lies on the device where the work is to be
+    done; the results are on the CPU. Raises UserError if an H is not finite.
+    """
+    W, scales = W.to(H.device), scales.half().to(H.device)
+    try:
+        factors = factorize(H, damping=damping)
+    except torch.linalg.LinAlgError:
+        raise UserError(
+            "params.yaml: quantize.gptq: a Hessian is not finite: the network overflows on the calibration text"
+        ) from None
+    tried: list[Tensor] = []
+    for p in range(scales.size(1)):
+        # Candidates are equal where min_clip is above the clips of both.
+        if p and torch.equal(scales[:, p], scales[:, p - 1]):
+            tried.append(tried[-1])
+            continue
+        tried.append(gptq_codes(W, scales[:, p].float(), factors, bits=bits, block_size=block_size))
+    found = []
+    for n in range(len(W)):
+        candidates = [Quantized(codes[n], scales[n, p], bits) for p, codes in enumerate(tried)]
+        best = best_of(W[n], candidates)
+        found.append((Quantized(candidates[best].codes.cpu(), candidates[best].scale.cpu(), bits), best))
+    return found
+
+
 @dataclass(frozen=True)
 class Factors:
-    """What the column loop needs of H: U (N, C, C) float32 and the columns' order (N, C), both of permuted columns."""
+    """What the loop over columns needs of H."""
 
+    # Float32 (N, C, C), with rows and columns of H in the order below.
     U: Tensor
+    # The columns in the order in which they are rounded, int64 (N, C).
     order: Tensor
-    # Inputs that never fired, (N, C), by original column. Their weights do nothing and become zero.
+    # Whether an input was zero on the whole calibration text, bool (N, C). Weights on it do nothing and become zero.
     dead: Tensor
 
 
 def factorize(H: Tensor, *, damping: float) -> Factors:
-    """Factors of Hessians H (N, C, C), each damped by `damping` times the mean of its diagonal.
+    """The factors of Hessians H (N, C, C), after `damping` times the mean of its diagonal is added to each diagonal.
 
-    Raises torch.linalg.LinAlgError when an H is not finite.
+    Raises torch.linalg.LinAlgError if an H is not finite.
     """
     H = H.double()
     diagonal = H.diagonal(dim1=1, dim2=2)
@@ -68,9 +106,10 @@ def factorize(H: Tensor, *, damping: float) -> Factors:
 
 
 def gptq_codes(W: Tensor, scale: Tensor, factors: Factors, *, bits: int, block_size: int) -> Tensor:
-    """Codes int8 (N, R, C) of float32 weights (N, R, C) at fixed float32 row scales (N, R).
+    """Codes int8 (N, R, C) of float32 weights (N, R, C) at given float32 scales of rows (N, R).
 
-    Within a block of columns an error reaches the columns behind it at once, beyond the block when the block is done.
+    The columns of a block take up each error at once. The columns behind the block take up all of its errors together
+    when it is done, in one matrix product, which is what makes blocks fast.
     """
     order = factors.order[:, None, :].expand_as(W)
     V = W.masked_fill(factors.dead[:, None, :], 0.0).gather(2, order)
@@ -83,7 +122,10 @@ def gptq_codes(W: Tensor, scale: Tensor, factors: Factors, *, bits: int, block_s
 
 
 def _round_block(X: Tensor, scale: Tensor, U: Tensor, Q: int) -> tuple[Tensor, Tensor]:
-    """Codes and scaled errors, each float32 (N, R, columns), of a block of columns; X is overwritten."""
+    """Round a block of columns X (N, R, c); its codes and its errors divided by U's diagonal, both float32 (N, R, c).
+
+    X is overwritten.
+    """
     codes, errors = torch.empty_like(X), torch.empty_like(X)
     for j in range(X.size(2)):
         q = (X[:, :, j] / scale).round_().clamp_(-Q, Q)
@@ -91,34 +133,3 @@ def _round_block(X: Tensor, scale: Tensor, U: Tensor, Q: int) -> tuple[Tensor, T
         X[:, :, j:] -= error[:, :, None] * U[:, None, j, j:]
         codes[:, :, j], errors[:, :, j] = q, error
     return codes, errors
-
-
-def gptq(
-    W: Tensor, H: Tensor, scales: Tensor, *, bits: int, damping: float, block_size: int
-) -> list[tuple[Quantized, int]]:
-    """Each of N float32 matrices (N, R, C) at the best of its candidate row scales (N, P, R), and which it was.
-
-    Every candidate gets a loop of its own; the plain squared error of the weights decides, as in PR #1172, although
-    GPTQ lowers another one. H (N, C, C) on the device where the work is to be done; the result is on the CPU.
-    Raises UserError when H cannot be factorised.
-    """
-    W, scales = W.to(H.device), scales.half().to(H.device)
-    try:
-        factors = factorize(H, damping=damping)
-    except torch.linalg.LinAlgError:
-        raise UserError(
-            "params.yaml: quantize.gptq: a Hessian is not finite: the network overflows on the calibration text"
-        ) from None
-    tried: list[Tensor] = []
-    for p in range(scales.size(1)):
-        # Where the floor on the clip binds, candidates coincide.
-        if p and torch.equal(scales[:, p], scales[:, p - 1]):
-            tried.append(tried[-1])
-            continue
-        tried.append(gptq_codes(W, scales[:, p].float(), factors, bits=bits, block_size=block_size))
-    found = []
-    for n in range(len(W)):
-        candidates = [Quantized(codes[n], scales[n, p], bits) for p, codes in enumerate(tried)]
-        best = best_of(W[n], candidates)
-        found.append((Quantized(candidates[best].codes.cpu(), candidates[best].scale.cpu(), bits), best))
-    return found

@@ -1,6 +1,11 @@
-"""All weights of a network to codes, each tensor by the rule of its class.
+"""All weights of a network to integer codes and scales of rows, each tensor by the rule of its class.
 
-Legend: P candidate scales, N matrices of one shape, R rows, C columns.
+A small tensor stays float16. A matrix that has a Hessian is rounded by GPTQ, every other one to nearest. The matrices
+with the largest errors may get a low-rank correction.
+
+Legend: P candidate scales of a row, R rows, C columns.
+
+Source: PR #1150 and #1488 (to nearest), #1172 (GPTQ), #1855 (GPTQ with clips by sigma, corrections); quantize.md 3.
 """
 
 from collections import defaultdict
@@ -20,7 +25,7 @@ from fairway.runtime.settings import Section
 
 
 class Bits(Section):
-    """Bits per weight of each class of tensor."""
+    """How many bits the codes of each class of tensor have."""
 
     attn: int = Field(ge=4, le=8)
     mlp: int = Field(ge=4, le=8)
@@ -29,7 +34,7 @@ class Bits(Section):
 
 
 class Sigmas(Section):
-    """Clip of each class of tensor, in standard deviations of the row."""
+    """The clip of the rows of each class of tensor, in standard deviations of the row."""
 
     attn: float = Field(gt=0)
     mlp: float = Field(gt=0)
@@ -38,9 +43,9 @@ class Sigmas(Section):
 
 
 class QuantizeSettings(Section):
-    """Weights to integer codes and row scales."""
+    """How weights become integer codes and scales of rows."""
 
-    # "percentile" rounds every matrix to nearest; "gptq" those classes that the section gptq names by GPTQ.
+    # "percentile" rounds every matrix to nearest; "gptq" rounds the classes that the section gptq names by GPTQ.
     method: Literal["percentile", "gptq"]
     bits: Bits
     clip_percentiles: list[float] = Field(min_length=1)
@@ -65,10 +70,6 @@ class QuantizeSettings(Section):
         return self
 
 
-LARGEST_FLOAT16 = torch.finfo(torch.float16).max
-FLOAT16_MANTISSA_BITS = 10
-
-
 def quantize_state(
     weights: dict[str, Tensor],
     settings: QuantizeSettings,
@@ -76,11 +77,12 @@ def quantize_state(
     hessians: dict[str, Tensor] | None = None,
     coarseness: float = 1.0,
 ) -> tuple[QuantizedState, dict[str, Any]]:
-    """QuantizeSettings weights (any float type, by neutral name); those with a Hessian by GPTQ, the others to nearest.
+    """Round the weights of a network, given by name in any float dtype.
 
-    `coarseness` multiplies every step. Returns the codes and a report per tensor: class, bits, shape; of matrices also
-    the mean squared error, the clip chosen and the order-0 entropy of the codes (bits per weight). Raises UserError on
-    a weight that is not finite.
+    A matrix with a Hessian, float32 (C, C), is rounded by GPTQ, the others to nearest. `coarseness` multiplies every
+    scale. Returns the codes by name, and a report by name: class, shape and bits; of a rounded matrix also its clip,
+    the mean squared error, the order-0 entropy of its codes in bits per weight, and whether it has a correction. Raises
+    UserError on a weight that is no finite float16 number.
     """
     for name, weight in weights.items():
         _check_finite(name, weight)
@@ -100,18 +102,35 @@ def quantize_state(
     return {name: found[name] if name in found else weight.half() for name, weight in weights.items()}, report
 
 
+LARGEST_FLOAT16 = torch.finfo(torch.float16).max
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    """Raise UserError if a weight is NaN or infinite, or so large that float16 would make it infinite."""
+    bad = int((~(weight.float().abs() <= LARGEST_FLOAT16)).sum())
+    if bad:
+        raise UserError(
+            f"tensor {name}: {bad} of {weight.numel()} weights are not finite float16 numbers: training has diverged; "
+            "expected |weight| <= 65504 (params.yaml: lower train.muon.lr, train.adamw's rates or adapt.lr)"
+        )
+
+
 def _bits(name: str, settings: QuantizeSettings) -> int:
     bits: int = getattr(settings.bits, tensor_class(name))
     return bits
 
 
 def _percentiles(name: str, settings: QuantizeSettings) -> list[float]:
-    """The records search on matrices and take one percentile for tables."""
+    """The percentiles to choose from: as in the records several for the layers' matrices, one for all others."""
     return settings.clip_percentiles if tensor_class(name) in ("attn", "mlp") else [settings.embed_percentile]
 
 
+# The bits of a float16 number's mantissa, not counting the leading one.
+FLOAT16_MANTISSA_BITS = 10
+
+
 def _candidate_scales(name: str, weight: Tensor, settings: QuantizeSettings, coarseness: float) -> Tensor:
-    """Float32 (P, R), of scale_mantissa_bits once they are widened."""
+    """Float32 scales (P, R) of a matrix (R, C), multiplied by `coarseness` and then rounded to scale_mantissa_bits."""
     bits = _bits(name, settings)
     if settings.clip_sigmas:
         scales_PR = sigma_scales(weight, getattr(settings.clip_sigmas, tensor_class(name)), bits=bits)[None]
@@ -126,6 +145,7 @@ def _candidate_scales(name: str, weight: Tensor, settings: QuantizeSettings, coa
 def _round_to_nearest(
     name: str, weight: Tensor, scales_PR: Tensor, settings: QuantizeSettings
 ) -> tuple[Quantized, int]:
+    """A matrix rounded to nearest at the best of its candidate scales, and which of them that is."""
     bits = _bits(name, settings)
     if not settings.clip_sigmas and len(scales_PR) == 1:
         return plain_rows(weight, scales_PR[0], bits=bits), 0
@@ -135,7 +155,7 @@ def _round_to_nearest(
 def _round_with_hessians(
     matrices: dict[str, Tensor], scales: dict[str, Tensor], hessians: dict[str, Tensor], settings: QuantizeSettings
 ) -> dict[str, tuple[Quantized, int]]:
-    """GPTQ on the matrices that have a Hessian, those of one shape and width together."""
+    """The matrices that have a Hessian, rounded by GPTQ; those that agree in shape and bits go through it together."""
     groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for name in sorted(matrices.keys() & hessians.keys()):
         groups[matrices[name].shape, scales[name].shape, _bits(name, settings)].append(name)
@@ -157,9 +177,10 @@ def _round_with_hessians(
 def _corrected(
     matrices: dict[str, Tensor], found: dict[str, Quantized], settings: LqerSettings
 ) -> dict[str, Quantized]:
-    """The few matrices with the largest error (Frobenius norm, as PR #1855 ranks them), with a low-rank correction.
+    """The matrices with the largest rounding errors, each with its low-rank correction.
 
-    No rank exceeds the rows or columns of its matrix.
+    Errors are compared by their Frobenius norm, as in PR #1855. The rank is settings.rank, or less where a matrix has
+    fewer rows or columns. Raises UserError if settings.group does not divide the number of B's elements.
     """
     errors = {name: matrices[name].float() - matrix.dequantize() for name, matrix in found.items()}
     worst = sorted(errors, key=lambda name: float(errors[name].norm()), reverse=True)[: settings.tensors]
@@ -177,29 +198,22 @@ def _corrected(
 
 
 def _facts(name: str, weight: Tensor) -> dict[str, Any]:
+    """What the report says of any tensor, with the 16 bits that hold if it stays float16."""
     return {"class": tensor_class(name), "shape": list(weight.shape), "bits": 16}
 
 
 def _clip_facts(name: str, best: int, settings: QuantizeSettings) -> dict[str, float]:
+    """What the report says of a matrix's clip; `best` is the number of the percentile that was chosen."""
     if settings.clip_sigmas:
         return {"sigmas": getattr(settings.clip_sigmas, tensor_class(name))}
     return {"percentile": _percentiles(name, settings)[best]}
 
 
 def _measure(weight: Tensor, matrix: Quantized) -> dict[str, Any]:
+    """What the report says of a rounded matrix."""
     return {
         "bits": matrix.bits,
         "mse": float((weight.float() - matrix.dequantize()).square().mean()),
         "entropy_bits": entropy_bits(code_histogram(matrix.codes)),
         "corrected": matrix.correction is not None,
     }
-
-
-def _check_finite(name: str, weight: Tensor) -> None:
-    """Raises UserError on NaN, infinity, and on values that float16 would turn into infinity."""
-    bad = int((~(weight.float().abs() <= LARGEST_FLOAT16)).sum())
-    if bad:
-        raise UserError(
-            f"tensor {name}: {bad} of {weight.numel()} weights are not finite float16 numbers: training has diverged; "
-            "expected |weight| <= 65504 (params.yaml: lower train.muon.lr, train.adamw's rates or adapt.lr)"
-        )

@@ -1,8 +1,11 @@
-"""The steps that make model.bin as large as it may be.
+"""Rate control: the steps between codes at which model.bin becomes as large as it may be.
 
-A row of Gaussian weights at a step of 1/x standard deviations costs ½·log2(2πe(x² + 1/12)) bits a weight. Real rows and
-coders are a little off, but they are off by the same at a slightly wider step: so the formula only ever predicts the
-difference to a size that was measured.
+Wider steps give fewer different codes and so fewer bytes. Quantizing and packing once takes long, so the next factor is
+predicted: a row of Gaussian weights whose step is 1/x of its standard deviation takes ½·log2(2πe(x² + 1/12)) bits a
+weight. Real rows and real coders deviate from that, but by nearly the same amount at a slightly wider step. The formula
+is therefore used only for the difference from a size that was measured.
+
+Legend: R rows of all matrices together.
 """
 
 import math
@@ -16,12 +19,14 @@ from fairway.codec.codes import Quantized, QuantizedState
 from fairway.quantization.quantize_weights import QuantizeSettings, quantize_state
 from fairway.runtime.errors import UserError
 
-# A size within this share below the target is near enough.
+# The search ends with a size that is below the target by at most this share of it.
 TOLERANCE = 1e-3
+# How often the weights are quantized and packed at most.
 MAX_ROUNDS = 16
-# Steps nearer than this should give sizes nearer than TOLERANCE; but scales of few bits may all move at once.
+# The search also ends when the smallest factor that fits is less than this times the largest that does not. Sizes that
+# near should differ by less than TOLERANCE, but scales of few bits may all jump at once.
 NEAREST = 1.001
-# By then every weight is rounded to zero.
+# The largest factor that is tried. With it every weight is rounded to zero.
 COARSEST = 100.0
 
 
@@ -31,11 +36,12 @@ def quantize_to_size(
     hessians: dict[str, Tensor],
     packed_bytes: Callable[[QuantizedState], int],
 ) -> tuple[QuantizedState, dict[str, Any]]:
-    """quantize_state, all steps widened by the factor that brings `packed_bytes` just below settings.target_bytes.
+    """As quantize_state, with all steps widened by the factor that brings `packed_bytes` just below target_bytes.
 
-    Steps are not narrowed: codes that fit the target as they are stay so, as they do without a target. Where the size
-    jumps over the target, the largest below it is taken. Returns the codes and a report: the calibration text,
-    coarseness (the factor), and figures by tensor. Raises UserError when no factor is found.
+    Steps are never narrowed: codes that fit as they are stay as they are, and so do all codes if target_bytes is null.
+    Where the size jumps across the target as the factor grows, the largest size found below it is taken. Returns the
+    codes and a report: the kind of calibration text (or None), the factor as `coarseness`, and figures by tensor.
+    Raises UserError if no factor fits.
     """
     calibration = settings.gptq.calibration if settings.gptq else None
     coarseness, target = 1.0, settings.target_bytes
@@ -57,7 +63,9 @@ def quantize_to_size(
         if too_coarse < NEAREST * too_fine:
             break
         coarseness *= wider_by(state, round((1 - TOLERANCE / 2) * target) - size)
-        # Below a bit and a half per weight the formula errs; halving the interval does not.
+        # The formula fails where codes take less than about a bit and a half per weight. If it still has not succeeded,
+        # or leads out of the interval that is left, take the interval's geometric middle. Until a factor fits, the
+        # interval is taken to end at four times its beginning.
         if attempt > 4 or not too_fine < coarseness < too_coarse:
             coarseness = math.sqrt(too_fine * min(too_coarse, 4 * too_fine))
         if too_fine >= COARSEST:
@@ -69,6 +77,7 @@ def quantize_to_size(
 
 
 def _require_matrices(state: QuantizedState, settings: QuantizeSettings, size: int) -> None:
+    """Raise UserError if no tensor was rounded, so that no factor can change the size."""
     if not any(isinstance(value, Quantized) for value in state.values()):
         raise UserError(
             f"params.yaml: quantize.target_bytes: {settings.target_bytes} bytes cannot be met: as all matrices have at "
@@ -77,11 +86,14 @@ def _require_matrices(state: QuantizedState, settings: QuantizeSettings, size: i
 
 
 def wider_by(state: QuantizedState, more_bytes: int) -> float:
-    """The factor on all steps at which the codes are predicted to take so many more bytes (negative: fewer)."""
+    """The factor on all steps at which the codes should take `more_bytes` more, or fewer where that is negative.
+
+    It is found by halving the interval from 1/16 to 16.
+    """
     matrices = [value for value in state.values() if isinstance(value, Quantized)]
     columns_R = torch.cat([torch.full((len(matrix.codes),), matrix.codes.size(1)) for matrix in matrices]).double()
     square_R = torch.cat([matrix.codes.double().square().mean(dim=1) for matrix in matrices])
-    # What is left of a code's mean square once rounding's share is taken off: (sigma / step)².
+    # (sigma / step)² of each row. A row's mean squared code is that and 1/12, the share that rounding adds.
     ratio_R = (square_R - 1 / 12).clamp(min=0.0)
 
     def code_bytes(factor: float) -> float:

@@ -1,22 +1,17 @@
-"""submission.json, made of what the stages found out about each seed.
+"""The texts of the folder that is handed in, made of what the stages found out about each seed.
 
-requirements.txt of a submission: the packages that the shipped program imports, as installed here.
-
-The training log of a seed in the lines that the challenge's readers and scripts know.
-
-Nothing is logged twice: the lines are made of dvclive's curves and of what the later stages wrote.
-
-README.md of a submission: what it is, what it scored, whether that is a code length, how to run it.
+`submission_json` has the keys of the challenge's submission.json, `readme` says what the record is, what it scored,
+whether that is a code length and how to run it, `requirements` lists the packages that the shipped program imports, as
+they are installed here, and `train_log` tells the training of a seed in the lines that the challenge's readers and
+scripts know. Nothing is logged twice: those lines are made of dvclive's curves and of what the later stages wrote.
 """
 
 import ast
 import sys
 from importlib.metadata import packages_distributions, version
-from pathlib import Path
 from typing import Any
 
-from fairway.packing.bundle import quoted
-from fairway.packing.link import link
+from fairway.packing.bundle import program_of
 from fairway.reporting.budgets import LIMIT_BYTES, budgets, eval_s, train_s
 from fairway.reporting.certificates import Standing, standing
 from fairway.reporting.runs import Run
@@ -94,22 +89,20 @@ def _result(run: Run, evaluator: str) -> dict[str, Any]:
     }
 
 
-def requirements(root: Path, entry: str) -> str:
-    """Lines `package==version` for `entry` (a module under `root`) and every module of `root` that it imports,
-    and for the stub that unpacks them.
+def requirements(program: bytes) -> str:
+    """Lines `package==version` for what a train_gpt.py imports: the program in it, and the stub that unpacks that.
 
-    Packages that are imported if they are there, and are not, are left out.
+    Packages that the program imports only if they are there, and that are not here, are left out.
     """
     distributions = packages_distributions()
-    unpacking = _imported(ast.parse(quoted(b"")))
-    packages = {name for top in outside_imports(root, entry) | unpacking for name in distributions.get(top, [])}
+    packages = {name for top in outside_imports(program) for name in distributions.get(top, [])}
     # Without a build's own suffix (2.13.0+cpu), which no index knows.
     return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in sorted(packages, key=str.lower))
 
 
-def outside_imports(root: Path, entry: str) -> set[str]:
-    """Top-level names of the imported modules that are neither under `root` nor Python's own."""
-    return _imported(link(root, entry).tree)
+def outside_imports(program: bytes) -> set[str]:
+    """Top-level names of the modules that a train_gpt.py imports, but for Python's own."""
+    return _imported(ast.parse(program)) | _imported(ast.parse(program_of(program)))
 
 
 def _imported(tree: ast.Module) -> set[str]:
@@ -188,7 +181,7 @@ VERDICTS: dict[Standing, str] = {
 
 
 def readme(submission: dict[str, Any], runs: list[Run]) -> str:
-    """The text, in Markdown."""
+    """README.md of the submission, in Markdown."""
     certificate = submission["certificate"]
     missing = [key for key in ("author", "github_id") if submission[key] is None]
     parts = [

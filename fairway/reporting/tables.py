@@ -1,10 +1,9 @@
-"""The report as a Markdown table, as README shows it.
+"""The report as text and tables: what stands in results/ beside the page.
 
-At most a dozen figures that say how the experiment went: what `dvc metrics diff` and `dvc exp show` print.
-
-What `dvc plots` draws: three small tables, one line a point, the series in a column of its own.
-
-What the artifact's bytes are spent on.
+`markdown` is the table that README shows, `summarize` the figures that `dvc metrics diff` and `dvc exp show` print, and
+`curve`, `positions` and `sizes` are what `dvc plots` draws: small tables, one line a point, the series in a column of
+its own. git tracks all of these, so that they hold scores and bytes alone: whoever gets the same scores gets the same
+files. Seconds, which differ from run to run, are in `times` and `timing`.
 """
 
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from fairway.reporting.significance import MARGIN_NATS, SIGNIFICANCE, spread
 
 
 def markdown(facts: Facts) -> str:
-    """One row per figure: bits per byte, lower is better, then size and time. Several seeds get a column each."""
+    """One row per figure: bits per byte, lower is better; then the size. Several seeds get a column each."""
     runs = facts.runs
     several = len(runs) > 1
     head = ["bits per byte of validation text", *(f"seed {run.seed}" for run in runs), *["mean ± std"] * several]
@@ -47,12 +46,17 @@ def _score_row(score: Score) -> list[str]:
 
 
 def _sentence(facts: Facts) -> str:
-    size, training, evaluation = facts.budgets
+    size, _, _ = facts.budgets
     steps = max(run.train["steps"] for run in facts.runs)
     return (
-        f"{size.used:,.0f} bytes of code and model, {size.limit - size.used:,.0f} to spare; {steps} steps in "
-        f"{training.used:.0f} s; evaluation with `{facts.shipped.name}` {evaluation.used:.0f} s."
+        f"{size.used:,.0f} bytes of code and model, {size.limit - size.used:,.0f} to spare; {steps} steps of training."
     )
+
+
+def timing(facts: Facts) -> str:
+    """A sentence on the seconds of `times`."""
+    _, training, evaluation = facts.budgets
+    return f"Training took {training.used:.0f} s, evaluation with `{facts.shipped.name}` {evaluation.used:.0f} s."
 
 
 def _verdict(facts: Facts) -> list[str]:
@@ -72,7 +76,7 @@ def _verdict(facts: Facts) -> list[str]:
 
 
 def summarize(facts: Facts) -> dict[str, float]:
-    """Mean bpb over the seeds, their deviation and the test of it; the worst seed's bytes and seconds.
+    """Mean bpb over the seeds, their deviation and the test of it; the worst seed's bytes.
 
     A score that its certificate does not call legal says so in its name, lest it be taken for the best one.
     """
@@ -84,12 +88,14 @@ def summarize(facts: Facts) -> dict[str, float]:
         figures["p_beats_baseline"] = round(facts.comparison.p_beats, 6)
     if "xz" in facts.compressors:
         figures["xz_bpb"] = round(facts.compressors["xz"], 6)
-    size, training, evaluation = facts.budgets
-    return figures | {
-        "artifact_bytes": int(size.used),
-        "train_s": round(training.used, 1),
-        "eval_s": round(evaluation.used, 1),
-    }
+    size, _, _ = facts.budgets
+    return figures | {"artifact_bytes": int(size.used)}
+
+
+def times(facts: Facts) -> dict[str, float]:
+    """Seconds of training and of the evaluation that ships, of the slowest seed, as the track counts them."""
+    _, training, evaluation = facts.budgets
+    return {"train_s": round(training.used, 1), "eval_s": round(evaluation.used, 1)}
 
 
 def metric(score: Score) -> str:

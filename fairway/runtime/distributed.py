@@ -1,9 +1,8 @@
-"""The processes that work on one job: those torchrun started, or just this one.
+"""The processes that work on one job, what they exchange, and the switch that makes their numbers repeatable.
 
-One process is the degenerate case of eight: every exchange below then returns its input at once, without a process
-group. NCCL carries CUDA tensors, gloo carries CPU ones.
-
-The same numbers twice on the same machine.
+The processes are those that torchrun started, or just this one. Rank is a process's number, from 0. Code is written
+for any number of processes: with a single one every exchange below returns its input at once, without a process group.
+NCCL carries CUDA tensors, gloo carries CPU tensors.
 """
 
 import ctypes
@@ -18,7 +17,11 @@ from torch import Tensor
 
 from fairway.runtime.errors import UserError
 
-# torch 2.13 renamed both and warns at the old names; torch 2.11 only has the old ones.
+# cuBLAS reads this variable once, when it makes its first handle, which may happen before make_deterministic is called.
+# Without it torch would then refuse deterministic matrix products. Hence it is set as soon as this module is imported.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# torch 2.13 renamed both functions and warns when the old names are used; torch 2.11 has only the old names.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -28,13 +31,13 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Pending:
-    """The result of an exchange that may still be under way."""
+    """The result of an exchange between processes that may still be under way."""
 
     result: Tensor
     work: dist.Work | None = None
 
     def wait(self) -> Tensor:
-        """The result. On CUDA the current stream waits, not the host."""
+        """The finished result. On CUDA it is the current stream that waits for it, not the host."""
         if self.work is not None:
             self.work.wait()
         return self.result
@@ -42,7 +45,7 @@ class Pending:
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. Use as a context manager: leaving it takes the process group down in order."""
+    """This process among those of the job. A context manager: leaving it shuts the process group down in order."""
 
     rank: int
     size: int
@@ -50,36 +53,40 @@ class World:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What activations and orthogonalisation are computed in: bfloat16 on CUDA, float32 on a CPU."""
+        """The dtype of activations and of Muon's orthogonalisation: bfloat16 on CUDA, float32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def gather(self, values: Tensor) -> list[list[float]]:
-        """Every rank's `values` (n,), in rank order, on the host, which waits for the device: once a step is enough.
+        """Every rank's `values` (n,), in the order of ranks, as numbers on the host.
 
-        One call serves a mean over ranks, a value of rank 0 for all, and a flag that any rank may raise.
+        The host waits for the device here, so a training step calls this once: the mean of a figure over ranks, a
+        figure of rank 0 for all, and a flag that any rank may raise all travel in the same `values`.
         """
         return self.stack(values[None]).wait().tolist()
 
     def sum(self, tensor: Tensor) -> Pending:
-        """The sum of `tensor` over the ranks, in place, launched at once."""
+        """Start to replace `tensor` by its sum over the ranks, in place."""
         return Pending(tensor, dist.all_reduce(tensor, async_op=True) if self.size > 1 else None)
 
     def scatter_sum(self, stack: Tensor) -> Pending:
-        """This rank's equal share (P / size, ...) of the sum of `stack` (P, ...) over ranks, launched at once."""
+        """Start to sum `stack` (P, ...) over the ranks; the result is this rank's share of it, (P / size, ...).
+
+        P must be a multiple of the number of ranks. Rank r gets the r-th share.
+        """
         if self.size == 1:
             return Pending(stack)
         share = stack.new_empty(stack.shape[0] // self.size, *stack.shape[1:])
         return Pending(share, _reduce_scatter(share, stack, async_op=True))
 
     def stack(self, share: Tensor) -> Pending:
-        """All ranks' shares (n, ...) as one stack (n * size, ...), launched at once."""
+        """Start to gather all ranks' shares (n, ...) in the order of ranks, as one stack (n * size, ...)."""
         if self.size == 1:
             return Pending(share)
         stack = share.new_empty(share.shape[0] * self.size, *share.shape[1:])
         return Pending(stack, _gather(stack, share.contiguous(), async_op=True))
 
     def synchronize(self) -> None:
-        """Wait until the device has done everything asked of it."""
+        """Wait until the device has finished all work that was launched on it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -92,14 +99,16 @@ class World:
 
 
 def alone(device: torch.device) -> World:
-    """One process."""
+    """The world of a single process that works on `device`."""
     return World(rank=0, size=1, device=device)
 
 
 def start_world() -> World:
-    """Join the processes that torchrun started (its RANK, WORLD_SIZE and LOCAL_RANK), or stand alone without it.
+    """Join the processes that torchrun started, or be the only process where torchrun did not start this one.
 
-    Raises UserError when there are more processes than CUDA devices on this machine.
+    torchrun tells each process its place in the variables RANK, WORLD_SIZE and LOCAL_RANK (its number on this machine).
+    The process with local rank i works on GPU i, or on the CPU if there are no GPUs. Raises UserError if the machine
+    has GPUs, but fewer than processes.
     """
     rank, size, local_rank = (
         int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -127,7 +136,10 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _die_with_launcher() -> None:
-    """Have Linux kill this process when torchrun dies, also of kill -9, which leaves torchrun no time to do it."""
+    """Have Linux kill this process when torchrun dies.
+
+    torchrun ends its processes itself, except when it is killed with SIGKILL and has no time left to do so.
+    """
     if sys.platform != "linux":
         return
     launcher = os.getppid()
@@ -136,17 +148,17 @@ def _die_with_launcher() -> None:
         raise SystemExit("the launcher died while this process started")
 
 
-# cuBLAS reads this once, when its first handle is made, which may be in training; without it torch refuses
-# deterministic matrix products later.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
 def make_deterministic() -> None:
-    """Have torch choose kernels whose sums have a fixed order, in this process."""
+    """Have torch use only kernels that add numbers up in a fixed order, in this process from now on.
+
+    The same work on the same machine then gives the same numbers again.
+    """
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)
     else:
-        # The same, but for the compiler, which it need not import then.
+        # This sets the switch of torch's operators alone. The call above sets that of torch's compiler as well, and
+        # would import the compiler to do so.
         torch.set_deterministic_debug_mode("error")
-    # Filling fresh memory with NaN finds reads of uninitialised values, at a cost for every tensor made.
+    # In this mode torch also fills fresh memory with NaN, to reveal reads of uninitialised values. That costs time for
+    # every tensor that is made, and does nothing for repeatability.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
-"""Faults that the user can mend, told in one line.
+"""How a stage is called and how it fails: the arguments on its command line, and faults told in one line.
 
-The arguments of the stages that run once per seed.
+A fault that the user can mend, such as bad input or a setting that does not fit, is a UserError: its message is all
+that the user sees. Any other exception is a defect of the program and keeps its traceback.
 """
 
 import os
@@ -9,17 +10,20 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-# Most faults stop all processes of torchrun alike. The first one tells at once; the others wait this long, in which
-# torchrun, that sees the first one gone, ends them.
+# When a fault stops all processes that torchrun started, process 0 prints its message at once. The others wait this
+# long first: torchrun sees process 0 end and stops them meanwhile, so that the message appears once.
 OTHERS_WAIT_S = 5.0
 
 
 class UserError(Exception):
-    """Bad input or settings. The message is one line naming the file and key and what was expected."""
+    """Bad input or settings. The message is one line that names the file and key and says what was expected."""
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; a UserError becomes one line on stderr and exit status 1, any other error its traceback."""
+    """Run a stage's main. On a UserError, print its message on stderr and exit with status 1.
+
+    An interrupt from the keyboard ends the same way. Any other exception passes through, with its traceback.
+    """
     try:
         main()
     except UserError as error:
@@ -36,9 +40,10 @@ def _exit(message: str) -> NoReturn:
 
 
 def stage_arguments(arguments: list[str], stage: str, *more: str) -> tuple[int, list[str]]:
-    """The seed, and the further arguments named in `more`. `stage` is how the usage calls it.
+    """The seed on the command line of a stage that runs once per seed, and the arguments behind it.
 
-    Raises UserError unless there are exactly these and the seed is a whole number.
+    `stage` is the stage's name as the usage line shows it, `more` the names of the arguments behind the seed. Raises
+    UserError with that usage line unless there are exactly these arguments and the seed is a whole number.
     """
     if len(arguments) != 1 + len(more) or not arguments[0].isdecimal():
         usage = " ".join(f"<{name}>" for name in ("seed", *more))

@@ -1,9 +1,8 @@
-"""Files that appear whole or not at all.
+"""Files that appear whole or not at all, and the reading of what a stage wrote.
 
-Every artifact is written under a temporary name beside its place, flushed to disk and renamed: a killed stage leaves
-either the old output or none.
-
-Sets of named tensors on disk: safetensors, written whole, read with their shapes checked.
+Every artifact is written under a temporary name beside its place, flushed to disk and then renamed, so that a killed
+stage leaves either its old output or none. Sets of tensors are safetensors files, figures are JSON objects. A file that
+is missing or damaged is a UserError that names the command which makes it.
 """
 
 import json
@@ -22,14 +21,14 @@ from fairway.runtime.errors import UserError
 
 
 def require_file(path: Path, made_by: str) -> Path:
-    """Return `path` if it is a file. Raises UserError naming the stage that makes it otherwise."""
+    """Return `path` if it is a file. Otherwise raise UserError, which names `made_by`, the command that makes it."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; `{made_by}` makes it")
     return path
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a whole file (text as UTF-8) so that `path` holds either its old content or the new one."""
+    """Write a whole file (text as UTF-8) so that `path` holds its old content until it holds all of the new one."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -45,9 +44,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def output_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `path` when the block ends well, and vanishes when it does not.
+    """Yield an empty folder that becomes `path` when the block ends without an exception, and is deleted otherwise.
 
-    Leftovers of killed runs (same temporary prefix) are cleared first; an existing `path` is replaced at the end.
+    Temporary folders that killed runs left behind are deleted first. An existing `path` is replaced at the end.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
@@ -65,6 +64,7 @@ def output_folder(path: Path) -> Iterator[Path]:
 
 
 def _sync_tree(folder: Path) -> None:
+    """Flush every file below the folder to disk, so that renaming it cannot outrun its content."""
     for file in folder.rglob("*"):
         if file.is_file():
             descriptor = os.open(file, os.O_RDONLY)
@@ -73,12 +73,15 @@ def _sync_tree(folder: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors (any dtype and shape, on any device) under their names, atomically."""
+    """Write tensors (any dtype and shape, on any device) under their names, as one safetensors file, atomically."""
     write_atomic(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def load_tensors(path: Path, made_by: str) -> dict[str, Tensor]:
-    """Read what save_tensors wrote, on the CPU. Raises UserError when the file is missing or damaged."""
+    """Read what save_tensors wrote. The tensors are on the CPU.
+
+    Raises UserError naming the command `made_by` if the file is missing or damaged.
+    """
     try:
         return load_file(require_file(path, made_by))
     except safetensors.SafetensorError as error:
@@ -86,9 +89,9 @@ def load_tensors(path: Path, made_by: str) -> dict[str, Tensor]:
 
 
 def read_figures(path: Path, made_by: str, keys: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The JSON object that a stage wrote, with at least these keys.
+    """Read the JSON object that a stage wrote, which must have at least these keys.
 
-    Raises UserError naming the command that makes it if it is missing, damaged, or lacks a key.
+    Raises UserError naming the command `made_by` if the file is missing or damaged or lacks a key.
     """
     try:
         found = json.loads(require_file(path, made_by).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Which code a result comes from."""
+"""SHA-256 of files and of a stage's code: whether a result on disk still belongs to the code and data at hand."""
 
 import hashlib
 from pathlib import Path
@@ -7,15 +7,15 @@ import yaml
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
+    """SHA-256 of a file's content, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stage_sources_sha256(stage: str) -> str:
-    """SHA-256 over the path and the text of every .py file that dvc.yaml lists as read by a stage.
+    """SHA-256 over the path and content of every .py file that dvc.yaml lists as a dependency of a stage.
 
-    Both are found beside this file, whatever the working directory.
+    dvc.yaml and the code are those of the repository that holds this file, whatever the working directory is.
     """
     root = Path(__file__).parents[2]
     deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]

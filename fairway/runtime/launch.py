@@ -1,8 +1,9 @@
-"""torchrun, which ends quietly when a process that it started has failed: that process has said why.
+"""Run a module in several processes with torchrun, without the traceback that torchrun adds when one of them fails.
 
-torchrun itself would add a traceback of its own, which shows nothing but torchrun. Its arguments, its log lines (which
-process failed, and how) and everything the processes print are left as they are. A single process on one machine is not
-started but is this one: that saves the seconds in which torchrun gets ready.
+The process that failed has already said why, and torchrun's traceback shows torchrun's own code only. Everything else
+is left as torchrun has it: its arguments, its log lines (which process failed, and how) and what the processes print.
+Where one process on one machine is asked for, the module runs in this process, which saves the seconds that torchrun
+needs to start.
 
 Usage: python -m fairway.runtime.launch <arguments of torchrun>
 """
@@ -10,11 +11,12 @@ Usage: python -m fairway.runtime.launch <arguments of torchrun>
 import runpy
 import sys
 
+# How the pipeline asks for a single process; the module's name and arguments come behind.
 SINGLE = ["--standalone", "--nproc-per-node=1", "-m"]
 
 
 def main() -> None:
-    """Run torchrun; exit with the status of the process that failed first, 128 + n if signal n ended it."""
+    """Run the module. If a process fails, exit with the status of the first one: 128 + n where signal n ended it."""
     arguments = sys.argv[1:]
     if arguments[: len(SINGLE)] == SINGLE:
         sys.argv = arguments[len(SINGLE) :]

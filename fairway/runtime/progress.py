@@ -1,4 +1,4 @@
-"""How far a stage is: a bar on a terminal, a plain line now and then elsewhere."""
+"""How far a stage is: a bar on a terminal; in a log file or in CI a plain line every few seconds."""
 
 import sys
 import time
@@ -8,9 +8,10 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Count `total` units of work; `update(n, bpb=...)` adds n and shows the given figures.
+    """Counts `total` units of work, of which `start` are done at first, and shows the count. A context manager.
 
-    On a terminal a tqdm bar; elsewhere (a log file, CI) one line every `every_s` seconds and one at the end.
+    On a terminal it is a tqdm bar. Elsewhere it prints one line every `every_s` seconds, and one at the end unless an
+    exception ended the work.
     """
 
     def __init__(self, name: str, total: int, *, unit: str, start: int = 0, every_s: float = 10.0) -> None:
@@ -21,7 +22,7 @@ class Progress:
         self._bar = tqdm(total=total, initial=start, desc=name, unit=unit) if sys.stderr.isatty() else None
 
     def update(self, n: int = 1, **figures: float) -> None:
-        """Add `n` units; keyword figures are shown behind the count."""
+        """Add `n` units. Keyword arguments are figures to show behind the count, such as bpb=1.12."""
         self.done += n
         self._figures = "".join(f" {key}={value:.4g}" for key, value in figures.items())
         if self._bar is not None:
@@ -31,6 +32,7 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
+        """Print the count, the seconds so far, and the seconds left at the speed since the start."""
         self._shown_at = time.monotonic()
         elapsed_s = max(self._shown_at - self._started_at, 1e-9)
         rate = (self.done - self._begun_at) / elapsed_s

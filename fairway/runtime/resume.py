@@ -1,8 +1,9 @@
-"""Resume points: everything a killed run needs to go on as if it had not been killed.
+"""Resume points: everything that a killed run needs to go on as if it had not been killed.
 
-A point is a safetensors file (weights, averages, momentum, moments) and latest.json, which names it and holds the
-rest. latest.json is written last, so a run killed while saving goes on from the point before. A point carries the
-fingerprint of its experiment, code included; a run of any other experiment does not see it.
+A resume point is a safetensors file with the tensors of the run (weights, averages, momentum, moments) and latest.json,
+which names that file and holds the rest. latest.json is written last, so that a run killed while it saves goes on from
+the point before. A point carries the fingerprint of its experiment, code included, and a run with another fingerprint
+ignores it.
 """
 
 import fcntl
@@ -23,9 +24,10 @@ from fairway.runtime.files import save_tensors, write_atomic
 
 @contextmanager
 def only_run(folder: Path, *, patience_s: float = 5.0) -> Iterator[None]:
-    """Hold the lock of a resume folder. Raises UserError if another process still does after `patience_s`.
+    """Hold the lock of a resume folder inside the block, so that no second run of the same seed writes there.
 
-    The patience is for a killed run whose processes are just dying; the kernel frees their lock with them.
+    Waits up to `patience_s` for the lock, since the processes of a killed run may still be ending; the kernel frees
+    their lock when they do. Raises UserError if another process holds it after that.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".lock")
@@ -43,14 +45,14 @@ def only_run(folder: Path, *, patience_s: float = 5.0) -> Iterator[None]:
 
 
 class ResumePoints:
-    """The resume folder of one run. All ranks load; one saves."""
+    """The resume folder of one run. Every process loads from it, and only the first one saves to it."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder, self.fingerprint = folder, fingerprint
         self.latest = folder / "latest.json"
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Write the point of a step and drop the one before it."""
+        """Write the point behind a step, then delete the one before it. `state` must be fit for JSON."""
         path = self.folder / f"step_{step:08d}.safetensors"
         save_tensors(path, tensors)
         write_atomic(
@@ -62,9 +64,9 @@ class ResumePoints:
                 old.unlink()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors (on the CPU) and state of the latest point of this experiment, or None.
+        """The tensors (on the CPU) and the state of the latest point, or None if this experiment has saved none.
 
-        Raises UserError if its tensors are missing or damaged.
+        Raises UserError if the point's tensors are missing or damaged.
         """
         if not self.latest.is_file():
             return None

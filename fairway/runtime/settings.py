@@ -1,4 +1,4 @@
-"""A section of a settings file, typed, and the one reader of such files."""
+"""A typed section of a settings file, and the one function that reads such a file."""
 
 import re
 from pathlib import Path

@@ -1,9 +1,8 @@
-"""The documents file: one JSON object with `text` a line, plain or zstandard, in its final order.
+"""The documents file: how stages read it, and how one is made of a local file.
 
-Lines are told apart by LF alone and parsed one by one, so that a fault is told with its line number and a corpus of any
-size passes through a few megabytes of memory.
-
-Documents from a local file: JSON lines are checked and passed on unchanged, a Parquet column becomes JSON lines.
+It holds one JSON object with `text` a line, plain or compressed with zstandard; its order decides everything after it.
+Lines are separated by LF alone and parsed one by one, so that a fault is told with its line number and a corpus of any
+size needs a few megabytes of memory.
 """
 
 import json
@@ -19,31 +18,13 @@ from pydantic import field_validator
 from fairway.runtime.errors import UserError
 from fairway.runtime.settings import Section
 
-# What stages write and replace.
-PIPELINES_OWN = ("data/docs", "artifacts")
-
-
-class FetchFile(Section):
-    """Documents from a local JSONL, JSONL.zst or Parquet file: one object with `text` per line, or a column `text`."""
-
-    source: Literal["file"]
-    path: str
-
-    @field_validator("path")
-    @classmethod
-    def _outside(cls, path: str) -> str:
-        for folder in PIPELINES_OWN:
-            if Path(path).resolve().is_relative_to(Path(folder).resolve()):
-                raise ValueError(f"{path} lies in {folder}, which is the pipeline's own: keep the documents elsewhere")
-        return path
-
-
-# Some corpora are packed with windows up to 128 MiB (zstd --long=27); the format's limit costs nothing to allow.
+# Some corpora are compressed with windows of up to 128 MiB (zstd --long=27), more than zstandard allows by default.
+# Allowing the format's own limit costs nothing.
 MAX_WINDOW_BYTES = 2**31
 
 
 def documents_path(folder: Path) -> Path:
-    """The one documents file of a folder, docs.jsonl or docs.jsonl.zst. Raises UserError if there is none."""
+    """The documents file of a folder, docs.jsonl or docs.jsonl.zst. Raises UserError if there is none."""
     for name in ("docs.jsonl", "docs.jsonl.zst"):
         if (folder / name).is_file():
             return folder / name
@@ -52,9 +33,9 @@ def documents_path(folder: Path) -> Path:
 
 @contextmanager
 def open_lines(path: Path) -> Iterator[tuple[Iterator[bytes], BinaryIO]]:
-    """The lines of a documents file, decompressed, and the file they come from (whose position tells the progress).
+    """The lines of a documents file, decompressed, and the open file, whose position tells how far the reading is.
 
-    Raises UserError if the file is missing or is not the zstandard stream that its name says.
+    Raises UserError if the file is missing, or if its name ends in .zst and it is no whole zstandard stream.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected documents, one JSON object with `text` a line")
@@ -63,7 +44,10 @@ def open_lines(path: Path) -> Iterator[tuple[Iterator[bytes], BinaryIO]]:
 
 
 def _decompressed_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Lines (without LF) of a zstandard file. zstandard's own reader would end quietly where the file was cut off."""
+    """The lines (without LF) of a zstandard file, which may consist of several frames.
+
+    The frames are decompressed here, since the library's own reader ends without an error where a file was cut off.
+    """
     library = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
     frame = library.decompressobj()
     rest = b""
@@ -83,7 +67,7 @@ def _decompressed_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def parse_text(line: bytes, where: str) -> str:
-    """The text of one line. Raises UserError, beginning with `where` (file and line), if the line holds none."""
+    """The text of one line. Raises UserError if the line holds none; `where` (file and line) begins its message."""
     try:
         document = json.loads(line)
     except ValueError:
@@ -101,22 +85,40 @@ def parse_text(line: bytes, where: str) -> str:
 
 
 def read_texts(path: Path, *, start: int = 0) -> Iterator[str]:
-    """The texts of a documents file in order, from document number `start` on."""
+    """The texts of a documents file in order, from document number `start` on, counted from 0.
+
+    Raises UserError naming the file, and the line where there is one, if it holds anything but documents.
+    """
     with open_lines(path) as (lines, _):
         for number, line in enumerate(lines):
             if number >= start:
                 yield parse_text(line, f"{path}, line {number + 1}")
 
 
-# Documents held in memory at a time while reading Parquet.
-PARQUET_ROWS = 1024
+# The folders that stages write. A stage deletes what stood there, so no input may lie in them.
+PIPELINES_OWN = ("data/docs", "artifacts")
+
+
+class FetchFile(Section):
+    """Documents from a local JSONL, JSONL.zst or Parquet file: one object with `text` per line, or a column `text`."""
+
+    source: Literal["file"]
+    path: str
+
+    @field_validator("path")
+    @classmethod
+    def _outside(cls, path: str) -> str:
+        for folder in PIPELINES_OWN:
+            if Path(path).resolve().is_relative_to(Path(folder).resolve()):
+                raise ValueError(f"{path} lies in {folder}, which is the pipeline's own: keep the documents elsewhere")
+        return path
 
 
 def fetch_file(source: Path, folder: Path) -> int:
-    """Write the documents of a .jsonl, .jsonl.zst or .parquet file to folder/docs.jsonl[.zst], in their order.
+    """Write the documents of a .jsonl, .jsonl.zst or .parquet file to `folder`, in their order; return their number.
 
-    Returns their number. Raises UserError naming the file, and the line where there is one, if it holds anything but
-    documents, or none.
+    JSON lines are checked and copied unchanged; the column `text` of a Parquet file becomes docs.jsonl.zst. Raises
+    UserError naming the file, and the line where there is one, if it holds anything but documents, or none.
     """
     if source.suffix == ".parquet":
         documents = _convert_parquet(source, folder / "docs.jsonl.zst")
@@ -130,8 +132,12 @@ def fetch_file(source: Path, folder: Path) -> int:
     return documents
 
 
+# How many documents are in memory at a time while a Parquet file is read.
+PARQUET_ROWS = 1024
+
+
 def _convert_parquet(source: Path, target: Path) -> int:
-    """Copy the column `text`, a few rows at a time; returns the number of rows."""
+    """Write the column `text` of a Parquet file as compressed JSON lines; return the number of rows."""
     try:
         from pyarrow import ArrowInvalid, parquet, types
     except ImportError:

@@ -1,7 +1,9 @@
-"""Documents to tokens: [BOS] + ids each, with the bytes checked as they are counted.
+"""Documents to tokens: a document becomes BOS and its ids, and the bytes that its tokens stand for are counted.
 
-A batch of lines goes in, its tokens and totals come out; batches are independent, so any number of processes may share
-the work and the result is the same. The two encoders are the two values of tokenize.transform.
+Consecutive lines of the documents file go in, their tokens and totals come out. No such batch of lines depends on
+another, so any number of processes may share the work without changing the result. There is one encoder for each value
+of tokenize.transform. Each checks that no byte of a document is lost or counted twice, since bytes are what a score is
+divided by (data.md 8).
 """
 
 from collections.abc import Sequence
@@ -17,12 +19,13 @@ from fairway.tokens.documents import parse_text
 from fairway.tokens.shards import Split
 from fairway.tokens.tokenizer import BOS, Tokenizer, Transform, byte_table
 
+# The largest count of bytes that fits into an entry of a sidecar, which is a uint16.
 MAX_TOKEN_BYTES = 2**16 - 1
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Consecutive lines of one documents file and split; `first` is the number of the first line, from 1."""
+class LineBatch:
+    """Consecutive lines of a documents file, all of one split; `first` is the number of the first line, from 1."""
 
     source: str
     split: Split
@@ -32,7 +35,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens (n,) uint16 of one document, BOS first, and their bytes (n,), or None where nobody will ask."""
+    """The tokens (n,) uint16 of one document, BOS first, and the bytes (n,) that each stands for.
+
+    The bytes are None where neither a sidecar nor a total needs them.
+    """
 
     tokens: np.ndarray
     token_bytes: np.ndarray | None
@@ -40,9 +46,9 @@ class Document:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens (n,) uint16 of a batch, its byte sidecar (n,) uint16 if it has one, and its byte totals.
+    """What a batch of lines became: its tokens (n,) uint16, its byte sidecar (n,) uint16 or None, and totals of bytes.
 
-    text_bytes: UTF-8 bytes of the texts as they are; counted_bytes: those that the tokens count.
+    text_bytes are the UTF-8 bytes of the texts; counted_bytes are those that the tokens stand for.
     """
 
     tokens: np.ndarray
@@ -52,16 +58,20 @@ class Encoded:
 
 
 class DocumentEncoder(Protocol):
-    """Encodes one document at a time. `where` (file and line) begins the message of a UserError."""
+    """Encodes one document at a time."""
 
+    # Whether the bytes of validation tokens are to be kept in a file beside them.
     writes_sidecar: bool
 
     def document(self, text: str, split: Split, where: str) -> Document:
-        """Tokens and, wherever bytes matter, their bytes."""
+        """The tokens of a text and their bytes. `where` (file and line) begins the message of a UserError."""
 
 
 class PlainEncoder:
-    """Bytes by the table of bytes.py; they are those of the text that the tokens decode to, which is asserted."""
+    """Encodes text as it is, and counts bytes by the token's id (byte_table).
+
+    The counts are checked against the text that the tokens decode to.
+    """
 
     writes_sidecar = False
 
@@ -70,7 +80,7 @@ class PlainEncoder:
         self.table = byte_table(model, vocab_size)
 
     def document(self, text: str, split: Split, where: str) -> Document:
-        """Raises UserError if bytes are lost, which a tokenizer without byte fallback brings about."""
+        """As DocumentEncoder's. Raises UserError if bytes are lost, as they are without byte fallback."""
         ids = self.tokenizer.encode(text)
         tokens = np.array([BOS, *ids], dtype=np.uint16)
         token_bytes = np.zeros(len(tokens), dtype=np.int32)
@@ -85,9 +95,10 @@ class PlainEncoder:
 
 
 class CaseOpsEncoder:
-    """Bytes of the original text by the surfaces of its pieces; they go into a sidecar beside the validation tokens.
+    """Encodes text in CaseOps spelling, and counts the bytes of the original text that each piece stands for.
 
-    Together the pieces stand for the whole document but for whitespace at its ends, which is asserted.
+    The counts of validation tokens go into a sidecar, since they do not follow from the ids. Together the pieces must
+    stand for the whole document, except for whitespace at its ends; that is checked.
     """
 
     writes_sidecar = True
@@ -96,7 +107,10 @@ class CaseOpsEncoder:
         self.tokenizer = Tokenizer(model)
 
     def document(self, text: str, split: Split, where: str) -> Document:
-        """Raises UserError if a piece stands for more bytes than a sidecar entry holds, or if text is lost."""
+        """As DocumentEncoder's, with bytes for validation only.
+
+        Raises UserError if a piece stands for more bytes than an entry of a sidecar holds, or if text is lost.
+        """
         encoded = caseops.encode(text)
         if split == "train":
             return Document(np.array([BOS, *self.tokenizer.encode(encoded)], dtype=np.uint16), None)
@@ -109,6 +123,7 @@ class CaseOpsEncoder:
         return Document(np.array([BOS, *ids], dtype=np.uint16), np.array(counts, dtype=np.uint16))
 
     def _require_whole(self, text: str, counted: str, where: str) -> None:
+        """Raise UserError unless `counted` is `text` without ends that the tokenizer drops, such as whitespace."""
         start = text.find(counted)
         ends = text[:start] + text[start + len(counted) :]
         if start < 0 or self.tokenizer.encode(ends):
@@ -116,12 +131,12 @@ class CaseOpsEncoder:
 
 
 def make_encoder(model: Path, vocab_size: int, transform: Transform) -> DocumentEncoder:
-    """The encoder that tokenize.transform names."""
+    """The encoder of tokenize.transform, for the SentencePiece model in the file `model`."""
     return PlainEncoder(model, vocab_size) if transform == "none" else CaseOpsEncoder(model)
 
 
-def encode_batch(encoder: DocumentEncoder, batch: Batch) -> Encoded:
-    """Tokens, sidecar and totals of a batch. Raises UserError naming the line at fault."""
+def encode_batch(encoder: DocumentEncoder, batch: LineBatch) -> Encoded:
+    """The tokens, sidecar and totals of a batch of lines. Raises UserError naming the line at fault."""
     documents: list[Document] = []
     text_bytes = 0
     for number, line in enumerate(batch.lines, start=batch.first):

@@ -1,8 +1,7 @@
-"""A documents file to token shards: the first documents validate, the others train, and the two never share a file.
+"""From documents to everything in artifacts/tokens: the tokenizer, the token shards, and figures about them.
 
-Documents to everything in artifacts/tokens: tokenizer, shards, and the yardsticks beside them.
-
-What general-purpose compressors make of the validation text: the yardstick beside a model's bits per byte.
+The first tokenize.val_documents documents of the file validate, all others train, and no shard holds both. Beside the
+counts stands how small general-purpose compressors make the validation text: a yardstick for a model's bits per byte.
 """
 
 import lzma
@@ -24,16 +23,29 @@ from fairway.runtime.errors import UserError
 from fairway.runtime.fingerprint import file_sha256
 from fairway.runtime.progress import Progress
 from fairway.tokens.documents import documents_path, open_lines, read_texts
-from fairway.tokens.encoding import Batch, DocumentEncoder, Encoded, encode_batch, make_encoder
+from fairway.tokens.encoding import DocumentEncoder, Encoded, LineBatch, encode_batch, make_encoder
 from fairway.tokens.shards import ShardWriter, Split
 from fairway.tokens.tokenizer import RESERVED, TokenizeSettings, check_tokenizer, train_tokenizer
 
-# Enough text per message between processes for its cost to vanish.
-BATCH_BYTES = 1 << 20
+
+def check_documents(fetched: Path, settings: TokenizeSettings) -> Path:
+    """The documents file of a folder, after the checks that need little time.
+
+    Raises UserError if the file is missing or holds too few documents, or if the given tokenizer does not fit the
+    settings.
+    """
+    documents = documents_path(fetched)
+    if settings.model is not None:
+        check_tokenizer(Path(settings.model), vocab_size=settings.vocab_size, operators=RESERVED[settings.transform])
+    require_documents(documents, settings.val_documents)
+    return documents
 
 
 def require_documents(documents: Path, val_documents: int) -> None:
-    """Raises UserError unless the file has more documents than validate; reads no further than that."""
+    """Raise UserError unless the file has more than val_documents documents, one of which can train.
+
+    No more of the file is read than that needs.
+    """
     found = 0
     with open_lines(documents) as (lines, _):
         for _ in lines:
@@ -45,30 +57,37 @@ def require_documents(documents: Path, val_documents: int) -> None:
     raise UserError(f"{documents}: {found} documents, expected more than tokenize.val_documents = {val_documents}")
 
 
-@dataclass
-class Totals:
-    """Counts over one split."""
+def tokenize_documents(documents: Path, folder: Path, settings: TokenizeSettings) -> dict[str, Any]:
+    """Train the tokenizer or copy the given one, write the shards to `folder`, and return the content of meta.json.
 
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    counted_bytes: int = 0
+    The tokenizer is trained on the training split alone. Raises UserError naming the line of a document at fault, or if
+    the text is too short for the vocabulary.
+    """
+    tokenizer = folder / "tokenizer.model"
+    if settings.model is not None:
+        shutil.copyfile(settings.model, tokenizer)
+    else:
+        texts = read_texts(documents, start=settings.val_documents)
+        trainer, transform = settings.trainer, settings.transform
+        model = train_tokenizer(texts, vocab_size=settings.vocab_size, trainer=trainer, transform=transform)
+        tokenizer.write_bytes(model)
+    meta = export(documents, tokenizer, folder, settings=settings, workers=len(os.sched_getaffinity(0)))
+    validation = islice(read_texts(documents), settings.val_documents)
+    return meta | {"compressed_val_bytes": compressed_bytes(validation)}
 
-    def add(self, batch: Batch, encoded: Encoded) -> None:
-        """Add one batch."""
-        self.documents += len(batch.lines)
-        self.tokens += len(encoded.tokens)
-        self.text_bytes += encoded.text_bytes
-        self.counted_bytes += encoded.counted_bytes
+
+# How much text a process gets at a time: enough that sending it takes no time worth mentioning.
+BATCH_BYTES = 1 << 20
 
 
 def export(
     documents: Path, tokenizer: Path, folder: Path, *, settings: TokenizeSettings, workers: int
 ) -> dict[str, Any]:
-    """Write val_*.bin, train_*.bin and, for CaseOps, val_bytes_*.bin; return what meta.json says of them.
+    """Write val_*.bin, train_*.bin and, for CaseOps, val_bytes_*.bin to `folder`; return what meta.json says of them.
 
-    `workers` processes share the work (fewer if the file is small) and the result does not depend on their number.
-    Peak memory is one shard and a few batches per worker. Raises UserError naming the line of a document at fault.
+    `workers` processes share the work, or fewer if the file is small. The result does not depend on their number. Peak
+    memory is one shard of each kind and a few batches per worker. Raises UserError naming the line of a document at
+    fault.
     """
     totals: dict[Split, Totals] = {"val": Totals(), "train": Totals()}
     workers = min(workers, 1 + documents.stat().st_size // BATCH_BYTES)
@@ -97,30 +116,50 @@ def export(
     }
 
 
-def _batches(lines: Iterator[bytes], source: str, val_documents: int) -> Iterator[Batch]:
-    """Lines in batches of about BATCH_BYTES, none of which holds documents of both splits."""
+@dataclass
+class Totals:
+    """What is counted over the documents of one split; see Encoded for the two kinds of bytes."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    counted_bytes: int = 0
+
+    def add(self, batch: LineBatch, encoded: Encoded) -> None:
+        """Add a batch of documents."""
+        self.documents += len(batch.lines)
+        self.tokens += len(encoded.tokens)
+        self.text_bytes += encoded.text_bytes
+        self.counted_bytes += encoded.counted_bytes
+
+
+def _batches(lines: Iterator[bytes], source: str, val_documents: int) -> Iterator[LineBatch]:
+    """The lines in batches of about BATCH_BYTES, none of which holds documents of both splits."""
     held: list[bytes] = []
     first, held_bytes = 1, 0
     for number, line in enumerate(lines, start=1):
         held.append(line)
         held_bytes += len(line)
         if held_bytes >= BATCH_BYTES or number == val_documents:
-            yield Batch(source, "val" if first <= val_documents else "train", first, held)
+            yield LineBatch(source, "val" if first <= val_documents else "train", first, held)
             held, first, held_bytes = [], number + 1, 0
     if held:
-        yield Batch(source, "val" if first <= val_documents else "train", first, held)
+        yield LineBatch(source, "val" if first <= val_documents else "train", first, held)
 
 
 def _encode_all(
-    batches: Iterator[Batch], encoder_arguments: tuple[Any, ...], workers: int
-) -> Iterator[tuple[Batch, Encoded]]:
-    """Encode batches in several processes, a few in flight at a time, and hand them on in order."""
+    batches: Iterator[LineBatch], encoder_arguments: tuple[Any, ...], workers: int
+) -> Iterator[tuple[LineBatch, Encoded]]:
+    """Encode the batches in `workers` processes and hand them on in their order.
+
+    About two batches per worker wait or are worked on at a time, so that no process idles and memory stays small.
+    """
     if workers == 1:
         encoder = make_encoder(*encoder_arguments)
         yield from ((batch, encode_batch(encoder, batch)) for batch in batches)
         return
-    pending: deque[tuple[Batch, Future[Encoded]]] = deque()
-    # Fresh processes ("spawn"): forking one that has threads can hang.
+    pending: deque[tuple[LineBatch, Future[Encoded]]] = deque()
+    # The processes are started anew ("spawn"), since a fork of this process, which has threads, could hang.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=encoder_arguments) as pool:
         for batch in batches:
@@ -131,53 +170,32 @@ def _encode_all(
             yield _finished(pending)
 
 
-def _finished(pending: deque[tuple[Batch, "Future[Encoded]"]]) -> tuple[Batch, Encoded]:
+def _finished(pending: deque[tuple[LineBatch, "Future[Encoded]"]]) -> tuple[LineBatch, Encoded]:
+    """Take the oldest pending batch off the queue and wait for its tokens."""
     batch, future = pending.popleft()
     return batch, future.result()
 
 
-# Each worker process keeps its own tokenizer from one batch to the next.
+# The encoder of a worker process, which keeps it from one batch to the next.
 _encoder: DocumentEncoder
 
 
 def _start_worker(*encoder_arguments: Any) -> None:
+    """Runs once in each worker process, before its first batch."""
     global _encoder
     _encoder = make_encoder(*encoder_arguments)
 
 
-def _encode_in_worker(batch: Batch) -> Encoded:
+def _encode_in_worker(batch: LineBatch) -> Encoded:
+    """Runs in a worker process, for each of its batches."""
     return encode_batch(_encoder, batch)
-
-
-def check_documents(fetched: Path, settings: TokenizeSettings) -> Path:
-    """The documents file, after the checks that come before any work."""
-    documents = documents_path(fetched)
-    if settings.model is not None:
-        check_tokenizer(Path(settings.model), vocab_size=settings.vocab_size, operators=RESERVED[settings.transform])
-    require_documents(documents, settings.val_documents)
-    return documents
-
-
-def tokenize_documents(documents: Path, folder: Path, settings: TokenizeSettings) -> dict[str, Any]:
-    """Train or copy the tokenizer, write the shards, and return what meta.json says."""
-    tokenizer = folder / "tokenizer.model"
-    if settings.model is not None:
-        shutil.copyfile(settings.model, tokenizer)
-    else:
-        texts = read_texts(documents, start=settings.val_documents)
-        trainer, transform = settings.trainer, settings.transform
-        model = train_tokenizer(texts, vocab_size=settings.vocab_size, trainer=trainer, transform=transform)
-        tokenizer.write_bytes(model)
-    meta = export(documents, tokenizer, folder, settings=settings, workers=len(os.sched_getaffinity(0)))
-    validation = islice(read_texts(documents), settings.val_documents)
-    return meta | {"compressed_val_bytes": compressed_bytes(validation)}
 
 
 ZSTD_LEVEL = 19
 
 
 def compressed_bytes(texts: Iterable[str]) -> dict[str, int]:
-    """Bytes of the concatenated texts (UTF-8) under `xz -9e` and `zstd -19 --long=27`, by compressor."""
+    """By compressor, how many bytes `xz -9e` and `zstd -19 --long=27` make of the texts joined together (UTF-8)."""
     parameters = zstandard.ZstdCompressionParameters.from_level(ZSTD_LEVEL, window_log=27, enable_ldm=True)
     compressors: dict[str, Any] = {
         "xz": lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME),

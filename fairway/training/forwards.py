@@ -1,8 +1,10 @@
-"""Bits per byte of the validation stream in plain rows, with the weights as they are: a look at a run under way.
+"""The forward passes of a training run, and the look at the validation stream that is taken with them.
 
-Each row is scored on its own, so a token sees at most that much. The evaluators of stages/evaluate do better.
+The passes are made once before the first step: with the weights as they are or rounded (qat.py), and compiled or not.
+validate() says how good the weights of a run under way are. It scores each row of the stream on its own, so that a
+token sees the tokens before it in its row alone; the evaluators of fairway/evaluation let it see more and score better.
 
-The forward passes of a run, chosen once before its first step: plain or rounded, eager or compiled.
+Legend: B rows, T tokens of a row.
 """
 
 import math
@@ -20,8 +22,39 @@ from fairway.tokens.validation import Validation
 from fairway.training.qat import Rounded
 from fairway.training.train_settings import TrainSettings
 
-# forward(inputs_BT, targets_BT, *, segments, looped) -> mean loss, as model.GPT's.
+# forward(inputs_BT, targets_BT, *, segments, looped) is the mean loss of a micro-batch (0-d), as GPT.forward is.
 Forward = Callable[..., Tensor]
+
+
+class Forwards:
+    """The forward pass of a network, and with train.qat the one with rounded matrices that replaces it late in the run.
+
+    `plain` is a Forward; `rounded_at` returns the other one.
+    """
+
+    def __init__(self, model: GPT, settings: TrainSettings, device: torch.device) -> None:
+        self.plain = compiled_forward(model) if settings.compile else model
+        if settings.qat:
+            self.rounding = Rounded(model, settings.qat, device)
+            self.rounded = compiled_forward(self.rounding.forward) if settings.compile else self.rounding.forward
+
+    def rounded_at(self, steps: int) -> Forward:
+        """The forward pass with rounded matrices, as it is `steps` steps after rounding began. Only with train.qat."""
+        self.rounding.harden(steps)
+        return self.rounded
+
+
+def compiled_forward(forward: Forward, backend: Any = "inductor") -> Forward:
+    """The forward pass, compiled for fixed shapes; only the number of a packed row's bounds may vary."""
+    graph = compiled(forward, backend=backend)
+
+    def call(inputs_BT: Tensor, targets_BT: Tensor, *, segments: Tensor | None, looped: bool) -> Tensor:
+        if segments is not None:
+            torch._dynamo.mark_dynamic(segments, 0)
+        loss: Tensor = graph(inputs_BT, targets_BT, segments=segments, looped=looped)
+        return loss
+
+    return call
 
 
 @torch.no_grad()
@@ -35,10 +68,11 @@ def validate(
     looped: bool,
     segment: Segmenter | None = None,
 ) -> tuple[float, float]:
-    """Mean loss (nats per token) and bits per byte over all whole rows; each rank scores its share of the rows.
+    """Mean loss (nats per token) and bits per byte over all rows of `row` tokens, the same on every rank.
 
-    With `segment` the rows of a batch form one packed row, in which documents do not see each other, as PR #1958 trains
-    and validates. Sums are float64: the number of ranks shows in the last digits only.
+    Each rank scores its share of the rows, batch_tokens // row of them at a time. With `segment` the rows of a batch
+    are joined to one packed row, in which documents do not see each other, as PR #1958 trains and validates. Sums are
+    float64, so that the number of ranks changes the last digits at most.
     """
     batch_rows = batch_tokens // row
     targets = len(validation.bytes)
@@ -53,31 +87,3 @@ def validate(
         nats += forward(inputs, labels, segments=segments, looped=looped).double() * inputs.numel()
     total = float(world.sum(nats).wait())
     return total / targets, total / math.log(2) / int(validation.bytes.sum())
-
-
-class Forwards:
-    """The network, and the one with rounded matrices that takes its place late in the run if train.qat says so."""
-
-    def __init__(self, model: GPT, settings: TrainSettings, device: torch.device) -> None:
-        self.plain = compiled_forward(model) if settings.compile else model
-        if settings.qat:
-            self.rounding = Rounded(model, settings.qat, device)
-            self.rounded = compiled_forward(self.rounding.forward) if settings.compile else self.rounding.forward
-
-    def rounded_at(self, steps: int) -> Forward:
-        """The rounded network, as hard as it is `steps` steps after its first, if train.qat is set."""
-        self.rounding.harden(steps)
-        return self.rounded
-
-
-def compiled_forward(forward: Forward, backend: Any = "inductor") -> Forward:
-    """A forward pass compiled for fixed shapes, except that the number of a packed row's bounds may vary."""
-    graph = compiled(forward, backend=backend)
-
-    def call(inputs_BT: Tensor, targets_BT: Tensor, *, segments: Tensor | None, looped: bool) -> Tensor:
-        if segments is not None:
-            torch._dynamo.mark_dynamic(segments, 0)
-        loss: Tensor = graph(inputs_BT, targets_BT, segments=segments, looped=looped)
-        return loss
-
-    return call

@@ -1,8 +1,8 @@
-"""The training loop: a network, micro-batches and settings in; weights and figures out.
+"""The training loop: it takes a network, micro-batches and settings, and returns weights and figures.
 
-Order of a step, as in the records (training.md 2.16): validate if due, read the schedules, accumulate the gradients of
-the micro-batches, step, average the weights. Every rank decides by rank 0's clock, so that all use the same learning
-rate, switch the loop together and stop at the same step.
+The order of a step is that of the records (training.md 2.16): validate if it is time to, read the schedules, sum the
+gradients of the micro-batches, update the weights, take them into the averages. All ranks decide by rank 0's clock, so
+that they use the same learning rate, switch depth recurrence on together and stop at the same step.
 """
 
 import math
@@ -25,16 +25,19 @@ from fairway.training.run import Figures, Run
 from fairway.training.schedule import Clock, Moment, loop_is_on, lr_multiplier, muon_momentum
 from fairway.training.train_settings import TrainSettings
 
-# (step, its figures): after every step, and of the steps that are logged or validated.
+# Called with the number of steps done and with figures, either of the last step or of a validation behind it.
 Callback = Callable[[int, Figures], None]
 
-# The first steps are logged one by one, as in the records: that is where runs go wrong.
+# The first steps are all logged, as in the records, since that is where most faults of a run show.
 FIRST_STEPS = 10
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves: weights by kind ("last", "ema_<decay>", "swa" if collected), their bpb, and figures."""
+    """What training leaves: weights by kind ("last", "ema_<decay>", "swa" if collected), their bpb, and figures.
+
+    `clock_s` are the seconds of the training clock until the device had done the last step.
+    """
 
     weights: dict[str, dict[str, Tensor]]
     val_bpb: dict[str, float]
@@ -58,9 +61,9 @@ def train(
 ) -> Trained:
     """Train `model` (initialised, on world.device) in place until its budget of steps or seconds is spent.
 
-    Goes on from the latest of `points`, if there is one, and saves one every checkpoint_every steps. `tick` hears of
-    every step, `log` of those that are logged or validated, both on every rank. Raises UserError at the first step
-    whose loss or gradient is not finite.
+    If `points` holds a resume point of this run, training goes on from there; a new one is saved every checkpoint_every
+    steps. `tick` is called after every step, `log` with the figures of steps that are logged or validated, both on
+    every rank. Raises UserError after the first step whose loss or gradient is not finite.
     """
     run = Run.begin(model, loader, settings, world)
     if settings.compile:
@@ -74,13 +77,16 @@ def train(
         run.history.append((run.now.step, figures))
         log(run.now.step, figures)
 
-    # On the clock from here: loading, micro-batches, optimizer, averages, logs, resume points. Off it: validation.
+    # The clock starts here. It counts loading, micro-batches, optimizer, averages, logs and resume points; it stands
+    # still during validation. Compiling and warming up came before and are not counted.
     clock = Clock(world, run.now.clock_s)
     clock.start()
     while True:
         stopped_by = run.budget.spent(run.now)
         if stopped_by or run.now.step % settings.val_every == 0:
             with clock.paused():
+                # The device has done all its work by now, while `run.now` was read before the last step's was done.
+                clock_s = clock.read()
                 val_loss, val_bpb = _validate(run, validation)
                 note({"val_loss": val_loss, "val_bpb": val_bpb})
         if stopped_by:
@@ -96,11 +102,11 @@ def train(
 
     weights = run.weights()
     bpb = {"last": val_bpb} | _averages_bpb(run, weights, validation)
-    return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, run.now.clock_s, stopped_by)
+    return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, clock_s, stopped_by)
 
 
 def _averages_bpb(run: Run, weights: dict[str, dict[str, Tensor]], validation: Validation) -> dict[str, float]:
-    """Bits per byte of every kind of weights but the last, which the network has again in the end."""
+    """Validation bits per byte of each average of the weights. Afterwards the network has its last weights again."""
     bpb = {}
     for kind in list(weights)[1:]:
         run.load_weights(weights[kind])
@@ -110,7 +116,7 @@ def _averages_bpb(run: Run, weights: dict[str, dict[str, Tensor]], validation: V
 
 
 def _step(run: Run, clock: Clock) -> Figures:
-    """One optimizer step; its figures. Ends with the step's only wait for the device."""
+    """Take one optimizer step and return its figures. The host waits for the device once, at the end."""
     settings, step = run.settings, run.now.step
     lr_scale = lr_multiplier(settings.schedule, run.budget, run.now)
     momentum = muon_momentum(settings.muon, step)
@@ -122,29 +128,40 @@ def _step(run: Run, clock: Clock) -> Figures:
         if run.rounded_from is not None:
             forward = run.forwards.rounded_at(step - run.rounded_from)
     loss = _accumulate(run, forward, looped)
-    norms = run.optimizer.gradients.norms.double()
-    run.optimizer.step(lr_scale=lr_scale, momentum=momentum)
+    step_norm = run.optimizer.step(lr_scale=lr_scale, momentum=momentum)
     run.average(lr_scale)
-
-    # One exchange tells all ranks rank 0's clock, the mean loss, and whether anything went wrong anywhere.
-    rows = run.world.gather(torch.cat([torch.full_like(norms[:1], clock.read()), loss.double()[None], norms]))
-    _, losses, *norm_columns = zip(*rows, strict=True)
-    # Ranks hold means of their losses, but shares of the mean norms.
-    train_loss, group_norms = math.fsum(losses) / run.world.size, [math.fsum(column) for column in norm_columns]
-    _demand_finite(run, train_loss, group_norms)
-    run.now = Moment(step + 1, rows[0][0])
-    return {
-        "train_loss": train_loss,
+    clock_s, figures = _shared(run, clock, loss, step_norm)
+    run.now = Moment(step + 1, clock_s)
+    return figures | {
         "lr_scale": lr_scale,
         "momentum": momentum,
-        "grad_norm": math.hypot(*group_norms),
-        "clock_s": run.now.clock_s,
-        "step_ms": 1000 * run.now.clock_s / run.now.step,
+        "clock_s": clock_s,
+        "step_ms": 1000 * clock_s / run.now.step,
     }
 
 
+def _shared(run: Run, clock: Clock, loss: Tensor, step_norm: Tensor | None) -> tuple[float, Figures]:
+    """Rank 0's clock, and the loss and gradient norms over all ranks: the same on every rank, from one exchange.
+
+    micro_grad_norm is the mean of the micro-batches' gradient norms, grad_norm the norm of the step's gradient, where
+    the step had to know it (clip: step). Raises UserError, on every rank, if a loss or a norm of any is not finite.
+    """
+    gradients = run.optimizer.gradients
+    whole = torch.stack([gradients.norm] if step_norm is None else [gradients.norm, step_norm])
+    norms = torch.cat([gradients.norms, whole]).double()
+    rows = run.world.gather(torch.cat([torch.full_like(norms[:1], clock.read()), loss.double()[None], norms]))
+    clocks, losses, *columns = zip(*rows, strict=True)
+    groups = len(gradients.groups)
+    # Every rank has the mean loss of its own micro-batches, but only a share of the norms' means over all of them.
+    train_loss, shares = math.fsum(losses) / run.world.size, [math.fsum(column) for column in columns[: groups + 1]]
+    _demand_finite(run, train_loss, shares[:groups])
+    figures = {"train_loss": train_loss, "micro_grad_norm": shares[groups]}
+    # Every rank has computed the whole of the step's norm.
+    return clocks[0], figures if step_norm is None else figures | {"grad_norm": columns[-1][0]}
+
+
 def _accumulate(run: Run, forward: Forward, looped: bool) -> Tensor:
-    """Gradients of this rank's micro-batches of a step; their mean loss (0-d, on the device)."""
+    """Sum the gradients of this rank's micro-batches of a step; return their mean loss (0-d, on the device)."""
     gradients = run.optimizer.gradients
     gradients.clear()
     losses = []
@@ -169,7 +186,7 @@ def _demand_finite(run: Run, loss: float, group_norms: list[float]) -> None:
 
 
 def _validate(run: Run, validation: Validation) -> tuple[float, float]:
-    """Loss and bits per byte of the weights as they are."""
+    """Validation loss (nats per token) and bits per byte of the weights that the network has now."""
     return validate(
         run.forwards.plain,
         validation,
@@ -182,7 +199,10 @@ def _validate(run: Run, validation: Validation) -> tuple[float, float]:
 
 
 def _warm_up(run: Run) -> None:
-    """Compile every graph by running warmup_steps real steps, then put everything back: no data or update is kept."""
+    """Compile every graph that the run will use by running warmup_steps steps with each, before the clock starts.
+
+    The weights, the optimizer and the position in the data are put back afterwards (training.md 2.4).
+    """
     before, position = run.weights()["last"], run.loader.state_dict()
     depths = (False, True) if run.settings.schedule.loop_from else (True,)
     forwards = [run.forwards.plain] + ([run.forwards.rounded_at(0)] if run.settings.qat else [])

@@ -1,4 +1,4 @@
-"""A training run between two steps: everything that changes while it goes on, to be saved and restored as one."""
+"""The state of a training run between two steps: all that changes while it goes on, to be saved and restored as one."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from fairway.training.optimizer import Optimizer, under
 from fairway.training.schedule import Budget, Moment
 from fairway.training.train_settings import TrainSettings, run_budget
 
+# The figures of one step, by name.
 Figures = dict[str, float]
 
 START = Moment(0, 0.0)
@@ -22,7 +23,11 @@ START = Moment(0, 0.0)
 
 @dataclass
 class Run:
-    """Network, optimizer, averages, data and what was logged so far; settings, budget and world stay as they are."""
+    """A training run. Its settings, budget and world stay the same; all its other parts change from step to step.
+
+    `emas` are by name ("ema_<decay>"), `now` says where the run stands, and `history` holds every logged step with its
+    figures.
+    """
 
     settings: TrainSettings
     budget: Budget
@@ -34,13 +39,13 @@ class Run:
     swa: Swa
     loader: Prefetcher
     now: Moment = START
-    # Index of the first step with rounded matrices, once there was one.
+    # The index of the first step with rounded matrices, None before that step.
     rounded_from: int | None = None
     history: list[tuple[int, Figures]] = field(default_factory=list)
 
     @classmethod
     def begin(cls, model: GPT, loader: Prefetcher, settings: TrainSettings, world: World) -> "Run":
-        """A run before its first step."""
+        """A run before its first step; the initial weights are those that `model` has."""
         named = dict(model.named_parameters())
         groups = param_groups(model, side_matrices=settings.muon.side_matrices)
         assert sum(map(len, groups.values())) == len(named), "every parameter is stepped by exactly one optimizer"
@@ -57,7 +62,7 @@ class Run:
         )
 
     def average(self, lr_scale: float) -> None:
-        """Take the weights behind a step into the averages."""
+        """Take the weights into the averages after a step, whose learning-rate multiplier was lr_scale."""
         for ema in self.emas.values():
             ema.update()
         swa = self.settings.swa
@@ -66,25 +71,25 @@ class Run:
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Set the network's parameters."""
+        """Set the network's parameters to these values, given by name."""
         for name, p in self.model.named_parameters():
             p.copy_(weights[name])
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """A copy of the weights of each kind: "last", "ema_<decay>", and "swa" if any were collected."""
+        """A copy of the weights by kind and name. Kinds are "last", "ema_<decay>", and "swa" if any were collected."""
         last = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         kinds = {"last": last} | {kind: ema.weights() for kind, ema in self.emas.items()}
         return kinds | ({"swa": self.swa.weights()} if self.swa.count else {})
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """The tensors of a resume point. Every rank must call: the ranks' shares of the momentum are gathered."""
+        """The tensors of a resume point. Every rank must call this, since Muon's momentum is gathered from them."""
         kinds: dict[str, dict[str, Tensor]] = {"model": dict(self.model.named_parameters())}
         kinds |= {kind: ema.mean for kind, ema in self.emas.items()} | {"swa": self.swa.mean}
         named = {f"{kind}/{name}": value for kind, values in kinds.items() for name, value in values.items()}
         return named | self.optimizer.named_tensors()
 
     def bookmark(self) -> dict[str, Any]:
-        """The rest of a resume point, fit for JSON."""
+        """The rest of a resume point: what is no tensor, fit for JSON."""
         return {
             "step": self.now.step,
             "clock_s": self.now.clock_s,
@@ -95,13 +100,13 @@ class Run:
         }
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Go back to a resume point."""
+        """Go to the resume point that named_tensors and bookmark described. The number of ranks may have changed."""
         self.load_weights(under("model", tensors))
         for kind, ema in self.emas.items():
             for name, value in under(kind, tensors).items():
                 ema.mean[name].copy_(value)
         swa = under("swa", tensors)
-        # In the order of the parameters, which the file does not keep.
+        # The mean must be in the order of the parameters, since Swa pairs them by position. The file has another order.
         self.swa.mean = {name: swa[name].to(self.world.device) for name in self.swa.parameters if swa}
         self.swa.count = state["swa"]
         self.optimizer.load_tensors(tensors)

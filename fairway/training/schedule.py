@@ -1,10 +1,10 @@
-"""What changes while a run goes on: learning rate, momentum, depth. All pure functions of where the run stands.
+"""The training clock, and what changes while a run goes on: learning rate, momentum and depth.
 
-A run has up to two budgets, steps and seconds of training clock; the nearer one counts. With seconds, "the last W
-steps" are estimated from the mean time of a step so far, as PR #1150, #1172 and #1488 do; PR #1958 decays over a share
-of the budget, down to a floor.
-
-The training clock: seconds of training, standing still while something else is measured.
+Each schedule is a function of where the run stands. A run is limited by steps, and may also be limited by seconds of
+the training clock; the limit that is nearer counts. Rates fall either over the last so many steps, whose number is
+estimated from the mean time of a step so far where seconds run out first (PR #1150, #1172, #1488), or over the last
+share of the run down to a floor (PR #1958); see training.md 2.6. The clock counts seconds of training and stands still
+while something else, such as validation, is done (training.md 2.5).
 """
 
 import time
@@ -21,9 +21,9 @@ from fairway.training.muon import MuonSettings
 
 
 class ScheduleSettings(Section):
-    """Learning-rate multiplier: 1, then linear to `floor` (training/schedule.py)."""
+    """The learning-rate multiplier, which is 1 and later falls in a line to `floor`; the start of depth recurrence."""
 
-    # "steps": over the last `warmdown` steps; "fraction": over the last `warmdown` share of the budget.
+    # With "steps" it falls over the last `warmdown` steps, with "fraction" over the last `warmdown` share of the run.
     warmdown_unit: Literal["steps", "fraction"]
     warmdown: float = Field(gt=0)
     floor: float = Field(ge=0, lt=1)
@@ -39,7 +39,7 @@ class ScheduleSettings(Section):
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a run stands before a step: steps done, and seconds on the training clock (rank 0's, on every rank)."""
+    """Where a run stands: the number of steps done, and the seconds on rank 0's training clock, known to every rank."""
 
     step: int
     clock_s: float
@@ -47,18 +47,18 @@ class Moment:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a run may go on. clock_s is None where only steps count."""
+    """How long a run may go on: this many steps, and this many seconds of its clock unless clock_s is None."""
 
     steps: int
     clock_s: float | None
 
     def fraction(self, now: Moment) -> float:
-        """Share of the run that is over, 0 to 1."""
+        """The share of the run that is over, from 0 to 1, by the limit that is nearer."""
         by_steps = now.step / self.steps
         return by_steps if self.clock_s is None else max(by_steps, now.clock_s / self.clock_s)
 
     def steps_left(self, now: Moment) -> float:
-        """Steps that remain: counted, or estimated from the mean time of a step if seconds run out first."""
+        """The number of steps that remain. If seconds run out first it is estimated from the mean time of a step."""
         left = float(self.steps - now.step)
         if self.clock_s is None:
             return left
@@ -66,14 +66,14 @@ class Budget:
         return min(left, max(self.clock_s - now.clock_s, 0.0) / step_s) if step_s > 0 else left
 
     def spent(self, now: Moment) -> str | None:
-        """What stops the run here, "steps" or "wallclock"; None if it goes on."""
+        """The limit that is reached, "steps" or "wallclock", or None if the run goes on."""
         if now.step >= self.steps:
             return "steps"
         return "wallclock" if self.clock_s is not None and now.clock_s >= self.clock_s else None
 
 
 def lr_multiplier(schedule: ScheduleSettings, budget: Budget, now: Moment) -> float:
-    """What every base learning rate is multiplied by in the step that begins now: 1, then linear down to the floor."""
+    """The factor on all learning rates in the step that begins now."""
     if schedule.warmdown_unit == "steps":
         left = budget.steps_left(now) / schedule.warmdown
     else:
@@ -82,35 +82,41 @@ def lr_multiplier(schedule: ScheduleSettings, budget: Budget, now: Moment) -> fl
 
 
 def muon_momentum(muon: MuonSettings, step: int) -> float:
-    """Momentum of the step with that 0-based index: linear from momentum_start to momentum, then constant."""
+    """Muon's momentum in the step with this index, counted from 0.
+
+    It rises in a line from momentum_start to momentum over momentum_warmup_steps, and then stays.
+    """
     risen = min(step / muon.momentum_warmup_steps, 1.0) if muon.momentum_warmup_steps else 1.0
     return (1 - risen) * muon.momentum_start + risen * muon.momentum
 
 
 def loop_is_on(schedule: ScheduleSettings, budget: Budget, now: Moment) -> bool:
-    """Whether the step that begins now applies model.loop (PR #1855: from 35 % of the clock on)."""
+    """Whether the step that begins now has depth recurrence (model.loop). PR #1855 has it from 35 % of the clock on."""
     return schedule.loop_from is None or budget.fraction(now) >= schedule.loop_from
 
 
 class Clock:
-    """Runs from start() on, except inside paused(); the device is waited for on both sides of a pause."""
+    """A clock that runs from start() on and stands still inside paused().
+
+    The host waits for the device on both sides of a pause, so that no work of the one side counts for the other.
+    """
 
     def __init__(self, world: World, elapsed_s: float = 0.0) -> None:
         self.world, self.elapsed_s = world, elapsed_s
         self.running_since: float | None = None
 
     def start(self) -> None:
-        """Let it run."""
+        """Let the clock run, once the device has finished what it was given before."""
         self.world.synchronize()
         self.running_since = time.perf_counter()
 
     def read(self) -> float:
-        """Seconds so far, as the host sees them: the device may lag behind."""
+        """Seconds so far. The host reads them without waiting, so that the device may still be at work on them."""
         return self.elapsed_s + (time.perf_counter() - self.running_since if self.running_since is not None else 0.0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stand still inside the block."""
+        """Let the clock stand still inside the block."""
         self.world.synchronize()
         self.elapsed_s, self.running_since = self.read(), None
         yield

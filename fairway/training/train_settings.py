@@ -1,4 +1,4 @@
-"The train section."
+"""The section `train` of params.yaml, put together from the settings of the parts of training, and the run's budget."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ from fairway.training.schedule import Budget, ScheduleSettings
 
 
 class TrainSettings(Section):
-    """The training run."""
+    """A training run: its length, its data, its optimizers and schedules, and what it logs and keeps."""
 
     max_steps: int = Field(gt=0)
     max_wallclock_s: float | None
@@ -33,7 +33,7 @@ class TrainSettings(Section):
     log_every: int = Field(gt=0)
     val_every: int = Field(gt=0)
     checkpoint_every: int = Field(gt=0)
-    # To compile in, so 0 without `compile`.
+    # Steps that are run before the clock starts, so that everything is compiled by then. Without `compile` it is 0.
     warmup_steps: int = Field(ge=0)
     compile: bool
 
@@ -53,6 +53,6 @@ class TrainSettings(Section):
 
 
 def run_budget(train: TrainSettings) -> Budget:
-    """The budget that the train section gives; the reserve is taken off its seconds."""
+    """How long the run may go on: max_steps, and max_wallclock_s less reserve_s unless that is null."""
     seconds = train.max_wallclock_s
     return Budget(train.max_steps, None if seconds is None else seconds - train.reserve_s)

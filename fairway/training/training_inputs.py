@@ -1,9 +1,16 @@
-"""What a training run is given: params and tokens that fit each other and the processes."""
+"""What a training run is given: its stream of micro-batches and its fingerprint, and whether its settings fit.
+
+The settings of a step must fit the processes that were started and the memory of the device.
+"""
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from fairway.model.config import ModelConfig
 from fairway.runtime.distributed import World
@@ -14,20 +21,24 @@ from fairway.tokens.data_orders import (
     CoprimeWindows,
     PackedLoader,
     PackedRows,
+    Sequential,
     SequentialLoader,
     ShuffledLoader,
     ShuffledWindows,
     document_bounds,
     name_seed,
 )
-from fairway.tokens.loader import Order, Sequential, Stream, Tokens
+from fairway.tokens.loader import Order, Stream, Tokens
 from fairway.tokens.shards import shard_paths
 from fairway.training.train_settings import TrainSettings
 
 
 def fingerprint(config: ModelConfig, settings: TrainSettings, seed: int, tokens: Path) -> str:
-    """SHA-256 over what decides a run: its code (dvc.yaml), the sections model and train of params.yaml, the seed, and
-    the tokens' meta.json."""
+    """SHA-256 over all that decides a run, as 64 hexadecimal digits. Resume points of another run have another one.
+
+    It covers the code that dvc.yaml lists for training, the sections model and train of params.yaml, the seed, and the
+    tokens by their meta.json, which holds their checksums.
+    """
     experiment = {
         "code": stage_sources_sha256("train"),
         "model": config.model_dump(),
@@ -39,7 +50,7 @@ def fingerprint(config: ModelConfig, settings: TrainSettings, seed: int, tokens:
 
 
 def check_world(settings: TrainSettings, world: World) -> None:
-    """Raise UserError unless the processes that were started divide the micro-batches of a step."""
+    """Raise UserError unless the micro-batches of a step can be shared equally by the processes that were started."""
     micro_batches = settings.batch_tokens // settings.micro_batch_tokens
     if micro_batches % world.size:
         raise UserError(
@@ -48,8 +59,31 @@ def check_world(settings: TrainSettings, world: World) -> None:
         )
 
 
+@contextmanager
+def memory_named(settings: TrainSettings, world: World) -> Iterator[None]:
+    """Turn a GPU's lack of memory inside the block into a UserError that names the batch size and what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"params.yaml: train.micro_batch_tokens: {settings.micro_batch_tokens} tokens a pass do not fit into the "
+            f"memory of {_device(world)}; lower it (train.batch_tokens may stay: a step then takes more passes)"
+        ) from error
+
+
+def _device(world: World) -> str:
+    """The device by its name, with the size of its memory if it is a GPU."""
+    if world.device.type != "cuda":
+        return str(world.device)
+    device = torch.cuda.get_device_properties(world.device)
+    return f"{device.name} ({device.total_memory / 2**30:.0f} GiB)"
+
+
 def train_stream(config: ModelConfig, settings: TrainSettings, tokens: Path, world: World) -> Stream:
-    """This process's micro-batches of the train split, in the order that train.loader names."""
+    """This process's micro-batches of the training tokens, in the order that train.loader names.
+
+    Raises UserError if the shards are missing, damaged or too short for that order.
+    """
     shards = Tokens(shard_paths(tokens, "train"), vocab_size=config.vocab_size)
     loader, row, segment = settings.loader, config.seq_len, None
     order = _order(settings, shards, row)
@@ -60,7 +94,7 @@ def train_stream(config: ModelConfig, settings: TrainSettings, tokens: Path, wor
 
 
 def _order(settings: TrainSettings, shards: Tokens, window: int) -> Order:
-    """The Order of train.loader. As many processes as micro-batches are emulated, whatever the number that runs."""
+    """The Order of train.loader. It depends on the number of micro-batches of a step, not on that of processes."""
     tokens = settings.micro_batch_tokens
     micro_batches, windows = settings.batch_tokens // tokens, tokens // window
     match settings.loader:

@@ -1,4 +1,7 @@
-"""What a finished run leaves in artifacts/train/<seed>: weights, figures, and where it took place."""
+"""What a finished run leaves in artifacts/train/<seed>: its weights and curves, and train.json with its figures.
+
+The figures include the machine, the libraries and the commit, without which step times and losses cannot be compared.
+"""
 
 import json
 import platform
@@ -6,8 +9,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 from fairway.model.backends import attention_backend
 from fairway.model.config import ModelConfig
 from fairway.runtime.distributed import World
-from fairway.runtime.errors import UserError
 from fairway.runtime.files import output_folder, save_tensors, write_atomic
 from fairway.training.loop import Trained
 from fairway.training.train_settings import TrainSettings
@@ -25,7 +25,7 @@ from fairway.training.train_settings import TrainSettings
 def write_outputs(
     folder: Path, trained: Trained, config: ModelConfig, settings: TrainSettings, world: World, *, live: Path
 ) -> None:
-    """Write one safetensors file a kind of weights, train.json, and a copy of the curves in `live`."""
+    """Write a safetensors file for each kind of weights, train.json, and a copy of the curves in the folder `live`."""
     report = {
         "steps": trained.steps,
         "wall_s": round(trained.clock_s, 3),
@@ -48,7 +48,7 @@ def write_outputs(
 
 
 def environment(world: World, config: ModelConfig, settings: TrainSettings) -> dict[str, Any]:
-    """Machine, libraries, attention backend, processes and commit, fit for JSON; None where there is no such thing."""
+    """The machine, libraries, attention backend, processes and commit, fit for JSON; None where one does not exist."""
     cuda = world.device.type == "cuda"
     packed = settings.loader.kind == "packed"
     length = settings.micro_batch_tokens if packed else config.seq_len
@@ -67,15 +67,18 @@ def environment(world: World, config: ModelConfig, settings: TrainSettings) -> d
 
 
 def peak_memory_bytes(world: World) -> int:
-    """The most memory this process held: allocated on the GPU, or resident on a CPU."""
+    """The most memory that this process held at a time: allocated on its GPU, or resident if it works on the CPU."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device)
-    # In KiB, but in bytes on macOS.
+    # ru_maxrss is in KiB, except on macOS, where it is in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _commit() -> str | None:
-    """The commit of the code, with "+changes" if files of fairway/ or stages/ differ from it; None outside of git."""
+    """The commit of the code, followed by "+changes" if a file of fairway/ or stages/ differs from it.
+
+    None if the code is in no git repository, or git is not installed.
+    """
     commit = _output("git", "rev-parse", "HEAD")
     if commit and _output("git", "status", "--porcelain", "--", "fairway", "stages"):
         return f"{commit}+changes"
@@ -83,29 +86,10 @@ def _commit() -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """First line of a command's output; None if it fails, says nothing or does not exist."""
+    """The first line that a command prints; None if it fails, prints nothing or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=Path(__file__).parents[2])
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = done.stdout.strip().splitlines()
     return lines[0] if done.returncode == 0 and lines else None
-
-
-@contextmanager
-def memory_named(settings: TrainSettings, world: World) -> Iterator[None]:
-    """Turn an out-of-memory error inside the block into a UserError that names the batch size and what to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"params.yaml: train.micro_batch_tokens: {settings.micro_batch_tokens} tokens a pass do not fit into the "
-            f"memory of {_device(world)}; lower it (train.batch_tokens may stay: a step then takes more passes)"
-        ) from error
-
-
-def _device(world: World) -> str:
-    if world.device.type != "cuda":
-        return str(world.device)
-    device = torch.cuda.get_device_properties(world.device)
-    return f"{device.name} ({device.total_memory / 2**30:.0f} GiB)"

@@ -1,8 +1,8 @@
-"""Fused Triton kernels in bfloat16 on CUDA: what cuBLAS and the attention libraries leave over.
+"""Fused Triton kernels in bfloat16 on CUDA, for the work around the products of cuBLAS and the attention libraries.
 
-One file a kernel, each with its maths and its own backward pass, each a torch.library operator, so that the compiler
-takes it as a whole. The plain PyTorch form next to every call is what they are tested against, and what runs anywhere
-else. Triton is imported only where a kernel is used.
+Every kernel has a file with its maths and its backward pass, and is a torch.library operator, which the compiler takes
+as a whole. Next to every call stands the same in plain PyTorch: it runs everywhere else, and the kernels are tested
+against it. Triton is imported only where a kernel is used.
 """
 
 from collections.abc import Iterator
@@ -15,19 +15,20 @@ _watched = False
 
 
 def fused(x: Tensor) -> bool:
-    """Whether fused kernels take over for an activation like `x`: bfloat16 on CUDA, unless products are watched."""
+    """Whether fused kernels are used on an activation such as `x`: bfloat16 on CUDA, and not in plain_products."""
     return x.is_cuda and x.dtype == torch.bfloat16 and not _watched
 
 
 def powers_of_two(*sizes: int) -> bool:
-    """Whether they all are, as the records' are and tiles of most kernels ask."""
+    """Whether all sizes are powers of two, which most kernels need for their tiles and which the records' sizes are."""
     return all(size & (size - 1) == 0 for size in sizes)
 
 
 def in_place(x: Tensor) -> bool:
-    """Whether, beyond that, nothing remembers `x` (..., D): no gradient is recorded, and the compiler does not watch.
+    """Whether `x` (..., D) may be changed in place by fused kernels: no gradient needs it, and nothing is compiled.
 
-    (A compiler undoes changes in place. Over those of a whole network it was once not done after 100 s.)
+    The compiler would replace changes in place by copies anyway; with those of a whole network it had once not finished
+    after 100 s.
     """
     remembered = torch.is_grad_enabled() or torch.compiler.is_compiling()
     return fused(x) and powers_of_two(x.size(-1)) and not remembered
@@ -35,7 +36,7 @@ def in_place(x: Tensor) -> bool:
 
 @contextmanager
 def plain_products() -> Iterator[None]:
-    """Every weight multiplied by itself and as it is, for calibration to watch: no fused kernels."""
+    """No fused kernels inside: every weight is multiplied as it is and by itself, so that calibration can watch it."""
     global _watched
     _watched = True
     try:

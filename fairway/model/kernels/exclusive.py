@@ -1,5 +1,4 @@
 # mypy: disallow-untyped-defs=False
-# mypy: disallow-untyped-defs=False
 """Exclusive self-attention and the gate behind it (attention.py), one pass over the data each way.
 
 Legend: N tokens, K key/value heads, G query heads of each, E width of a head; the last three are powers of two.

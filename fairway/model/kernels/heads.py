@@ -1,5 +1,4 @@
 # mypy: disallow-untyped-defs=False
-# mypy: disallow-untyped-defs=False
 """Queries, keys and values as attention reads them, finished where their joint projection puts out its tiles.
 
 Legend: N tokens, D width, H query heads, K key/value heads, S = H + 2K in all, E width of a head, R rotated pairs.

@@ -1,5 +1,4 @@
 # mypy: disallow-untyped-defs=False
-# mypy: disallow-untyped-defs=False
 """Sources of the residual stream joined and normed, one pass over the data each way.
 
 Legend: N tokens, D width, a power of two, J sources (2 or 3), x_j the sources, c_j their weights per channel.
@@ -20,8 +19,8 @@ from torch import Tensor
 from fairway.model.kernels.tiles import read
 
 EPS = tl.constexpr(2.0**-23)
-# Tokens of a tile. The mix's gradient has larger ones, of so many numbers, taken in turn by a few programs, each of
-# which sums dc over many tokens in registers.
+# Tokens of a tile. For the gradient of the mix a tile has LARGE_TILE numbers, and PROGRAMS programs take tiles in turn,
+# so that each sums dc over many tokens in registers.
 BLOCK, LARGE_TILE, PROGRAMS = 4, 4096, 264
 
 
@@ -38,7 +37,7 @@ def _weights(c, j, D: tl.constexpr):
 
 @triton.jit
 def _forward(x0, x1, x2, c, rows, u, n, n_tokens, scale, D: tl.constexpr, BLOCK: tl.constexpr):
-    """`n` is of float32 where the factors are asked for."""
+    """Where only the factors are wanted, `n` is their float32 tensor, and otherwise of the sources' dtype."""
     at, has = _tile(tl.program_id(0), n_tokens, D, BLOCK)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     s0 = read(x0 + at, has)
@@ -132,7 +131,7 @@ def _sizes(x: Tensor) -> tuple[int, dict[str, int]]:
 
 
 def factors(x: Tensor, scale: float) -> Tensor:
-    """s·r of every token of x (B, T, D), contiguous: (B, T, 1) float32. No gradient, and not for the compiler."""
+    """s·r of every token of x (B, T, D), contiguous: (B, T, 1) float32. It has no gradient and cannot be compiled."""
     f, (n_tokens, sizes) = _per_token(x), _sizes(x)
     _forward[(triton.cdiv(n_tokens, BLOCK),)](x, None, None, None, None, None, f, n_tokens, scale, **sizes)
     return f
@@ -144,8 +143,8 @@ def mix_norm(
 ) -> tuple[Tensor, Tensor]:
     """u = Σ c[j]⊙x_j and n = scale·norm(u), all (B, T, D), contiguous; c (J, D), or all 1 for two sources.
 
-    Aside: instead of n the factors s·r of u's tokens, (B, T, 1) float32, and no gradient. With rows (B, T) the
-    last source is a table (U, D), and these say which row of it stands at each place; no gradient either.
+    With `aside` the factors s·r of u's tokens, (B, T, 1) float32, are returned instead of n. With `rows` (B, T) the
+    last source is a table (U, D), and they say which row of it stands at each place. Neither has a gradient.
     """
     u, n = _mixed(x0, x1, x2, c, rows, scale, aside)
     n_tokens, sizes = _sizes(x0)

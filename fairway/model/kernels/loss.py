@@ -1,5 +1,4 @@
 # mypy: disallow-untyped-defs=False
-# mypy: disallow-untyped-defs=False
 """Output head, softcap and mean cross-entropy as one operator that never stores float32 logits.
 
 Legend: N tokens, D width, V vocabulary, c the softcap.
@@ -28,7 +27,7 @@ def _loss(z, targets, losses, n_tokens, cap, V: tl.constexpr, V2: tl.constexpr):
     v = tl.arange(0, V2)
     target = tl.load(targets + row)
     hit = tl.load(z + row * V + target)
-    # The target's score is read by one thread and overwritten by another.
+    # All threads wait here, because one reads the target's score and another overwrites it.
     tl.debug_barrier()
     tanh = _tanh(read(z + row * V + v, v < V) * (1 / cap))
     # Logits lie within ±cap, so subtracting cap does what subtracting the largest would.

@@ -1,5 +1,4 @@
 # mypy: disallow-untyped-defs=False
-# mypy: disallow-untyped-defs=False
 """The MLP with its activation computed where the matrix products put out their tiles.
 
 Legend: N tokens, D width, F MLP width, φ(p) = p² for p > 0 and p²/4 below.
@@ -7,8 +6,9 @@ Legend: N tokens, D width, F MLP width, φ(p) = p² for p > 0 and p²/4 below.
     forward     P = n·Upᵀ;  A = φ(P);  y = A·Downᵀ
     backward    dP = (dy·Down)⊙φ'(P);  dUp = dPᵀ·n;  dn = dP·Up;  dDown = dyᵀ·A
 
-Two of the six products carry the activation: P is rounded to bfloat16 before φ, dy·Down before φ', as if they had been
-stored; what is saved is one pass each over (N, F). After the fused MLP of PR #1855 (and its author's before).
+Two of the six products apply φ or φ' to what they put out, which saves a pass over (N, F) each. P and dy·Down are
+rounded to bfloat16 first, as if they had been stored. The idea is that of the fused MLP of PR #1855 and its author's
+earlier ones.
 """
 
 import torch
@@ -25,7 +25,7 @@ ROWS, COLUMNS, DEPTH = 128, 128, 64
 
 @triton.jit
 def _activate(product, pre, out, n, f, BACKWARD: tl.constexpr):
-    """Put out a tile: P, if asked for, and φ(P), or backward, where P is given, the product times φ'(P)."""
+    """Store a tile: forward φ(P), and P where it is asked for; backward, where P is read, the product times φ'(P)."""
     stored = product.to(out.dtype)
     if BACKWARD:
         p = pre.load([n, f])
@@ -45,7 +45,7 @@ def _product(
 ):  # fmt: skip
     """Tiles of a (N, D) · b (F, D)ᵀ, a row of tiles after the other, by PROGRAMS programs in turn."""
     columns = tl.cdiv(F, COLUMNS)
-    # Flattened: the next tile's loads begin before this one is put out.
+    # Flattened, so that the next tile's loads begin before this one is stored.
     for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, ROWS) * columns, PROGRAMS, flatten=True):
         n, f = tile // columns * ROWS, tile % columns * COLUMNS
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -61,7 +61,7 @@ def _product(
 
 @triton.jit
 def _put_out(half, pre, out, n, f, BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Half a tile, in quarters if P goes with it: pieces take little shared memory, and overlap."""
+    """Store half a tile, in two pieces if P is stored too: small pieces take little shared memory, and overlap."""
     if pre is None:
         _activate(half, pre, out, n, f, BACKWARD)
     else:
@@ -91,7 +91,7 @@ def mlp(n: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("fairway::activated", mutates_args=())
 def activated(n: Tensor, factors: Tensor | None, up: Tensor) -> Tensor:
-    """A (N, F) alone, of n (N, D), its rows times factors (one a token, float32) if any, and Up (F, D); no gradient."""
+    """A (N, F), without a gradient, of Up (F, D) and n (N, D), whose rows are multiplied by factors (N,) if given."""
     out = _hidden(n, up)
     _launch(n, up, None, out, factors=factors)
     return out

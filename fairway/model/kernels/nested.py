@@ -1,13 +1,14 @@
 # mypy: disallow-untyped-defs=False
-# mypy: disallow-untyped-defs=False
-"""Attention in overlapping windows whose queries, keys and values are the same wherever a token stands in them.
+"""Attention in overlapping windows, where a token's query, key and value are the same in every window that holds it.
 
-Legend: W windows of T places, `spacing` apart; U rows of q, k and v, the first of which are the places of the stretch
-that they cover; H query heads, K key/value heads, G = H/K, E width of a head.
+A query sees more keys in a window that starts earlier, and those it sees in a later window are among them. The kernel
+goes from a query's block of keys back to earlier ones. Each time it reaches the start of a window, the sums so far are
+the query's output in that window, which is stored. So one walk over T keys serves all T/spacing windows of a query.
+A window's first places may have keys and values of their own: they are read only for that window's output.
 
-What a window adds to a query's sums lies between the window's start and the next one's: going back from a query, block
-of keys by block, its output in every window that holds it is one stop on the way. So T keys a query do for T/spacing
-windows at once. A window's first places may have rows of their own, which its last stop reads.
+Legend: W windows of T places that begin `spacing` apart; U rows of q, k and v: first those of the stretch of places
+that the windows cover, then those that windows have for their own first places; H query heads, K key/value heads,
+G = H/K, E width of a head.
 """
 
 import torch
@@ -15,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Sides of a product's tiles are no smaller, blocks of places no larger.
+# The smallest side of a product's tile, and the most places in a block.
 SMALLEST, LARGEST_BLOCK = 16, 32
 
 
 @triton.jit
 def _seen(q, k, v, rows, causal, largest, total, sums, scale, K: tl.constexpr, E: tl.constexpr):
-    """The running maximum, sum of weights and weighted values of the queries after one more block of keys."""
+    """The queries' running maximum, sum of weights and weighted sum of values after one more block of keys."""
     at = rows[:, None] * K * E + tl.program_id(1) * E + tl.arange(0, E)
     scores = tl.where(causal, tl.dot(q, tl.load(k + at).T) * scale, float("-inf"))
     new = tl.maximum(largest, tl.max(scores, axis=1))
@@ -35,7 +36,7 @@ def _forward(
     q, k, v, rows, o, windows, spacing, scale,
     T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of the stretch's places as queries of one key/value head, G at each place."""
+    """Queries of a block of places: those of the G query heads at each place that read one key/value head."""
     block, key = tl.program_id(0), tl.arange(0, BLOCK)
     place, head = tl.arange(0, BLOCK * G) // G, tl.program_id(1) * G + tl.arange(0, BLOCK * G) % G
     part = head[:, None] * E + tl.arange(0, E)
@@ -57,7 +58,7 @@ def _forward(
 
 
 def block_size(spacing: int, length: int) -> int:
-    """Places of a block, such that windows of `length` places begin and end where blocks do."""
+    """How many places a block has; windows of `length` places, `spacing` apart, then begin and end where blocks do."""
     return min(spacing & -spacing, length & -length, LARGEST_BLOCK)
 
 
@@ -65,8 +66,9 @@ def block_size(spacing: int, length: int) -> int:
 def nested_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, spacing: int) -> Tensor:
     """Causal attention within windows, (W, T, H, E), of q (1, U, H, E), k and v (1, U, K, E), contiguous.
 
-    `rows` (W, T) int64 says which row stands at each place: window w's from spacing·w on, but for its first ones,
-    whose rows may be others. No gradient, and not for the compiler.
+    `rows` (W, T) int64 says which row of q, k and v stands at each place of each window. At place t of window w that is
+    spacing·w + t, except at a window's first places, fewer than a block, which may have any row. There is no gradient,
+    and the compiler does not know the operator's shapes.
     """
     windows, length = rows.shape
     (heads, width), kv_heads = q.shape[2:], k.size(2)

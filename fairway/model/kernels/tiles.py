@@ -1,6 +1,5 @@
 # mypy: disallow-untyped-defs=False
-# mypy: disallow-untyped-defs=False
-"""What kernels have in common: how they read numbers, halve a tile, and how many of them run side by side."""
+"""What kernels have in common: reading numbers, halving a tile, and the number of programs that run side by side."""
 
 import torch
 import triton
@@ -13,7 +12,7 @@ PER_PROCESSOR = 2
 
 @triton.jit
 def read(pointer, has):
-    """In float32, and zero where there is nothing."""
+    """The numbers at a pointer in float32, and zero where the mask `has` is false."""
     return tl.load(pointer, mask=has, other=0.0).to(tl.float32)
 
 

@@ -1,0 +1,68 @@
+"""What training and evaluation show while they go on: how far they are, and how long they will still take."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fairway.evaluation.collect import RunningScore
+from fairway.runtime import progress
+from fairway.runtime.distributed import World
+from fairway.runtime.live_log import Figures, TrainLog
+
+
+class HandSetClock:
+    """Stands for the module time where progress reads it, so that a test of minutes takes none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 5000.0
+        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> HandSetClock:
+    """The time that progress lines are reckoned by."""
+    return HandSetClock(monkeypatch)
+
+
+def _figures(clock_s: float) -> Figures:
+    return {"train_loss": 2.5, "clock_s": clock_s}
+
+
+def test_a_resumed_run_limited_by_the_clock_tells_the_seconds_that_are_left(
+    tmp_path: Path, clock: HandSetClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed at 400 of 600 seconds, 11 seconds ago: 189 are left. The 400 seconds were not run in these 11."""
+    with TrainLog(tmp_path, steps=100_000, seconds=600.0) as log:
+        log.tick(4001, _figures(400.2))
+        clock.now_s += 11
+        log.tick(4111, _figures(411.2))
+        assert capsys.readouterr().out == "train: 411/600 s, 11 s, 189 s left loss=2.5\n"
+
+
+def test_a_resumed_run_limited_by_steps_judges_its_speed_by_its_own_steps(
+    tmp_path: Path, clock: HandSetClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TrainLog(tmp_path, steps=100, seconds=None) as log:
+        log.tick(61, _figures(300.0))
+        clock.now_s += 20
+        log.tick(65, _figures(320.0))
+        assert capsys.readouterr().out == "train: 65/100 steps, 20 s, 175 s left loss=2.5\n"
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_resumed_evaluation_judges_its_speed_by_what_it_scores_itself(
+    processes: int, clock: HandSetClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed at 600 of 1,000 tokens, which all processes together scored; 100 more in 20 seconds leave 60 s."""
+    world = World(rank=0, size=processes, device=torch.device("cpu"))
+    mine_N = torch.arange(0, 1000, processes)
+    nats_N = torch.full(mine_N.shape, math.log(2), dtype=torch.float64)
+    restored, scored = 600 // processes, 700 // processes
+    with RunningScore("evaluate", torch.ones(1000, dtype=torch.int64), world, every_s=0.0) as running:
+        running.add(mine_N[:restored], nats_N[:restored])
+        clock.now_s += 20
+        running.add(mine_N[restored:scored], nats_N[restored:scored])
+        assert capsys.readouterr().out == "evaluate: 700/1000 tokens, 20 s, 60 s left bpb=1\n"
