@@ -68,7 +68,7 @@ class ColumnPieces:
 
         bytes of the orders, bytes of each piece: u32 each | orders, u16 each, packed by Brotli | pieces
 
-    A stream that begins like a file of lrzip is of the layout of Serialized, in which this project first used lrzip.
+    A stream that begins like a file of lrzip is one, with the layout of Serialized, as version 0.1.0 wrote it.
     """
 
     def __init__(self, inner: ByteCodec) -> None:
