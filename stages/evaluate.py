@@ -36,7 +36,7 @@ def main() -> None:
     with start_world() as world:
         # On the clock: reading, decompression, compilation, every adaptation. Off it: imports and writing the result.
         started_at = time.monotonic()
-        model, validation = load_inputs(ARTIFACTS, seed, world.device)
+        model, validation = load_inputs(ARTIFACTS, seed, world)
         evaluator = make_evaluator(name, settings, model=model.config, processes=world.size)
         tokens_N1, bytes_N = validation.tokens.to(world.device), validation.bytes.to(world.device)
         points = ResumePoints(

@@ -12,9 +12,11 @@ from conftest import Experiment
 from hypothesis import given
 from hypothesis import strategies as st
 from reports import Figures
+from stand_in_lrzip import install
 
 from fairway.certification.accounting import read_nats
 from fairway.certification.decoder import PRECISION, Decoder, Encoder, counts
+from fairway.codec.container import pack, unpack
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import read_figures
 
@@ -38,6 +40,20 @@ def test_an_artifact_trained_on_the_validation_text_fails_whatever_scores_it(fin
     assert "trained on the validation text" in failed["causality"]["why"]
     assert found["conditions"]["accounting"]["evidence"]["adapt_split"] == "validation"
     assert found["certify_s"] > 0
+
+
+def test_evaluation_and_certificate_unpack_the_artifact_once_each(
+    finished_copy: Experiment, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = finished_copy.folder / "artifacts/compress/1337/model.bin"
+    runs = install(tmp_path_factory.mktemp("lrzip"), monkeypatch)
+    config, state = unpack(path.read_bytes())
+    path.write_bytes(pack(config, state, codec="lrzip"))
+    packed = runs.read_text().split()
+    for stage in ("evaluate", "certify"):
+        runs.unlink()
+        finished_copy.stage(stage, "1337", "sliding")
+        assert runs.read_text().split() == ["unpack"] * len(packed)
 
 
 def test_a_missing_evaluation_names_the_stage_that_makes_it(finished_copy: Experiment) -> None:

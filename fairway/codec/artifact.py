@@ -1,20 +1,24 @@
-"""From model.bin to a network that can be evaluated. Whatever is evaluated comes through here.
+"""From model.bin to a network that can be evaluated, and what model.bin weighs.
 
-Where the bytes of a record are.
+Whatever is evaluated comes through here. Unpacking can keep all processors busy for a while (lrzip), so that nothing
+here unpacks a file twice, and weighing does not unpack it at all.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors.torch import load, save
 from torch import Tensor
 
-from fairway.codec.codes import Quantized, QuantizedState, code_histogram, dequantize, entropy_bits
+from fairway.codec.codes import dequantize
 from fairway.codec.container import read_header, unpack
 from fairway.codec.header import Group
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
+from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import require_file
 from fairway.runtime.settings import Section
@@ -46,6 +50,38 @@ def load_artifact(path: Path, device: torch.device) -> GPT:
         _check_tensors(config, weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    return _network(config, weights, device)
+
+
+def load_artifact_once(path: Path, world: World) -> GPT:
+    """load_artifact for all processes: rank 0 unpacks the file and gives the weights to the others.
+
+    Raises UserError as load_artifact does, in rank 0; torchrun then ends the others.
+    """
+    model = load_artifact(path, world.device) if world.rank == 0 else None
+    # The others wait here until rank 0 has found the file good, and then believe what its header says.
+    world.gather(torch.zeros(1, device=world.device))
+    if model is None:
+        model = GPT(read_header(path.read_bytes()).model).to_device(world.device).eval()
+    for weight in model.state_dict().values():
+        # The sum of rank 0's weight and zeros.
+        world.sum(weight if world.rank == 0 else weight.zero_()).wait()
+    return model
+
+
+def snapshot(model: GPT) -> Callable[[], GPT]:
+    """A function that makes networks with the weights that `model` has now, whatever becomes of `model` later.
+
+    The weights are kept as bytes, which Python lets nobody change. To a decoder that must know nothing but the artifact
+    a network made of them is as good as one read from the file again, and it costs no second unpacking.
+    """
+    config, device = model.config, next(model.parameters()).device
+    frozen = save({name: weight.cpu() for name, weight in model.state_dict().items()})
+    return lambda: _network(config, load(frozen), device)
+
+
+def _network(config: ModelConfig, weights: dict[str, Tensor], device: torch.device) -> GPT:
+    """The network with these weights, in evaluation mode."""
     model = GPT(config)
     model.load_state_dict(weights)
     return model.to_device(device).eval()
@@ -69,14 +105,13 @@ def _check_tensors(config: ModelConfig, weights: dict[str, Tensor]) -> None:
 def weigh(train_gpt: bytes, model: bytes, *, cap_bytes: int) -> dict[str, Any]:
     """Bytes of the two files, of their sum and below the cap (negative: above); of model.bin also by class of tensor.
 
-    A class lists its weights, bytes (codes and scales), bits per weight, and beside them what one histogram per matrix
-    would need (order-0 entropy, bits per weight). `parts` is one stacked bar: bytes by part, of which the sum is the
-    total. `would_fit`: weights more, at the present bits per weight, and bytes of code, either of which fills the rest.
-    Raises UserError if `model` is damaged.
+    A class lists its weights, bytes (codes and scales) and bits per weight; quantize.json has the entropy of every
+    matrix, which these can be compared to. `parts` is one stacked bar: bytes by part, of which the sum is the total.
+    `would_fit`: weights more, at the present bits per weight, and bytes of code, either of which fills the rest.
+    All this stands in the file's header. Raises UserError if `model` is damaged.
     """
     header = read_header(model)
-    _, state = unpack(model)
-    classes = {group.kind: _weigh_group(group, state) for group in header.groups}
+    classes = {group.kind: _weigh_group(group) for group in header.groups}
     weights = sum(facts["weights"] for facts in classes.values()) + sum(entry.values for entry in header.floats)
     total = len(train_gpt) + len(model)
     parts = {kind: facts["bytes"] for kind, facts in classes.items()} | {"float16": header.floats_bytes}
@@ -112,23 +147,10 @@ def over_cap(size: dict[str, Any]) -> str:
     )
 
 
-def _weigh_group(group: Group, state: QuantizedState) -> dict[str, Any]:
+def _weigh_group(group: Group) -> dict[str, Any]:
     weights = sum(entry.values for entry in group.matrices)
     return {
         "weights": weights,
         "bytes": group.stream_bytes,
         "bits_per_weight": 8 * group.stream_bytes / weights,
-        "entropy_bits_per_weight": _entropy(group, state),
     }
-
-
-def _entropy(group: Group, state: QuantizedState) -> float:
-    """Mean over the group's weights of the order-0 entropy of their matrix."""
-    bits = [(entry.values, entropy_bits(code_histogram(_matrix(state, entry.name).codes))) for entry in group.matrices]
-    return sum(values * entropy for values, entropy in bits) / sum(values for values, _ in bits)
-
-
-def _matrix(state: QuantizedState, name: str) -> Quantized:
-    value = state[name]
-    assert not isinstance(value, torch.Tensor), "groups hold matrices of codes"
-    return value

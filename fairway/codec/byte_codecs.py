@@ -4,10 +4,11 @@
 """
 
 import lzma
-import resource
+import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,7 +95,13 @@ class Lzma:
 
 
 class Lrzip:
-    """The lrzip program with its ZPAQ back end at level 9 (PR #1855). One thread: its output depends on how many."""
+    """The lrzip program with its ZPAQ back end at level 9 (PR #1855).
+
+    Each run has one thread, because what lrzip writes depends on how many it has. Callers run several at once instead.
+    """
+
+    # Every file of lrzip begins with this.
+    MAGIC = b"LRZI"
 
     def encode(self, data: bytes) -> bytes:
         """Compress."""
@@ -129,8 +136,12 @@ def _exactly(data: bytes, size: int) -> bytes:
     return data
 
 
+# Each run of lrzip keeps a processor busy and takes 300 MB, so more runs than processors would only take memory.
+_FREE_PROCESSORS = threading.BoundedSemaphore(os.cpu_count() or 1)
+
+
 def lrzip_program() -> str:
-    """The path of the program lrzip. Raises UserError if it is not installed."""
+    """The path of the lrzip program. Raises UserError if it is not installed."""
     program = shutil.which("lrzip")
     if program is None:
         raise UserError(
@@ -141,17 +152,17 @@ def lrzip_program() -> str:
 
 
 def _lrzip(data: bytes, options: list[str], *, largest: int) -> bytes:
-    """Run lrzip from file to file. The kernel stops it at `largest` bytes: what it reads may be a bomb."""
-    program = lrzip_program()
-    with tempfile.TemporaryDirectory() as folder:
+    """Run lrzip from file to file, when a processor is free.
+
+    What it reads may be a bomb, so the kernel stops it when it has written `largest` bytes, rounded up to the 512 of
+    ulimit. A shell sets that limit: Python code between fork and exec can hang in a program that has threads.
+    """
+    limited = ["sh", "-c", 'ulimit -f "$1" && shift && exec "$@"', "sh", str(-(-largest // 512)), lrzip_program()]
+    with _FREE_PROCESSORS, tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in"), Path(folder, "out")
         source.write_bytes(data)
-        done = subprocess.run(
-            [program, *options, "-Q", "-p", "1", "-o", str(target), str(source)],
-            capture_output=True,
-            check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
-        )
+        command = [*limited, *options, "-Q", "-p", "1", "-o", str(target), str(source)]
+        done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode:
             raise ValueError(f"lrzip ended with status {done.returncode}")
         return target.read_bytes()

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fairway.codec.byte_codecs import Brotli, Shuffled
-from fairway.codec.codecs import CODECS, Serialized
+from fairway.codec.codecs import CODECS, Serialized, in_parallel
 from fairway.codec.codes import TENSOR_CLASSES, LowRank, Quantized, QuantizedState, TensorClass, tensor_class
 from fairway.codec.header import Correction, Entry, Group, Header, check_table
 from fairway.model.config import ModelConfig
@@ -41,19 +41,18 @@ def pack(config: ModelConfig, state: QuantizedState, *, codec: str) -> bytes:
     """The file's bytes. `codec` is a key of CODECS."""
     in_order = sorted(state.items(), key=_place)
     floats = {name: value for name, value in in_order if isinstance(value, Tensor)}
-    groups: list[Group] = []
-    streams: list[bytes] = []
+    classes = []
     for kind in TENSOR_CLASSES:
         matrices = {name: v for name, v in in_order if isinstance(v, Quantized) and tensor_class(name) == kind}
         if matrices:
-            group, group_streams = _pack_group(kind, matrices, codec)
-            groups.append(group)
-            streams += group_streams
+            classes.append((kind, matrices, codec))
+    groups = in_parallel(_pack_group, classes)
+    streams = [stream for _, group_streams in groups for stream in group_streams]
     streams.append(_pack_float16(floats.values()))
     header = Header(
         model=config,
         codec=codec,
-        groups=groups,
+        groups=[group for group, _ in groups],
         floats=[Entry(name=name, shape=list(value.shape), bits=16) for name, value in floats.items()],
         floats_bytes=len(streams[-1]),
     )
@@ -74,9 +73,12 @@ def unpack(data: bytes) -> tuple[ModelConfig, QuantizedState]:
         return data[position - length : position]
 
     try:
-        for group in header.groups:
-            streams = take(group.codes_bytes), take(group.scales_bytes), take(group.factors_bytes)
-            state |= _unpack_group(group, streams, header.codec)
+        groups = [
+            (group, (take(group.codes_bytes), take(group.scales_bytes), take(group.factors_bytes)), header.codec)
+            for group in header.groups
+        ]
+        for matrices in in_parallel(_unpack_group, groups):
+            state |= matrices
         values = _unpack_float16(take(header.floats_bytes), [entry.values for entry in header.floats])
         state |= {entry.name: value.reshape(entry.shape) for entry, value in zip(header.floats, values, strict=True)}
     except ValueError as error:

@@ -16,12 +16,11 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import get_type_hints
 
-import torch
-
-from fairway.codec.artifact import load_artifact
+from fairway.codec.artifact import load_artifact_once
 from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
+from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import require_file
 from fairway.runtime.fingerprint import file_sha256, stage_sources_sha256
@@ -109,15 +108,16 @@ def make_evaluator(name: str, settings: EvaluatorSettings, *, model: ModelConfig
     return evaluator_class(name)(settings)
 
 
-def load_inputs(artifacts: Path, seed: int, device: torch.device) -> tuple[GPT, Validation]:
-    """The network in compress/<seed>/model.bin, on `device`, and the stream in tokens/, cut to its row length (CPU).
+def load_inputs(artifacts: Path, seed: int, world: World) -> tuple[GPT, Validation]:
+    """The network in compress/<seed>/model.bin, on this process's device, and the stream in tokens/, cut to its row
+    length, on the CPU. Of all processes only the first unpacks the network.
 
     Raises UserError if either is missing or damaged, or if they were made for different vocabularies.
     """
     path, meta_path = artifacts / "compress" / str(seed) / "model.bin", artifacts / "tokens" / "meta.json"
     require_file(path, f"python -m stages.compress {seed}")
     meta = json.loads(require_file(meta_path, "python -m stages.tokenize").read_text(encoding="utf-8"))
-    model = load_artifact(path, device)
+    model = load_artifact_once(path, world)
     if meta["vocab_size"] != model.config.vocab_size:
         raise UserError(
             f"{path}: a network for {model.config.vocab_size} tokens, expected {meta['vocab_size']} as in {meta_path}"

@@ -152,20 +152,9 @@ def _batches(settings: GptqSettings, model: GPT, tokens: Path, seed: int) -> Ite
 BatchShape = tuple[int, int, int]
 
 
-def _rows_of_training(
-    settings: GptqSettings, model: GPT, tokens: Path, shape: BatchShape, seed: int
-) -> Iterator[Tensor]:
-    return _rows_of_shards(shard_paths(tokens, "train"), model, shape, seed)
-
-
-def _rows_of_validation(
-    settings: GptqSettings, model: GPT, tokens: Path, shape: BatchShape, seed: int
-) -> Iterator[Tensor]:
-    return _rows_of_shards(shard_paths(tokens, "val"), model, shape, seed)
-
-
-def _rows_of_shards(paths: list[Path], model: GPT, shape: BatchShape, seed: int) -> Iterator[Tensor]:
-    shards = Tokens(paths, vocab_size=model.config.vocab_size)
+def _rows_of_shards(settings: GptqSettings, model: GPT, tokens: Path, shape: BatchShape, seed: int) -> Iterator[Tensor]:
+    split = {"train": "train", "validation": "val"}[settings.calibration]
+    shards = Tokens(shard_paths(tokens, split), vocab_size=model.config.vocab_size)
     return random_rows(shards.read, shards.total, shape, seed=seed)
 
 
@@ -181,8 +170,8 @@ def _generated_rows(settings: GptqSettings, model: GPT, tokens: Path, shape: Bat
 # Where the calibration text comes from, by the name that quantize.gptq.calibration gives it. A table, so that the
 # program that ships carries the one that its record uses.
 TEXTS: dict[str, Callable[[GptqSettings, GPT, Path, BatchShape, int], Iterator[Tensor]]] = {
-    "train": _rows_of_training,
-    "validation": _rows_of_validation,
+    "train": _rows_of_shards,
+    "validation": _rows_of_shards,
     "text": _rows_of_text,
     "generated": _generated_rows,
 }
