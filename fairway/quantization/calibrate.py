@@ -153,8 +153,8 @@ BatchShape = tuple[int, int, int]
 
 
 def _rows_of_shards(settings: GptqSettings, model: GPT, tokens: Path, shape: BatchShape, seed: int) -> Iterator[Tensor]:
-    split = {"train": "train", "validation": "val"}[settings.calibration]
-    shards = Tokens(shard_paths(tokens, split), vocab_size=model.config.vocab_size)
+    paths = shard_paths(tokens, "train" if settings.calibration == "train" else "val")
+    shards = Tokens(paths, vocab_size=model.config.vocab_size)
     return random_rows(shards.read, shards.total, shape, seed=seed)
 
 
