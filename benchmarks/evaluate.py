@@ -28,7 +28,7 @@ from fairway.evaluation.registry import make_evaluator
 from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
-from fairway.params import Params, load_params
+from fairway.params import Params
 from fairway.runtime.distributed import World, make_deterministic, start_world
 from fairway.tokens.tokenizer import BOS
 
@@ -71,13 +71,13 @@ def random_network(config: ModelConfig) -> GPT:
     model.init_weights(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(0.02 * torch.randn_like(parameter))
     return model
 
 
 def _record(record: str, only: list[str] | None, targets: int, world: World) -> str:
     """Prints a record's lines; whether it keeps the limit."""
-    settings = load_params(Path(f"records/{record}.yaml"))
+    settings = params.load_params(Path(f"records/{record}.yaml"))
     model = random_network(settings.model).to_device(world.device)
     wanted = [*settings.evaluators, *(["adapt"] if settings.adapt.epochs else []), "streaming"]
     whole_s = {
@@ -128,7 +128,7 @@ def _work(name: str, settings: Params, model: GPT, world: World) -> tuple[int, s
         return 1, name, evaluate_once(StreamingEvaluator(STREAMING), model, world)
     stride = getattr(getattr(settings, name), "stride", None)
     label = name if stride is None else f"{name}, stride {stride}"
-    return 1, label, evaluate_once(make_evaluator(name, getattr(settings, name)), model, world)
+    return 1, label, evaluate_once(make_evaluator(name, settings), model, world)
 
 
 def random_stream(vocab_size: int, targets: int) -> Tensor:

@@ -1,6 +1,5 @@
 """Compressors: exact round trips, exact sizes, and decoders that survive whatever they are given."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,16 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairway.codec import byte_codecs
 from fairway.codec.byte_codecs import Brotli, ByteCodec, Lrzip, Lzma, Shuffled, Zstd
 from fairway.codec.codecs import CODECS
 from fairway.codec.entropy_coder import MAX_BUCKETS, PREFIX, RowColumnAns, find_references, restore, subtract
 from fairway.runtime.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
-NO_LRZIP = pytest.mark.skipif(shutil.which("lrzip") is None, reason="lrzip is not installed")
 FAST = [Brotli(), Shuffled(Brotli()), Zstd(), Lzma()]
-NAMES = [pytest.param(name, marks=NO_LRZIP if name == "lrzip" else ()) for name in CODECS]
+NAMES = [pytest.param(name, marks=pytest.mark.program("lrzip") if name == "lrzip" else ()) for name in CODECS]
 Shapes = list[tuple[int, int]]
 
 
@@ -184,7 +181,7 @@ def test_the_shuffle_is_that_of_r1172() -> None:
     assert checked
 
 
-def test_a_missing_program_is_an_error_that_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(byte_codecs.shutil, "which", lambda name: None)
+def test_a_missing_program_is_an_error_that_names_its_package() -> None:
+    """Tests that are not marked as needing a program see none."""
     with pytest.raises(UserError, match="lrzip is not installed; expected the program of the package lrzip"):
         Lrzip().encode(b"data")

@@ -3,15 +3,14 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Experiment
+from conftest import Experiment, stage_main
+from forks import Fork
 
 from fairway.codec.container import pack
 from fairway.evaluation.collect import bpb
@@ -88,12 +87,11 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_unkilled_one(compressed: Exp
     whole = _outcome(compressed, "ttt")[0]
     resume = compressed.folder / "artifacts/resume/evaluate-1337-ttt"
     assert not resume.exists()
-    process = subprocess.Popen([sys.executable, "-m", "stages.evaluate", "1337", "ttt"], cwd=compressed.folder)
+    evaluation = Fork(stage_main("evaluate", "1337", "ttt"), compressed.folder)
     while not (resume / "latest.json").exists():
-        assert process.poll() is None, "it ended before it left a point"
+        assert evaluation.is_running(), evaluation.wait()
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    evaluation.kill()
     shutil.rmtree(compressed.folder / "artifacts/evaluate")
     compressed.stage("evaluate", "1337", "ttt")
     np.testing.assert_array_equal(_outcome(compressed, "ttt")[0], whole)
@@ -105,7 +103,7 @@ def test_points_belong_to_artifact_tokens_and_settings(compressed: Experiment) -
 
     def mark(**changes: Any) -> str:
         compressed.set_params(compressed.params | changes)
-        return evaluation_fingerprint(artifacts, 1337, "ttt", load_params(compressed.folder / "params.yaml").ttt)
+        return evaluation_fingerprint(artifacts, 1337, "ttt", load_params(compressed.folder / "params.yaml"))
 
     first = mark()
     assert mark(sliding=compressed.params["sliding"] | {"stride": 8}) == first
@@ -120,15 +118,10 @@ def test_points_belong_to_the_code_that_made_them(compressed: Experiment) -> Non
     code = (
         "from pathlib import Path; from fairway.params import load_params;"
         "from fairway.evaluation.registry import evaluation_fingerprint;"
-        "print(evaluation_fingerprint(Path('artifacts'), 1337, 'ttt', load_params('params.yaml').ttt))"
+        "print(evaluation_fingerprint(Path('artifacts'), 1337, 'ttt', load_params('params.yaml')))"
     )
-    matter = (
-        "fairway/model/attention.py",
-        "fairway/evaluation/ttt.py",
-        "fairway/adaptation/trainable.py",
-        "fairway/model/rounding.py",
-    )
-    before, train, *others = compressed.printed_as_sources_change(code, "fairway/training/loop.py", *matter)
+    matter = ("model/attention.py", "stages/evaluate/ttt.py", "stages/adapt/trainable.py", "stages/train/qat.py")
+    before, train, *others = compressed.printed_as_sources_change(code, "stages/train/loop.py", *matter)
     assert len({before, *others}) == 5
     ResumePoints(compressed.folder / "resume", before).save(3, {"nats": torch.ones(2)}, {"step": 3})
     assert ResumePoints(compressed.folder / "resume", train).load() is not None

@@ -341,7 +341,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def hub_settings(hub: Hub, **changes: Any) -> FetchHub:
     settings = {"source": "hub", "repository": "owner/golf", "revision": COMMIT, "root": "datasets", "train_shards": 2}
-    return FetchHub(**(settings | {"variant": "fineweb10B_sp263", "endpoint": hub.endpoint} | changes))
+    return FetchHub.model_validate(settings | {"variant": "fineweb10B_sp263", "endpoint": hub.endpoint} | changes)
 
 
 def fetch_into(tmp_path: Path, hub: Hub, name: str = "docs", **changes: Any) -> Path:

@@ -16,11 +16,11 @@ from reports import certificate, write_certificate
 
 from fairway.reporting.budgets import Budget
 from fairway.reporting.certificates import Certificate, broken, load_certificate, standing, worst
+from fairway.reporting.comparison import spread, welch
 from fairway.reporting.plot import BOTTOM, TOP, Line, plot, ticks
 from fairway.reporting.published import Published, load_published, named_record
 from fairway.reporting.runs import PARTS, profile
 from fairway.reporting.scores import Score
-from fairway.reporting.significance import spread, welch
 from fairway.reporting.tables import size_parts
 from fairway.runtime.errors import UserError
 
@@ -124,7 +124,9 @@ def test_an_evaluator_is_illegal_if_it_is_so_on_any_seed() -> None:
         "illegal",
     ]
     assert broken([good, bad]) == ["causality"]
-    assert worst([good, doubtful], "decoder").verdict == "unproven"
+    found = worst([good, doubtful], "decoder")
+    assert found is not None
+    assert found.verdict == "unproven"
     assert worst([good], "no such condition") is None
 
 

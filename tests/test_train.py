@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, Experiment, tiny_params
+from bare_machine import COMPILER
+from conftest import REPOSITORY, Experiment, stage_main, tiny_params
+from forks import Fork
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fairway.model.gpt import GPT
 from fairway.params import Params, load_params
-from fairway.preflight import check_inputs
 from fairway.runtime.distributed import World, alone
 from fairway.runtime.errors import UserError, stage_arguments
 from fairway.runtime.files import load_tensors
@@ -32,7 +33,7 @@ from fairway.tokens.shards import shard_paths
 from fairway.tokens.validation import load_validation
 from fairway.training.loop import Trained, train
 from fairway.training.run import Figures
-from fairway.training.training_inputs import check_world, fingerprint, train_stream
+from fairway.training.training_inputs import check_inputs, check_world, fingerprint, train_stream
 from fairway.training.training_outputs import memory_named
 
 SEED = "1337"
@@ -85,7 +86,7 @@ def run_loop(
     model.init_weights(1337)
     validation = load_validation(tokens, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
     ticks: list[Figures] = []
-    with Prefetcher(train_stream(params.model, params.train, tokens, ALONE), ALONE.device) as loader:
+    with Prefetcher(train_stream(params, tokens, ALONE), ALONE.device) as loader:
         trained = train(
             model,
             loader,
@@ -116,7 +117,7 @@ def final_weights(experiment: Experiment) -> dict[str, Tensor]:
 @pytest.mark.parametrize("clip", ["micro_batch", "step"])
 def test_one_process_and_two_train_alike(ready: Experiment, clip: str) -> None:
     alone, ticks = run_loop(ready, change(ready, clip=clip))
-    ready.run("torchrun", "--standalone", "--nproc-per-node=2", "-m", "stages.train", SEED)
+    ready.stage_of_processes(2, "train", SEED)
     shared = curve(ready, "train_loss")[:10]
     assert [step for step, _ in shared] == list(range(1, 11))
     np.testing.assert_allclose(
@@ -141,23 +142,21 @@ def test_a_run_leaves_what_later_stages_read(trained_alone: Experiment) -> None:
     assert list((trained_alone.folder / "artifacts/resume").glob("train-*/*")) == []
 
 
-def _start_and_wait_for_a_resume_point(experiment: Experiment, *command: str) -> subprocess.Popen[bytes]:
-    """Start training; return once its first resume point is written."""
-    process = subprocess.Popen([sys.executable, "-m", *command], cwd=experiment.folder, stderr=subprocess.PIPE)
+def _wait_for_a_resume_point(experiment: Experiment, is_running: Callable[[], bool]) -> None:
+    """Return once a training that was started has written its first resume point."""
     latest = experiment.folder / f"artifacts/resume/train-{SEED}/latest.json"
     give_up_at = time.monotonic() + 60
     while not latest.exists():
-        assert process.poll() is None, process.communicate()
+        assert is_running()
         assert time.monotonic() < give_up_at
         time.sleep(0.005)
-    return process
 
 
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(ready: Experiment) -> None:
-    change(ready, max_steps=60, checkpoint_every=5)
-    process = _start_and_wait_for_a_resume_point(ready, "stages.train", SEED)
-    process.kill()
-    process.communicate()
+    change(ready, max_steps=30, checkpoint_every=5)
+    training = Fork(stage_main("train", SEED), ready.folder)
+    _wait_for_a_resume_point(ready, training.is_running)
+    training.kill()
     assert not (ready.folder / f"artifacts/train/{SEED}").exists()
     ready.stage("train", SEED)
     resumed, losses = final_weights(ready), curve(ready, "train_loss")
@@ -174,10 +173,11 @@ def _children(pid: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses /proc and PR_SET_PDEATHSIG")
 def test_workers_die_with_their_launcher_and_one_process_goes_on(ready: Experiment) -> None:
-    change(ready, max_steps=150, checkpoint_every=5)
-    launcher = _start_and_wait_for_a_resume_point(
-        ready, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "stages.train", SEED
-    )
+    change(ready, max_steps=60, checkpoint_every=5)
+    ready.copy_code()
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "stages.train", SEED]
+    launcher = subprocess.Popen([sys.executable, "-m", *command], cwd=ready.folder, stderr=subprocess.PIPE)
+    _wait_for_a_resume_point(ready, lambda: launcher.poll() is None)
     workers = _children(launcher.pid)
     assert len(workers) == 2
     launcher.kill()
@@ -189,7 +189,7 @@ def test_workers_die_with_their_launcher_and_one_process_goes_on(ready: Experime
     assert not (ready.folder / f"artifacts/train/{SEED}").exists()
     ready.stage("train", SEED)
     steps = [step for step, _ in curve(ready, "train_loss")]
-    assert steps == [*range(1, 11), *range(12, 151, 2)]
+    assert steps == [*range(1, 11), *range(12, 61, 2)]
 
 
 def _state(pid: int) -> str:
@@ -215,16 +215,12 @@ def test_a_second_run_of_the_same_seed_is_refused(tmp_path: Path) -> None:
 def test_a_changed_experiment_does_not_see_the_resume_point(ready: Experiment) -> None:
     tokens = ready.folder / "artifacts/tokens"
     params = load_params(ready.folder / "params.yaml")
-    same = fingerprint(params.model, params.train, 1, tokens)
+    same = fingerprint(params, 1, tokens)
     ResumePoints(ready.folder / "resume", same).save(3, {"model/w": torch.ones(2)}, {"step": 3})
     assert ResumePoints(ready.folder / "resume", same).load() is not None
-    changed = change(ready, grad_clip=0.5)
-    others = [
-        fingerprint(params.model, params.train, 2, tokens),
-        fingerprint(changed.model, changed.train, 1, tokens),
-    ]
+    others = [fingerprint(params, 2, tokens), fingerprint(change(ready, grad_clip=0.5), 1, tokens)]
     (tokens / "meta.json").write_text("{}")
-    others.append(fingerprint(params.model, params.train, 1, tokens))
+    others.append(fingerprint(params, 1, tokens))
     assert len({same, *others}) == 4
     assert all(ResumePoints(ready.folder / "resume", other).load() is None for other in others)
 
@@ -233,9 +229,9 @@ def test_changed_code_does_not_see_the_resume_point(ready: Experiment) -> None:
     code = (
         "from pathlib import Path; from fairway.params import load_params;"
         "from fairway.runtime.resume import fingerprint;"
-        "p = load_params('params.yaml'); print(fingerprint(p.model, p.train, 1, Path('artifacts/tokens')))"
+        "print(fingerprint(load_params('params.yaml'), 1, Path('artifacts/tokens')))"
     )
-    sources = ("fairway/reporting/page.py", "fairway/model/attention.py", "fairway/training/loop.py")
+    sources = ("stages/report/page.py", "model/attention.py", "stages/train/loop.py")
     before, report, model, train = ready.printed_as_sources_change(code, *sources)
     assert len({before, model, train}) == 3
     ResumePoints(ready.folder / "resume", before).save(3, {"model/w": torch.ones(2)}, {"step": 3})
@@ -314,7 +310,7 @@ def test_a_single_process_needs_no_launcher(tmp_path: Path) -> None:
 def test_training_works_in_a_git_repository_without_a_commit(ready: Experiment) -> None:
     subprocess.run(["git", "init", "-q"], cwd=ready.folder, check=True)
     change(ready, max_steps=2)
-    done = ready.stage("train", SEED)
+    done = ready.run("python", "-m", "stages.train", SEED)
     assert "Traceback" not in done.stderr, done.stderr
     assert len(curve(ready, "train_loss")) == 2
 
@@ -398,6 +394,7 @@ def test_a_run_is_the_same_when_resumed(ready: Experiment, settings: dict[str, A
 
 
 @pytest.mark.long
+@pytest.mark.program(*COMPILER)
 def test_compiled_training_is_undone_before_it_counts(ready: Experiment) -> None:
     """Warm-up steps compile and leave nothing behind: the same losses as without compiler, to rounding."""
     ready.params["model"]["loop"] = {"first": 0, "last": 1, "repeats": 1}
