@@ -28,6 +28,7 @@ from benchmarks.phased_ttt import time_phased
 from fairway.adaptation.row_training import AdaptSettings, adapt
 from fairway.evaluation.collect import collect
 from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.lora_ttt import LoraTttSettings
 from fairway.evaluation.registry import make_evaluator
 from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
 from fairway.model.config import ModelConfig
@@ -75,7 +76,7 @@ def random_network(config: ModelConfig) -> GPT:
     model.init_weights(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(0.02 * torch.randn_like(parameter))
     return model
 
 
@@ -138,8 +139,9 @@ def _scaled(name: str, settings: Params, model: GPT, targets: int, world: World)
 
 def _phased(name: str, settings: Params, model: GPT, targets: int, world: World) -> Timing:
     """Phased LoRA TTT."""
-    assert settings.lora_ttt is not None
-    times = time_phased(model, settings.lora_ttt, world, targets=targets)
+    section = settings.evaluator_settings(name)
+    assert isinstance(section, LoraTttSettings)
+    times = time_phased(model, section, world, targets=targets)
     label = f"{name}, {times.targets} targets"
     return (
         label,

@@ -46,6 +46,11 @@ def lively_network(record: str = "r1150") -> GPT:
     return small_network(record).eval()
 
 
+def shallow_network(record: str = "r1150") -> GPT:
+    """A network like lively_network, but of four layers, for tests of which the network is not the subject."""
+    return small_network(record, shallow=True).eval()
+
+
 def random_stream(seed: int, targets: int) -> Tensor:
     """(N+1,) int64 tokens of lively_network's vocabulary."""
     return torch.randint(2, 40, (targets + 1,), generator=torch.Generator().manual_seed(seed))

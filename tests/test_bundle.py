@@ -282,7 +282,8 @@ def toy(record: str) -> Params:
     raw["train"] |= {"warmup_steps": 0, "compile": False}
     raw["adapt"] |= {"epochs": min(1, raw["adapt"]["epochs"]), "batch_rows": 4, "lanes": 2}
     raw["quantize"] |= {"passthrough_elements": 256}
-    raw["quantize"]["gptq"] |= {"batches": 1, "batch_rows": 2, "block_size": 16}
+    if raw["quantize"]["gptq"]:
+        raw["quantize"]["gptq"] |= {"batches": 1, "batch_rows": 2, "block_size": 16}
     raw["compress"]["codec"] = "brotli"
     for evaluator in ("sliding", "ttt", "slot"):
         raw[evaluator]["stride"] = 32

@@ -1,6 +1,5 @@
 """Compressors: exact round trips, exact sizes, and decoders that survive whatever they are given."""
 
-import shutil
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -20,9 +19,10 @@ from fairway.codec.entropy_coder import MAX_BUCKETS, PREFIX, RowColumnAns, find_
 from fairway.runtime.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
-NO_LRZIP = pytest.mark.skipif(shutil.which("lrzip") is None, reason="lrzip is not installed")
 FAST = [Brotli(), Shuffled(Brotli()), Zstd(), Lzma()]
-NAMES = [pytest.param(name, marks=NO_LRZIP if name == "lrzip" else ()) for name in [*CODECS, "columns"]]
+NAMES = [
+    pytest.param(name, marks=pytest.mark.program("lrzip") if name == "lrzip" else ()) for name in [*CODECS, "columns"]
+]
 Shapes = list[tuple[int, int]]
 
 
@@ -269,7 +269,7 @@ def test_lrzip_streams_of_the_first_layout_are_still_read(tmp_path: Path, monkey
             np.testing.assert_array_equal(matrix, found)
 
 
-@NO_LRZIP
+@pytest.mark.program("lrzip")
 def test_lrzip_itself_begins_its_files_so_and_compresses() -> None:
     data = bytes(5000)
     assert Lrzip().encode(data).startswith(Lrzip.MAGIC)
@@ -348,7 +348,7 @@ def test_the_shuffle_is_that_of_r1172() -> None:
     assert checked
 
 
-def test_a_missing_program_is_an_error_that_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(byte_codecs.shutil, "which", lambda name: None)
+def test_a_missing_program_is_an_error_that_names_its_package() -> None:
+    """Tests that are not marked as needing a program see none."""
     with pytest.raises(UserError, match="lrzip is not installed; expected the program of the package lrzip"):
         Lrzip().encode(b"data")

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import launch
-from streams import PLAIN_FIT, PLAIN_TTT, lively_network, random_stream
+from forks import ranks
+from streams import PLAIN_FIT, PLAIN_TTT, random_stream, shallow_network
 from torch import Tensor
 
 from fairway.evaluation.collect import Scores, Tally, collect, measure
@@ -20,7 +21,7 @@ from fairway.evaluation.slot_offsets import SlotFitSettings, SlotSettings
 from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
 from fairway.evaluation.ttt import TttEvaluator, TttSettings
 from fairway.model.gpt import GPT
-from fairway.runtime.distributed import alone
+from fairway.runtime.distributed import alone, start_world
 from fairway.runtime.errors import UserError
 from fairway.runtime.resume import ResumePoints
 from fairway.tokens.tokenizer import BOS
@@ -30,7 +31,7 @@ WINDOWS: dict[str, Any] = {"stride": 4, "batch_windows": 2, "published_window_li
 TTT = WINDOWS | {"chunk_tokens": 32, "epochs": 2, "lr": 0.05, "momentum": 0.9, "grad_clip": 1.0, "batch_rows": 32}
 TTT |= PLAIN_TTT | {"freeze_blocks": 1}
 SLOT = WINDOWS | PLAIN_FIT | {"steps": 3, "lr": 0.01, "carried": False}
-LORA = {"chunk_tokens": 4, "batch_documents": 2, "rank": 2, "alpha": 4.0, "lr": 0.01, "beta2": 0.99}
+LORA: dict[str, Any] = {"chunk_tokens": 4, "batch_documents": 2, "rank": 2, "alpha": 4.0, "lr": 0.01, "beta2": 0.99}
 LORA |= {"weight_decay": 0.5, "prefix_documents": 8, "phases": 2, "global_chunk_tokens": 64, "global_lr": 0.02}
 LORA |= {"global_momentum": 0.9, "grad_clip": 1.0, "lanes": 4, "seed": 0}
 EVALUATORS: dict[str, Evaluator] = {
@@ -49,7 +50,7 @@ EVERY = pytest.mark.parametrize("name", EVALUATORS)
 
 def network(name: str) -> GPT:
     """What the evaluator of that name scores with; in bfloat16, a gradient depends on which rows it is taken of."""
-    model = lively_network()
+    model = shallow_network()
     model.compute_dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
     return model
 
@@ -79,9 +80,15 @@ def _run(name: str, points: ResumePoints | None = None, *, batches: int | None =
     return collect(evaluation, tokens, alone(CPU), scored=scored, points=points), seen
 
 
+@cache
+def whole_run(name: str) -> tuple[Scores, int]:
+    """Scores of one evaluator that nothing interrupts, and its number of batches."""
+    return _run(name)
+
+
 @EVERY
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(name: str, tmp_path: Path) -> None:
-    whole, batches = _run(name)
+    whole, batches = whole_run(name)
     points = ResumePoints(tmp_path, "this one")
     with pytest.raises(Interruption):
         _run(name, points, batches=batches - 2)
@@ -96,12 +103,12 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(name: str, tmp_path
 def test_a_point_of_another_evaluation_is_not_taken_up(tmp_path: Path) -> None:
     with pytest.raises(Interruption):
         _run("sliding", ResumePoints(tmp_path, "this one"), batches=20)
-    assert _run("sliding", ResumePoints(tmp_path, "another"))[1] == _run("sliding")[1]
+    assert _run("sliding", ResumePoints(tmp_path, "another"))[1] == whole_run("sliding")[1]
 
 
 @EVERY
 def test_every_target_is_scored_once_but_for_the_published_list(name: str) -> None:
-    times = _run(name)[0].times_N
+    times = whole_run(name)[0].times_N
     assert int(times.min()) == 1
     assert int(times.max()) == (4 if name == "published" else 1)
 
@@ -121,28 +128,22 @@ def test_targets_that_no_evaluator_scored_are_named(left_out: list[int], told: s
         measure(Scores(sums_N / times_N, times_N, 0.0), torch.ones(12, dtype=torch.int64))
 
 
-RANKS = """
-import torch
-from test_collect import EVALUATORS, network, stream
-from fairway.runtime.distributed import start_world
-from fairway.evaluation.collect import collect
-
-torch.set_num_threads(1)
-with start_world() as world:
-    tokens = stream()
-    for name, evaluator in EVALUATORS.items():
-        evaluation = evaluator.begin(network(name), tokens, world)
-        scores = collect(evaluation, tokens, world, scored=lambda positions, nats: None)
-        if world.rank == 0:
-            torch.save((scores.nats_N, scores.times_N), f"{name}.pt")
-"""
+def score_as_one_of_several() -> None:
+    """Leave the scores of every evaluator in the current folder."""
+    with start_world() as world:
+        tokens = stream()
+        for name, evaluator in EVALUATORS.items():
+            evaluation = evaluator.begin(network(name), tokens, world)
+            scores = collect(evaluation, tokens, world, scored=lambda positions, nats: None)
+            if world.rank == 0:
+                torch.save((scores.nats_N, scores.times_N), f"{name}.pt")
 
 
 @pytest.fixture(scope="module")
 def of_three_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Tensor, Tensor]]:
     """What three processes make of every evaluator."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch(folder, RANKS, processes=3)
+    ranks(score_as_one_of_several, folder, processes=3)
     return lambda name: torch.load(folder / f"{name}.pt")
 
 
@@ -151,7 +152,7 @@ def test_three_processes_give_the_result_of_one(
     name: str, of_three_processes: Callable[[str], tuple[Tensor, Tensor]]
 ) -> None:
     """To 1e-6 bits per token; a matrix product depends on the threads that share it."""
-    alone_, (nats, times) = _run(name)[0], of_three_processes(name)
+    alone_, (nats, times) = whole_run(name)[0], of_three_processes(name)
     assert torch.equal(times, alone_.times_N)
     assert abs(float(nats.mean() - alone_.nats_N.mean())) / math.log(2) <= 1e-6
     torch.testing.assert_close(nats, alone_.nats_N, rtol=0, atol=1e-3)

@@ -3,15 +3,14 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Experiment
+from conftest import Experiment, stage_main
+from forks import Fork
 
 from fairway.codec.container import pack
 from fairway.evaluation.collect import bpb
@@ -109,12 +108,11 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_unkilled_one(compressed: Exp
     whole = _outcome(compressed, "ttt")[0]
     resume = compressed.folder / "artifacts/resume/evaluate-1337-ttt"
     assert not resume.exists()
-    process = subprocess.Popen([sys.executable, "-m", "stages.evaluate", "1337", "ttt"], cwd=compressed.folder)
+    evaluation = Fork(stage_main("evaluate", "1337", "ttt"), compressed.folder)
     while not (resume / "latest.json").exists():
-        assert process.poll() is None, "it ended before it left a point"
+        assert evaluation.is_running(), evaluation.wait()
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    evaluation.kill()
     # Sections of others do not matter: the point is of this one's.
     settings = load_params(compressed.folder / "params.yaml").evaluator_settings("ttt")
     mark = evaluation_fingerprint(compressed.folder / "artifacts", 1337, "ttt", settings)
@@ -150,13 +148,8 @@ def test_points_belong_to_the_code_that_made_them(compressed: Experiment) -> Non
         "settings = load_params('params.yaml').evaluator_settings('ttt');"
         "print(evaluation_fingerprint(Path('artifacts'), 1337, 'ttt', settings))"
     )
-    matter = (
-        "fairway/model/attention.py",
-        "fairway/evaluation/ttt.py",
-        "fairway/adaptation/trainable.py",
-        "fairway/model/rounding.py",
-    )
-    before, train, *others = compressed.printed_as_sources_change(code, "fairway/training/loop.py", *matter)
+    matter = ("model/attention.py", "stages/evaluate/ttt.py", "stages/adapt/trainable.py", "stages/train/qat.py")
+    before, train, *others = compressed.printed_as_sources_change(code, "stages/train/loop.py", *matter)
     assert len({before, *others}) == 5
     ResumePoints(compressed.folder / "resume", before).save(3, {"nats": torch.ones(2)}, {"step": 3})
     assert ResumePoints(compressed.folder / "resume", train).load() is not None

@@ -341,7 +341,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def hub_settings(hub: Hub, **changes: Any) -> FetchHub:
     settings = {"source": "hub", "repository": "owner/golf", "revision": COMMIT, "root": "datasets", "train_shards": 2}
-    return FetchHub(**(settings | {"variant": "fineweb10B_sp263", "endpoint": hub.endpoint} | changes))
+    return FetchHub.model_validate(settings | {"variant": "fineweb10B_sp263", "endpoint": hub.endpoint} | changes)
 
 
 def fetch_into(tmp_path: Path, hub: Hub, name: str = "docs", **changes: Any) -> Path:
@@ -351,8 +351,8 @@ def fetch_into(tmp_path: Path, hub: Hub, name: str = "docs", **changes: Any) -> 
 
 
 def adopt(fetched: Path, tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
-    settings = {"model": None, "trainer": "lossless", "transform": "none", "vocab_size": 263} | changes
-    settings = {"val_documents": 2, "shard_tokens": 1000} | settings
+    named = {"model": None, "trainer": "lossless", "transform": "none", "vocab_size": 263} | changes
+    settings: dict[str, Any] = {"val_documents": 2, "shard_tokens": 1000} | named
     folder = tmp_path / "tokens"
     folder.mkdir()
     meta = adopt_export(fetched, folder, TokenizeSettings(**settings))

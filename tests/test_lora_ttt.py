@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream
+from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream, shallow_network
 from torch import Tensor
 
 from fairway.evaluation.document_batches import Document, by_length, documents, phase_ends
@@ -122,18 +122,19 @@ def _stream() -> Tensor:
 def test_in_order_of_visits_nothing_is_seen_early() -> None:
     """One document a batch, longest first, is the order of this stream: then it is causal, phases and all."""
     evaluator = LoraTttEvaluator(LoraTttSettings(**(SMALL | {"batch_documents": 1})))
-    model, tokens = lively_network("r1958"), _stream()
+    model, tokens = shallow_network("r1958"), _stream()
+    before = evaluator.score(model, tokens, _silent)
+    assert bool(before.isfinite().all())
     for cut in (31, 45, 72):
         changed = tokens.clone()
         later = torch.arange(77) >= cut
         changed[later & (tokens != BOS)] = random_stream(4, 76)[later & (tokens != BOS)]
-        before, after = (evaluator.score(model, stream, _silent) for stream in (tokens, changed))
+        after = evaluator.score(model, changed, _silent)
         assert torch.equal(before[: cut - 1], after[: cut - 1])
-        assert bool(before.isfinite().all())
 
 
 def test_distributions_are_normalised_and_are_what_was_scored() -> None:
-    evaluator, model, tokens = LoraTttEvaluator(LoraTttSettings(**SMALL)), lively_network("r1958"), _stream()
+    evaluator, model, tokens = LoraTttEvaluator(LoraTttSettings(**SMALL)), shallow_network("r1958"), _stream()
     nats, log_probs = evaluator.score(model, tokens, _silent), evaluator.log_probs(model, tokens, range(76))
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(76, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(-log_probs[range(76), tokens[1:]], nats, rtol=0, atol=1e-5)
@@ -143,12 +144,12 @@ def test_adapters_learn_a_document_that_repeats_itself() -> None:
     tokens = random_stream(3, 16)[:-1].repeat(10)
     tokens[0] = BOS
     settings = LoraTttSettings(**(SMALL | {"lr": 0.05, "phases": 0, "batch_documents": 1}))
-    nats = LoraTttEvaluator(settings).score(lively_network("r1958"), tokens, _silent)
+    nats = LoraTttEvaluator(settings).score(shallow_network("r1958"), tokens, _silent)
     assert float(nats[-32:].mean()) < float(nats[:32].mean()) - 0.1 < math.inf
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model, tokens = lively_network("r1958"), _stream()
+    model, tokens = shallow_network("r1958"), _stream()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     hidden = model.hidden(tokens[None, :16]).detach()
     LoraTttEvaluator(LoraTttSettings(**SMALL)).score(model, tokens, _silent)

@@ -18,7 +18,7 @@ from fairway.model.gpt import GPT
 from fairway.params import Params, load_params
 
 PARAMETERS = {"r1150": 26_993_756, "r1172": 27_201_116, "r1488": 26_862_694, "r1958": 35_945_671}
-TOY_STEPS = 20
+TOY_STEPS = 10
 
 FILES = sorted(path.stem for path in (REPOSITORY / "records").glob("r[0-9]*.yaml"))
 VARIANTS = sorted(set(FILES) - set(PARAMETERS))
@@ -27,6 +27,7 @@ VARIANTS = sorted(set(FILES) - set(PARAMETERS))
 DRY_RUNS = """
 import shutil, sys
 from dvc.cli import main
+assert main(["init", "-q"]) == 0
 for name in sys.argv[1:]:
     shutil.copy(f"records/{name}.yaml", "params.yaml")
     print("params", name, flush=True)
@@ -35,7 +36,10 @@ for name in sys.argv[1:]:
 
 
 def toy(record: str, corpus: Path) -> dict[str, Any]:
-    """The record with the sizes of the tiny experiment and every mechanism of its own."""
+    """The record with the sizes of the tiny experiment and every mechanism of its own.
+
+    Only r1958's lrzip gives way to a compressor that comes with Python: a machine need not have the program to train.
+    """
     params: dict[str, Any] = yaml.safe_load((REPOSITORY / "records" / f"{record}.yaml").read_text())
     tiny = tiny_params(corpus)
     params |= {"seeds": [1337], "processes": 1, "fetch": tiny["fetch"]}
@@ -48,6 +52,8 @@ def toy(record: str, corpus: Path) -> dict[str, Any]:
     params["train"] |= {"max_steps": TOY_STEPS, "max_wallclock_s": None, "batch_tokens": 512, "micro_batch_tokens": 128}
     params["train"] |= {"warmup_steps": 0, "compile": False, "val_every": 20, "log_every": 1}
     params["ttt"]["chunk_tokens"] = 128
+    if params["compress"]["codec"] == "lrzip":
+        params["compress"]["codec"] = "lzma"
     for evaluator in ("sliding", "ttt", "slot"):
         params[evaluator]["stride"] = 32
     return params
@@ -124,8 +130,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     shutil.copy(REPOSITORY / "dvc.yaml", folder)
     twice = with_a_second_sliding((folder / "records/r1172.yaml").read_text())
     (folder / "records/twice.yaml").write_text(twice)
-    for command in (["git", "init", "-q"], [str(Path(sys.executable).parent / "dvc"), "init", "-q"]):
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     done = subprocess.run(
         [sys.executable, "-c", DRY_RUNS, *FILES, "twice"], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -173,15 +178,25 @@ def test_a_record_trains_alike_on_one_process_and_on_two(record: str, experiment
     experiment.stage("tokenize")
     losses = []
     for processes in (1, 2):
-        launch = ("-m", "fairway.runtime.launch", "--standalone", f"--nproc-per-node={processes}", "-m", "stages.train")
-        experiment.run("python", *launch, "1337")
+        if processes == 1:
+            experiment.stage("train", "1337")
+        else:
+            launch = (
+                "-m",
+                "fairway.runtime.launch",
+                "--standalone",
+                f"--nproc-per-node={processes}",
+                "-m",
+                "stages.train",
+            )
+            experiment.run("python", *launch, "1337")
         trained = experiment.folder / "artifacts/train/1337"
         assert json.loads((trained / "train.json").read_text())["steps"] == TOY_STEPS
         rows = (trained / "live/plots/metrics/train_loss.tsv").read_text().splitlines()[1:]
         losses.append([float(row.split("\t")[1]) for row in rows])
     assert len(losses[0]) == TOY_STEPS
     # Relative: the records exchange gradients in bfloat16, whose sums round differently by the number of processes.
-    assert losses[0][:10] == pytest.approx(losses[1][:10], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.long

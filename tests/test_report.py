@@ -48,6 +48,7 @@ def _on_the_challenges_text(figures: Figures) -> None:
 def test_the_stage_writes_what_dvc_and_people_read(one: Figures, evaluated: Experiment, tmp_path: Path) -> None:
     experiment = Experiment(_folder(tmp_path / "run"))
     shutil.copytree(evaluated.folder / "artifacts", experiment.folder / "artifacts")
+    experiment.copy_code()
     certify(experiment.folder, 1337)
     printed = experiment.stage("report").stdout
     results = {path.name for path in (experiment.folder / "results").iterdir()}
@@ -190,6 +191,8 @@ def test_published_seeds_against_a_baseline_pass_the_rule_as_they_should(three: 
     margin = 0.005 * 62021632 / 151080363 / math.log(2)
     assert comparison.gap_nats == pytest.approx(1.89002068 - 1.88283403, abs=2e-5)
     assert comparison.p_beats == pytest.approx(welch(record["r1150"].bpb("ttt"), record["r549"].bpb("ttt"), margin))
+    assert comparison.p_better is not None
+    assert comparison.p_beats is not None
     assert comparison.p_better < 0.01 < comparison.p_beats
     assert not comparison.beats
 
@@ -209,6 +212,8 @@ def test_an_illegal_score_beats_no_record(three: Figures) -> None:
 def test_scores_of_another_text_are_not_tested_against_a_record(three: Figures) -> None:
     three.params["report"]["baseline"] = "r549"
     found = three.facts().comparison
+    assert found is not None
+    assert found.caveat is not None
     assert (found.p_beats, found.beats) == (None, False)
     assert "of another text" in found.caveat
     assert f"Not tested against r549: {found.caveat}." in markdown(three.facts())
@@ -216,12 +221,16 @@ def test_scores_of_another_text_are_not_tested_against_a_record(three: Figures) 
 
 def test_one_seed_is_not_tested(one: Figures) -> None:
     one.params["report"]["baseline"] = "r549"
-    assert one.facts().comparison.caveat == "a test needs two seeds or more"
+    found = one.facts().comparison
+    assert found is not None
+    assert found.caveat == "a test needs two seeds or more"
 
 
 def test_reproduced_figures_stand_beside_published_ones(one: Figures) -> None:
     one.params["report"]["record"] = "r1150"
-    rows = {row.label: row for row in one.facts().reproduction.figures}
+    reproduction = one.facts().reproduction
+    assert reproduction is not None
+    rows = {row.label: row for row in reproduction.figures}
     assert rows["ttt, bpb"].published == pytest.approx(1.11512332)
     assert rows["training, s"].published == pytest.approx(600.086)
     assert (rows["quantized weights, bpb"].reproduced, rows["slot, bpb"].published) == (None, None)
@@ -247,8 +256,8 @@ def test_dvc_draws_the_plots(one: Figures, evaluated: Experiment, tmp_path: Path
         path = experiment.folder / f"results/{name}.csv"
         path.parent.mkdir(exist_ok=True)
         path.write_text(getattr(tables, name)(found))
-    experiment.run("dvc", "init", "--no-scm", "-q")
-    shutil.copytree(REPOSITORY / ".dvc/plots", experiment.folder / ".dvc/plots")
+    shutil.copytree(REPOSITORY / ".dvc", experiment.folder / ".dvc", ignore=shutil.ignore_patterns("tmp", "cache"))
+    (experiment.folder / ".git").mkdir()
     drawn = json.loads(experiment.run("dvc", "plots", "show", "--json").stdout)["data"]
     assert set(drawn) == {"Validation while training", "Loss along the validation stream", "Size of the artifact"}
     assert all(plot["content"]["data"]["values"] for plots in drawn.values() for plot in plots)

@@ -132,7 +132,9 @@ def test_an_evaluator_is_illegal_if_it_is_so_on_any_seed() -> None:
         "illegal",
     ]
     assert broken([good, bad]) == ["causality"]
-    assert worst([good, doubtful], "decoder").verdict == "unproven"
+    found = worst([good, doubtful], "decoder")
+    assert found is not None
+    assert found.verdict == "unproven"
     assert worst([good], "no such condition") is None
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import golden, golden_network, golden_tokens, lively_network, random_stream, sliding
+from streams import golden, golden_network, golden_tokens, lively_network, random_stream, shallow_network, sliding
 from test_model import RECORDS
 from torch import Tensor
 
@@ -156,7 +156,7 @@ def test_bpb_is_nats_per_byte_in_bits() -> None:
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 99), st.integers(2, 70), st.data())
 def test_later_tokens_leave_earlier_nats_unchanged(seed: int, targets: int, data: st.DataObject) -> None:
-    model, tokens = lively_network(), random_stream(seed, targets)
+    model, tokens = shallow_network(), random_stream(seed, targets)
     cut = data.draw(st.integers(1, targets), label="first changed token")
     changed = torch.cat([tokens[:cut], random_stream(seed + 1, targets)[cut:]])
     before, after = (EVALUATOR.score(model, stream, _silent) for stream in (tokens, changed))
@@ -170,7 +170,7 @@ def test_later_tokens_leave_earlier_nats_unchanged(seed: int, targets: int, data
 def test_batches_do_not_matter_and_distributions_are_what_was_scored(
     seed: int, targets: int, stride: int, batch_windows: int
 ) -> None:
-    model, tokens = lively_network(), random_stream(seed, targets)
+    model, tokens = shallow_network(), random_stream(seed, targets)
     counted: list[int] = []
     evaluator = sliding(stride=stride, batch_windows=batch_windows)
     nats = evaluator.score(model, tokens, counted.append)
@@ -184,7 +184,7 @@ def test_batches_do_not_matter_and_distributions_are_what_was_scored(
 
 def test_enumerating_a_target_spends_exactly_one_unit_of_probability() -> None:
     """Σ over v of exp(-nats of v in that place) = 1: a test that only sees reported scores (evaluate.md 10.2)."""
-    model, tokens, position = lively_network(), random_stream(11, 40), 23
+    model, tokens, position = shallow_network(), random_stream(11, 40), 23
     total = 0.0
     for token in range(40):
         tokens[position + 1] = token

@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import PLAIN_FIT, golden, golden_network, golden_tokens, lively_network, random_stream, sliding
+from streams import (
+    PLAIN_FIT,
+    golden,
+    golden_network,
+    golden_tokens,
+    lively_network,
+    random_stream,
+    shallow_network,
+    sliding,
+)
 from torch import Tensor
 
 from fairway.evaluation.scoring import Batch, make_batch
@@ -138,7 +147,7 @@ def test_the_closed_form_equals_the_literal_one(
     seed: int, targets: int, batch_windows: int, steps: int, fitted_on: Any, bias: bool, lr_end: float | None
 ) -> None:
     """Total nats within 1e-4, whatever the form."""
-    model, tokens = lively_network(), random_stream(seed, targets)
+    model, tokens = shallow_network(), random_stream(seed, targets)
     fit = SlotFitSettings(steps=steps, lr=0.01, lr_end=lr_end, fitted_on=fitted_on, bias=bias)
     for windows in in_groups(scored_once(targets, seq_len=16, stride=4), batch_windows)[:2]:
         batch = make_batch(tokens, windows, seq_len=16)
@@ -165,7 +174,7 @@ def test_adamw_matches_torch() -> None:
 
 def test_a_carried_offset_equals_its_literal_form() -> None:
     """Score a chunk, then AdamW steps by autograd on that chunk's mean loss, with one optimizer for the stream."""
-    model, tokens = lively_network(), random_stream(4, 200)
+    model, tokens = shallow_network(), random_stream(4, 200)
     slot = SlotSettings(**(SLOT | {"carried": True, "bias": True}))
     windows = scored_once(200, seq_len=16, stride=4)
     evaluation = CarriedPass(model, tokens, windows, alone(CPU), slot)
@@ -191,7 +200,7 @@ def test_a_carried_offset_equals_its_literal_form() -> None:
     "changes", [{"fitted_on": "context"}, {"carried": True}, {"fitted_on": "context", "bias": True}]
 )
 def test_the_causal_forms_do_not_see_later_tokens(changes: dict[str, Any]) -> None:
-    model, slot = lively_network(), _evaluator(**changes)
+    model, slot = shallow_network(), _evaluator(**changes)
     for seed in range(6):
         tokens, cut = random_stream(seed, 160), 5 + 25 * seed
         changed = torch.cat([tokens[:cut], random_stream(seed + 1, 160)[cut:]])
@@ -213,7 +222,7 @@ def test_the_records_forms_depend_on_the_target_they_predict(changes: dict[str, 
 
 @pytest.mark.parametrize("changes", [{}, {"fitted_on": "scored"}, {"fitted_on": "context"}, {"carried": True}])
 def test_without_steps_slot_is_sliding(changes: dict[str, Any]) -> None:
-    model, tokens = lively_network(), random_stream(3, 80)
+    model, tokens = shallow_network(), random_stream(3, 80)
     plain = sliding(stride=4, batch_windows=3)
     found = _evaluator(steps=0, **changes).score(model, tokens, _silent)
     torch.testing.assert_close(found, plain.score(model, tokens, _silent), rtol=0, atol=1e-5)
@@ -221,7 +230,7 @@ def test_without_steps_slot_is_sliding(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("changes", [{"fitted_on": "context"}, {"carried": True}])
 def test_the_causal_forms_learn_a_skewed_stream(changes: dict[str, Any]) -> None:
-    model = lively_network()
+    model = shallow_network()
     tokens = torch.randint(2, 5, (401,), generator=torch.Generator().manual_seed(1))
     plain = sliding(stride=4, batch_windows=3).score(model, tokens, _silent)
     found = _evaluator(bias=True, steps=20, **changes).score(model, tokens, _silent)

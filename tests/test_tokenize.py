@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def run_export(corpus: Path, model: Path, folder: Path, *, shard_tokens: int = 1
     return export(corpus, model, folder, settings=settings, workers=workers)
 
 
-def stream(folder: Path, split: str) -> np.ndarray:
+def stream(folder: Path, split: Literal["train", "val"]) -> np.ndarray:
     return np.concatenate([open_shard(path, vocab_size=VOCAB_SIZE) for path in shard_paths(folder, split)])
 
 
@@ -227,7 +228,8 @@ def test_blank_training_text_is_an_error() -> None:
 
 def test_published_settings_fold_text_and_lossless_ones_keep_it(corpus: Path, tmp_path: Path) -> None:
     text = "  ﬁne\u00a0 ½\n"
-    for trainer, decoded in (("published", "fine 1⁄2"), ("lossless", text)):
+    expected: dict[Literal["published", "lossless"], str] = {"published": "fine 1⁄2", "lossless": text}
+    for trainer, decoded in expected.items():
         model = train_tokenizer(read_texts(corpus), vocab_size=VOCAB_SIZE, trainer=trainer, transform="none")
         (tmp_path / "m.model").write_bytes(model)
         tokenizer = Tokenizer(tmp_path / "m.model")
