@@ -206,6 +206,12 @@ class LoraTttPass(Pass):
         """The weights of the network. Adapters are drawn anew after a phase, so that none need be kept."""
         return {name: value.detach() for name, value in self.model.named_parameters()}
 
+    @property
+    def updates(self) -> int:
+        """Steps of the adapters, of which all documents of a batch take one at a time, and phases of global SGD."""
+        cuts = [-(-batch[-1].targets // self.settings.chunk_tokens) for batch in self.batches]
+        return sum(cuts) - len(cuts) + self.chunks - 1
+
     @torch.no_grad()
     def restore(self, state: State) -> None:
         """Put the weights back."""
