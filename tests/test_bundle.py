@@ -226,7 +226,7 @@ def test_the_shipped_program_scores_the_shipped_model_alone(scored: str) -> None
 
 
 def test_the_repository_gives_the_same_score(scored: str, folder: Path, finished: Experiment) -> None:
-    own = finished.run("python", "-m", "stages", str(folder)).stdout
+    own = finished.run("python", "-m", "fairway.whole_record", str(folder)).stdout
     assert _score(own) == _score(scored)
 
 
