@@ -65,7 +65,7 @@ def _run_alone(file: bytes, folder: Path, *arguments: str) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "train_gpt.py").write_bytes(file)
     command = [sys.executable, "-I", "-W", "error", "train_gpt.py", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -311,7 +311,7 @@ def test_a_record_trains_compresses_and_scores_alone(record: str, tokenized: Exp
         capture_output=True,
         text=True,
         check=True,
-        timeout=240,
+        timeout=900,
     )
     assert abs(_score(both.stdout) - _score(output)) < 1e-3
 
