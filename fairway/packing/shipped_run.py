@@ -32,7 +32,7 @@ from fairway.tokens.validation import Validation, load_validation
 # By how much the figures may differ: the same computation on the same device, printed to eight digits.
 TOLERANCE = 1e-6
 UNITS = {"val_loss": "nats per token", "val_bpb": "bits per byte"}
-# The longest stream in tokens, and the most that a CPU is given to do, in weights times tokens: some seconds.
+# The longest stream in tokens, and the most work for a CPU in weights times tokens; but one row is always tried.
 MOST_TOKENS = 65_536
 MOST_WORK_ON_CPU = 10**10
 
