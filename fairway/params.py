@@ -106,10 +106,6 @@ class Params(Section):
     @model_validator(mode="after")
     def _evaluators_agree(self) -> "Params":
         seq_len, lora, streaming = self.model.seq_len, self.lora_ttt, self.streaming
-        _need(
-            self.certify.stream_tokens >= seq_len,
-            f"certify.stream_tokens ({self.certify.stream_tokens}) is less than model.seq_len ({seq_len})",
-        )
         for name in ("sliding", "ttt", "slot"):
             stride = getattr(self, name).stride
             _need(stride <= seq_len, f"{name}.stride ({stride}) exceeds model.seq_len ({seq_len})")

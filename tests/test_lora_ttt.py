@@ -31,12 +31,12 @@ def _silent(_: int) -> None:
 
 
 def test_losses_and_weights_match_pr_1855() -> None:
-    """With its draws of first factors, in its order: the usual set, the odd one, and a new one behind each phase."""
+    """With its draws of first factors: the usual set, the odd one, and a new one behind each phase."""
     arrays, tokens = golden("ttt_lora"), golden_tokens("ttt_lora", "stream")
-    draws = iter(range(4))
+    draws = {(0, 2): 0, (0, 1): 1, (1, 2): 2, (2, 2): 3}
 
     def draw(chunk: int, lane: int, rows: int) -> Factors:
-        index = next(draws)
+        index = draws[chunk, rows]
         return {site: torch.from_numpy(arrays[f"draw{index}/A_{site}"]) for site in ("q", "k", "v", "o", "mlp", "head")}
 
     model = golden_network("r1958", 24)
@@ -138,6 +138,25 @@ def test_distributions_are_normalised_and_are_what_was_scored() -> None:
     nats, log_probs = evaluator.score(model, tokens, _silent), evaluator.log_probs(model, tokens, range(76))
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(76, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(-log_probs[range(76), tokens[1:]], nats, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", [0, 40, 75])
+def test_what_is_not_wanted_is_left_out_of_no_consequence(position: int) -> None:
+    """Lanes without a wanted target predict nothing, others no batch behind it; the rest keeps its bits."""
+    settings = LoraTttSettings(**(SMALL | {"batch_documents": 1, "lanes": 2, "phases": 1}))
+    wanted = torch.arange(76) == position
+
+    def predictions(wanted: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        evaluation = LoraTttEvaluator(settings).begin(lively_network("r1958"), _stream(), alone(CPU))
+        found = list(evaluation.predict(0, wanted))
+        evaluation.learn(0)
+        return found + list(evaluation.predict(1, wanted))
+
+    whole, part = predictions(None), predictions(wanted)
+    assert any(bool((positions == position).any()) for positions, _ in part)
+    assert len(part) < len(whole)
+    for positions, logits in part:
+        assert any(torch.equal(positions, others) and torch.equal(logits, same) for others, same in whole)
 
 
 def test_adapters_learn_a_document_that_repeats_itself() -> None:

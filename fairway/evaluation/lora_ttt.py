@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from fairway.adaptation.lanes import sum_gradients
 from fairway.adaptation.trainable import RoundedWeights
-from fairway.evaluation.document_batches import Cut, Document, by_length, documents, phase_ends
+from fairway.evaluation.document_batches import Cut, Document, by_length, documents, phase_ends, up_to_wanted
 from fairway.evaluation.evaluator import Evaluator
 from fairway.evaluation.lora_adapters import Factors, LoraAdapters, adapted_logits, draw_factors
 from fairway.evaluation.passes import Pass, Prediction, State
@@ -118,19 +118,23 @@ class LoraTttPass(Pass):
         self.chunks = len(self.bounds) - 1
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Predictions:
-        """The predictions of this process's lanes. None is left out, because later ones depend on all before them."""
+        """The predictions of this process's lanes, of each up to its last batch with a wanted position.
+
+        No batch before that one is left out, because the adapters of the later ones have learned from it.
+        """
         self.model.requires_grad_(False)
         for lane in range(self.world.rank, self.settings.lanes, self.world.size):
             mine = range(self.bounds[chunk], self.bounds[chunk + 1])
-            batches = [self.batches[index] for index in mine if index % self.settings.lanes == lane]
+            batches = up_to_wanted([self.batches[i] for i in mine if i % self.settings.lanes == lane], wanted)
             yield from self._lane(batches, lambda rows, lane=lane: self.draw(chunk, lane, rows))  # type: ignore[misc]
 
     def _lane(self, batches: list[list[Document]], draw: Callable[[int], Factors]) -> Predictions:
         """One lane's batches. Those of the usual size use the same adapters one after the other, an odd one its own."""
-        warm = self._adapters(draw(self.settings.batch_documents))
+        by_size: dict[int, LoraAdapters] = {}
         for batch in batches:
-            usual = len(batch) == self.settings.batch_documents
-            adapters = warm if usual else self._adapters(draw(len(batch)))
+            if len(batch) not in by_size:
+                by_size[len(batch)] = self._adapters(draw(len(batch)))
+            adapters = by_size[len(batch)]
             adapters.forget()
             yield from self._batch(batch, adapters)
 
