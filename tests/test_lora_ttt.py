@@ -148,6 +148,25 @@ def test_distributions_are_normalised_and_are_what_was_scored() -> None:
     torch.testing.assert_close(-log_probs[range(76), tokens[1:]], nats, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("position", [0, 40, 75])
+def test_what_is_not_wanted_is_left_out_of_no_consequence(position: int) -> None:
+    """Lanes without a wanted target predict nothing, others no batch behind it; the rest keeps its bits."""
+    settings = LoraTttSettings(**(SMALL | {"batch_documents": 1, "lanes": 2, "phases": 1}))
+    wanted = torch.arange(76) == position
+
+    def predictions(wanted: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        evaluation = LoraTttEvaluator(settings).begin(lively_network("r1958"), _stream(), alone(CPU))
+        found = list(evaluation.predict(0, wanted))
+        evaluation.learn(0)
+        return found + list(evaluation.predict(1, wanted))
+
+    whole, part = predictions(None), predictions(wanted)
+    assert any(bool((positions == position).any()) for positions, _ in part)
+    assert len(part) < len(whole)
+    for positions, logits in part:
+        assert any(torch.equal(positions, others) and torch.equal(logits, same) for others, same in whole)
+
+
 def test_adapters_learn_a_document_that_repeats_itself() -> None:
     tokens = random_stream(3, 16)[:-1].repeat(10)
     tokens[0] = BOS

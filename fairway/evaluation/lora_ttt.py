@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fairway.evaluation.adapter_sets import AdamW, AdapterSets
 from fairway.evaluation.adapter_steps import AdapterSteps
-from fairway.evaluation.document_batches import Document, by_length, documents, phase_ends
+from fairway.evaluation.document_batches import Document, by_length, documents, phase_ends, up_to_wanted
 from fairway.evaluation.document_cuts import Cut, row_groups, window_length
 from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.global_sgd import GlobalSgd
@@ -133,10 +133,14 @@ class LoraTttPass(Pass):
         return range(self.world.rank, self.settings.lanes, self.world.size)
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Predictions:
-        """The predictions of this process's lanes. None is left out, because later ones depend on all before them."""
+        """The predictions of this process's lanes, of each up to its last batch with a wanted position.
+
+        No batch before that one is left out, because the adapters of the later ones have learned from it.
+        """
         for lane in self._lanes():
             mine = range(self.bounds[chunk], self.bounds[chunk + 1])
-            yield from self._lane([self.batches[index] for index in mine if index % self.settings.lanes == lane])
+            batches = [self.batches[index] for index in mine if index % self.settings.lanes == lane]
+            yield from self._lane(up_to_wanted(batches, wanted))
 
     def _lane(self, batches: list[list[Document]]) -> Predictions:
         """One lane's batches. Those of the usual size use the same adapters one after the other, an odd one its own."""
