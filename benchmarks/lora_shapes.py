@@ -54,8 +54,8 @@ def main() -> None:
     arguments.add_argument("--prefix", type=int, help="lora_ttt.prefix_documents of that evaluation")
     chosen = arguments.parse_args()
     params = load_params(Path(f"records/{chosen.record}.yaml"))
-    settings = params.lora_ttt
-    assert settings is not None, "a record with a section lora_ttt"
+    settings = params.evaluator_settings("lora_ttt")
+    assert isinstance(settings, LoraTttSettings)
     make_deterministic()
     with start_world() as world:
         model = random_network(params.model).to_device(world.device)

@@ -96,7 +96,7 @@ def _plain_pass(model: GPT, evaluation: LoraTttPass, factors: dict[str, Tensor])
                     losses.pop()
             if losses:
                 optimizer.zero_grad()
-                torch.stack(losses).sum().backward()
+                torch.stack([loss for loss in losses if loss is not None]).sum().backward()
                 optimizer.step()
 
 
@@ -177,7 +177,7 @@ def _network() -> GPT:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
 

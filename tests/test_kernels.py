@@ -1,6 +1,8 @@
 """Fused kernels and attention backends on a GPU, in bfloat16, against the plain path in float32 on the same numbers."""
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -220,6 +222,59 @@ def test_all_backends_agree_with_plain_attention(packed: bool, monkeypatch: pyte
         assert_same(attend, plain, inputs)
 
 
+def _as_flash3(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, longest: int) -> Tensor:
+    from fairway.model.backends import flash2_attention
+
+    return flash2_attention(q, k, v, segments, longest)[0]
+
+
+def flash_attn_interface(returns_pair: bool) -> ModuleType:
+    """A module with the interface of FlashAttention-3, which no package index has, computed by FlashAttention-2."""
+    module = ModuleType("flash_attn_interface")
+
+    def rows(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, deterministic: bool) -> Any:
+        assert causal
+        o = _as_flash3(q, k, v, None, q.size(1))
+        return (o, None) if returns_pair else o
+
+    def packed(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        *,
+        causal: bool,
+        deterministic: bool,
+    ) -> Any:
+        assert causal
+        assert cu_seqlens_q is cu_seqlens_k
+        assert max_seqlen_q == max_seqlen_k
+        o = _as_flash3(q[None], k[None], v[None], cu_seqlens_q, max_seqlen_q)[0]
+        return (o, None) if returns_pair else o
+
+    module.flash_attn_func, module.flash_attn_varlen_func = rows, packed  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.mark.parametrize("returns_pair", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_flash3_is_called_as_its_interface_asks(
+    packed: bool, returns_pair: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", flash_attn_interface(returns_pair))
+    segments = torch.tensor([0, 100, 101, 300, 512, 512], dtype=torch.int32, device=CUDA) if packed else None
+    monkeypatch.setattr(causal_attention, "attention_backend", lambda *_, **__: "flash3")
+    inputs = random(5, (2, 256, 8, 64), (2, 256, 4, 64), (2, 256, 4, 64))
+    assert_same(
+        lambda q, k, v: causal_attention.attend(q, k, v, segments),
+        lambda q, k, v: causal_attention.attend_plainly(q, k, v, segments),
+        inputs,
+    )
+
+
 @pytest.mark.parametrize(("windows", "length", "spacing"), [(5, 256, 64), (4, 192, 96), (1, 128, 16), (3, 96, 32)])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 4, 64), (4, 1, 32)])
 def test_nested_attention_is_that_of_each_window(
@@ -233,7 +288,8 @@ def test_nested_attention_is_that_of_each_window(
     rows_BT = rows[:stretch].unfold(0, length, spacing).contiguous()
     rows_BT[:, :2] = rows[stretch:].view(windows, 2)
     q, k, v = (x.detach() for x in random(6, *((1, len(rows), n, width) for n in (heads, kv_heads, kv_heads))))
-    expected = causal_attention.attend_plainly(*(x[0][rows_BT].float() for x in (q, k, v)), None)
+    q_BTHE, k_BTKE, v_BTKE = (x[0][rows_BT].float() for x in (q, k, v))
+    expected = causal_attention.attend_plainly(q_BTHE, k_BTKE, v_BTKE, None)
     assert error(nested_attention(q, k, v, rows_BT, spacing), expected) < CLOSE
 
 

@@ -52,3 +52,15 @@ def phase_ends(batches: list[list[Document]], prefix: int, phases: int, lanes: i
             break
         ends.append(end)
     return ends
+
+
+def up_to_wanted(batches: list[list[Document]], wanted: Tensor | None) -> list[list[Document]]:
+    """The batches up to the last one with a target in `wanted`, a bool tensor (N,) on the CPU; None means all."""
+    if wanted is None:
+        return batches
+    wanted_batches = [
+        number
+        for number, batch in enumerate(batches, start=1)
+        if any(bool(wanted[document.begin : document.begin + document.targets].any()) for document in batch)
+    ]
+    return batches[: max(wanted_batches, default=0)]

@@ -27,20 +27,19 @@ from torch import Tensor
 
 from fairway.evaluation.adapter_sets import AdamW, AdapterSets
 from fairway.evaluation.adapter_steps import AdapterSteps
-from fairway.evaluation.document_batches import Document, by_length, documents, phase_ends
+from fairway.evaluation.document_batches import Document, by_length, documents, phase_ends, up_to_wanted
 from fairway.evaluation.document_cuts import Cut, row_groups, window_length
-from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.global_sgd import GlobalSgd
 from fairway.evaluation.lora_adapters import Factors, LoraAdapters, draw_factors, numbers_of_a_set
 from fairway.evaluation.passes import Pass, Prediction, State
 from fairway.evaluation.scoring import sent
+from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
-from fairway.runtime.errors import UserError
-from fairway.runtime.settings import Section
 
 
-class LoraTttSettings(Section):
+class LoraTttSettings(EvaluatorSettings):
     """Low-rank adapters fitted to each document as it is scored, and phases of global SGD (PR #1855)."""
 
     # Targets scored between two steps of the adapters, and documents side by side.
@@ -69,6 +68,16 @@ class LoraTttSettings(Section):
             raise ValueError(f"phases ({self.phases}) exceed prefix_documents ({self.prefix_documents})")
         return self
 
+    def check(self, *, section: str, model: ModelConfig, processes: int) -> None:
+        """A chunk is at most a row, and a step of global training is whole rows on every lane."""
+        if self.chunk_tokens > model.seq_len:
+            raise ValueError(f"{section}.chunk_tokens ({self.chunk_tokens}) exceeds model.seq_len ({model.seq_len})")
+        if self.global_chunk_tokens % (self.lanes * model.seq_len):
+            raise ValueError(
+                f"{section}.global_chunk_tokens ({self.global_chunk_tokens}) must be a multiple of "
+                f"{section}.lanes * model.seq_len ({self.lanes * model.seq_len})"
+            )
+
 
 # New first factors for a number of documents.
 Draw = Callable[[int], Factors]
@@ -84,14 +93,7 @@ class LoraTttEvaluator(Evaluator):
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         """A pass whose chunks end where phases begin."""
-        s, seq_len = self.settings, model.config.seq_len
-        if s.chunk_tokens > seq_len:
-            raise UserError(f"params.yaml: lora_ttt.chunk_tokens ({s.chunk_tokens}) exceeds model.seq_len ({seq_len})")
-        if s.global_chunk_tokens % (s.lanes * seq_len):
-            raise UserError(
-                f"params.yaml: lora_ttt.global_chunk_tokens ({s.global_chunk_tokens}) must be a multiple of "
-                f"lora_ttt.lanes * model.seq_len ({s.lanes * seq_len})"
-            )
+        s = self.settings
 
         # Drawn once, and used again whenever adapters are drawn anew: a GPU would wait for every draw.
         drawn = draw_factors(model.config, s.batch_documents, s.rank, s.seed)
@@ -130,10 +132,14 @@ class LoraTttPass(Pass):
         return range(self.world.rank, self.settings.lanes, self.world.size)
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Predictions:
-        """The predictions of this process's lanes. None is left out, because later ones depend on all before them."""
+        """The predictions of this process's lanes, of each up to its last batch with a wanted position.
+
+        No batch before that one is left out, because the adapters of the later ones have learned from it.
+        """
         for lane in self._lanes():
             mine = range(self.bounds[chunk], self.bounds[chunk + 1])
-            yield from self._lane([self.batches[index] for index in mine if index % self.settings.lanes == lane])
+            batches = [self.batches[index] for index in mine if index % self.settings.lanes == lane]
+            yield from self._lane(up_to_wanted(batches, wanted))
 
     def _lane(self, batches: list[list[Document]]) -> Predictions:
         """One lane's batches. Those of the usual size use the same adapters one after the other, an odd one its own."""
@@ -191,6 +197,12 @@ class LoraTttPass(Pass):
     def state(self) -> State:
         """The weights of the network. Adapters are drawn anew after a phase, so that none need be kept."""
         return {name: value.detach() for name, value in self.model.named_parameters()}
+
+    @property
+    def updates(self) -> int:
+        """Steps of the adapters, of which all documents of a batch take one at a time, and phases of global SGD."""
+        cuts = [-(-batch[-1].targets // self.settings.chunk_tokens) for batch in self.batches]
+        return sum(cuts) - len(cuts) + self.chunks - 1
 
     @torch.no_grad()
     def restore(self, state: State) -> None:

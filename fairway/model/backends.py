@@ -24,15 +24,19 @@ def attention_backend(device: torch.device, dtype: torch.dtype, *, length: int, 
     """The name of the kernel for rows of `length` tokens, or for packed documents, on a device.
 
     "plain" (PyTorch's own choice, with a mask for documents) unless the device is CUDA and the dtype bfloat16. There:
-    "flash4" (FlashAttention-4, package flash-attn-4) if it is installed and the GPU is a Hopper or newer; "cudnn" for
-    whole rows on such a GPU; else "flash2" (FlashAttention-2, which comes with PyTorch). cuDNN's gradients differ from
-    run to run, so it has none to compute where deterministic algorithms are asked for.
+    "flash4" (FlashAttention-4, package flash-attn-4) if it is installed and the GPU is a Hopper or newer; "flash3"
+    (FlashAttention-3, module flash_attn_interface, in the images of the challenge's machines) if that is installed on a
+    Hopper; "cudnn" for whole rows on a Hopper or newer; else "flash2" (FlashAttention-2, which comes with PyTorch).
+    cuDNN's gradients differ from run to run, so it has none to compute where deterministic algorithms are asked for.
     """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return "plain"
-    modern = torch.cuda.get_device_capability(device)[0] in (9, 10)
+    generation = torch.cuda.get_device_capability(device)[0]
+    modern = generation in (9, 10)
     if modern and find_spec("flash_attn") and find_spec("flash_attn.cute"):
         return "flash4"
+    if generation == 9 and find_spec("flash_attn_interface"):
+        return "flash3"
     exact = torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled()
     return "cudnn" if modern and not packed and length % CUDNN_MULTIPLE == 0 and not exact else "flash2"
 
@@ -102,6 +106,27 @@ def flash4_attention_backward(
     return dq.view_as(q), dk.view_as(k), dv.view_as(v)
 
 
+def flash3_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, longest: int
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention within rows, or within segments of at most `longest` tokens, by FlashAttention-3.
+
+    The library brings its own gradient and its own operators for the compiler. Its older versions return a pair, of
+    which the first part is the result. The second value here is None: nobody needs the softmax's denominator.
+    """
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+
+    options = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    rows = _packed(segments, q, k, v)
+    found = (
+        flash_attn_func(*rows, **options)
+        if segments is None
+        else flash_attn_varlen_func(*rows, **_lengths(segments, longest), **options)
+    )
+    o = found[0] if isinstance(found, tuple) else found
+    return o.view_as(q), None
+
+
 def recent_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Attention of queries at the last positions, each to the `window` positions up to its own, by FlashAttention-2.
 
@@ -116,13 +141,34 @@ def recent_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return o
 
 
+def recent_packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, query_bounds: Tensor, key_bounds: Tensor
+) -> Tensor:
+    """As recent_attention, each query within its segment of the keys, by FlashAttention-2.
+
+    The bounds (n,) int32 say where segments begin among all queries and all keys, row after row, and where the last one
+    ends. A segment's last query stands at its last key. It may have keys without queries.
+    """
+    longest = q.size(1), k.size(1)
+    o: Tensor = aten._flash_attention_forward(
+        *_packed(query_bounds, q, k, v),
+        query_bounds,
+        key_bounds,
+        *longest,
+        *(0.0, True, False),
+        window_size_left=window - 1,
+        window_size_right=0,
+    )[0]
+    return o.view_as(q)
+
+
 def _packed(segments: Tensor | None, *tensors: Tensor) -> list[Tensor]:
     """The tensors as they are, (B, T, ...), or where there are segments as one sequence of all tokens, (N, ...)."""
     return list(tensors) if segments is None else [x.flatten(0, 1) for x in tensors]
 
 
 def _lengths(segments: Tensor | None, longest: int) -> dict[str, Any]:
-    """The arguments of FlashAttention-4 that say where segments are."""
+    """The arguments of FlashAttention-3 and -4 that say where segments are."""
     if segments is None:
         return {}
     return dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), segments) | dict.fromkeys(

@@ -4,7 +4,9 @@ Legend: B rows, T tokens, X wanted places at the end of a row, H query heads, K 
 head, S segment bounds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +16,17 @@ from fairway.model.backends import (
     attention_backend,
     cudnn_attention,
     flash2_attention,
+    flash3_attention,
     flash4_attention,
     recent_attention,
 )
+
+# The kernels of FlashAttention by the name that attention_backend gives them.
+FLASH: dict[str, Callable[..., Any]] = {
+    "flash2": flash2_attention,
+    "flash3": flash3_attention,
+    "flash4": flash4_attention,
+}
 
 
 def attend(
@@ -35,7 +45,7 @@ def attend(
         return attend_plainly(q_BTHE, k_BTKE, v_BTKE, segments)
     if backend == "cudnn":
         return cudnn_attention(q_BTHE, k_BTKE, v_BTKE)[0]
-    attention = {"flash2": flash2_attention, "flash4": flash4_attention}[backend]
+    attention = FLASH[backend]
     if segments is not None and rows > 1:
         starts = torch.arange(0, rows * length, length, device=segments.device, dtype=segments.dtype)
         segments = torch.cat([starts, segments]).sort().values

@@ -1,0 +1,43 @@
+"""Which attention backend is chosen, by what is installed and which GPU is there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fairway.model.backends import attention_backend
+
+CUDA = torch.device("cuda")
+MODULES = {"flash4": "flash_attn/cute/__init__.py", "flash3": "flash_attn_interface.py"}
+
+
+@pytest.mark.parametrize(
+    ("installed", "generation", "packed", "expected"),
+    [
+        ([], 9, True, "flash2"),
+        ([], 9, False, "cudnn"),
+        ([], 8, False, "flash2"),
+        (["flash3"], 9, True, "flash3"),
+        (["flash3"], 9, False, "flash3"),
+        # FlashAttention-3 is written for Hopper GPUs alone.
+        (["flash3"], 8, True, "flash2"),
+        (["flash3"], 10, True, "flash2"),
+        (["flash3", "flash4"], 9, True, "flash4"),
+        (["flash4"], 10, False, "flash4"),
+    ],
+)
+def test_the_backend_follows_the_gpu_and_what_is_installed(
+    installed: list[str], generation: int, packed: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in installed:
+        (tmp_path / MODULES[name]).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / MODULES[name]).touch()
+    if "flash4" in installed:
+        (tmp_path / "flash_attn/__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
+    assert attention_backend(CUDA, torch.bfloat16, length=256, packed=packed) == expected
+
+
+def test_a_cpu_attends_plainly() -> None:
+    assert attention_backend(torch.device("cpu"), torch.float32, length=256, packed=True) == "plain"
