@@ -28,11 +28,11 @@ from benchmarks.document_lengths import CHALLENGE_DOCUMENTS, document_stream, do
 from benchmarks.evaluate import STREAMING, random_network
 from fairway.certification.accounting import legal, places_bits
 from fairway.certification.experiments import Certified, certify
+from fairway.evaluation.evaluator import EvaluatorSettings
 from fairway.evaluation.registry import make_evaluator
 from fairway.model.gpt import GPT
 from fairway.params import Params, load_params
 from fairway.runtime.distributed import make_deterministic, start_world
-from fairway.runtime.settings import Section
 from fairway.tokens.tokenizer import BOS
 
 LIMIT_S = 180
@@ -75,7 +75,7 @@ class Line:
 def main() -> None:
     """Certify what every record named has, and print a line each."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = sorted(path.stem for path in Path("records").glob("r[0-9]*.yaml"))
+    every = sorted({path.stem for path in Path("records").glob("*.yaml")} - {"published"})
     arguments.add_argument("records", nargs="*", default=every, help="names of files in records/; all if not given")
     arguments.add_argument("--only", nargs="+", help="evaluators; all of a record's if not given")
     chosen = arguments.parse_args()
@@ -102,7 +102,7 @@ def certificates(
     """A line for every evaluator that differs from all before, on documents with so many targets each."""
     done = set()
     for record, params in records.items():
-        evaluators = {name: getattr(params, name) for name in params.evaluators} | {"streaming": STREAMING}
+        evaluators = {name: params.evaluator_settings(name) for name in params.evaluators} | {"streaming": STREAMING}
         stream = document_stream(lengths, vocab_size=params.model.vocab_size, seed=1)
         tokens_N1 = stream[: (len(stream) - 1) // params.model.seq_len * params.model.seq_len + 1].to(device)
         model = random_network(params.model).to_device(device)
@@ -113,13 +113,13 @@ def certificates(
                 yield _line(record, name, settings, params, model, tokens_N1)
 
 
-def _line(record: str, name: str, settings: Section, params: Params, model: GPT, tokens_N1: Tensor) -> Line:
+def _line(record: str, name: str, settings: EvaluatorSettings, params: Params, model: GPT, tokens_N1: Tensor) -> Line:
     on_gpu = tokens_N1.is_cuda
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     started_at = time.perf_counter()
     certified = certify(
-        lambda: make_evaluator(name, settings),
+        lambda: make_evaluator(name, settings, model=model.config, processes=1),
         model,
         lambda: copy.deepcopy(model),
         tokens_N1,

@@ -1,11 +1,12 @@
 """How far is each compressor from what the codes must cost?
 
-    python -m benchmarks.compressors [--codecs ans,brotli,...] [artifacts/quantize/<seed>]
+    python -m benchmarks.compressors [--codecs ans,brotli,...] [artifacts/compress/<seed>/model.bin]
 
-Without a folder, on two sets of synthetic codes with the shapes of the records: `floored` as in PR #1172 (steps of 1/31
+Without a file, on two sets of synthetic codes with the shapes of the records: `floored` as in PR #1172 (steps of 1/31
 whatever the row, rows of different size), `sigma` as in PR #1855 (steps in proportion to the row, columns of different
-size). For synthetic codes the limit is what they cost if every weight's standard deviation were known; for a folder it
-is the order-0 entropy of each matrix. Times are of processor, on one thread; all side information counts.
+size). For synthetic codes the limit is what they cost if every weight's standard deviation were known; for a file it is
+the order-0 entropy of each matrix. Each class of tensors is packed by itself, as in a file, and its bytes are printed
+too. Times are of processor, added up over threads and programs; all side information counts.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 
 from fairway.codec.codecs import CODECS
-from fairway.codec.codes import Quantized, code_histogram, entropy_bits, load_codes, tensor_class
+from fairway.codec.codes import Quantized, code_histogram, entropy_bits, tensor_class
+from fairway.codec.container import unpack
 
 LAYERS, WIDTH, KV_WIDTH = 11, 512, 256
 # (name, matrices by class, bits that the limit says)
@@ -29,10 +31,10 @@ def main() -> None:
     """Print a table for each set of codes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codecs", default="ans,brotli,zstd,lzma", help=f"of {', '.join(CODECS)}")
-    parser.add_argument("folder", type=Path, nargs="?", help="a folder with codes.safetensors")
+    parser.add_argument("file", type=Path, nargs="?", help="a model.bin, packed by whatever codec")
     arguments = parser.parse_args()
     for name, groups, limit_bits in (
-        [trained(arguments.folder)] if arguments.folder else [floored(), sigma(0.0), sigma(0.2)]
+        [trained(arguments.file)] if arguments.file else [floored(), sigma(0.0), sigma(0.2)]
     ):
         weights = sum(matrix.size for matrices in groups.values() for matrix in matrices)
         print(
@@ -45,7 +47,8 @@ def main() -> None:
 
 def _row(codec: str, groups: dict[str, list[np.ndarray]], weights: int, limit_bits: float) -> str:
     packed_bytes, encode_s, decode_s = 0, 0.0, 0.0
-    for matrices in groups.values():
+    by_class = []
+    for kind, matrices in groups.items():
         started_at = _cpu_s()
         packed = CODECS[codec].encode(matrices)
         encoded_at = _cpu_s()
@@ -53,9 +56,11 @@ def _row(codec: str, groups: dict[str, list[np.ndarray]], weights: int, limit_bi
         decode_s += _cpu_s() - encoded_at
         encode_s += encoded_at - started_at
         packed_bytes += len(packed)
+        by_class.append(f"{kind} {len(packed):,}")
         assert all(np.array_equal(a, b) for a, b in zip(matrices, found, strict=True)), "not lossless"
     above = 8 * packed_bytes / limit_bits - 1
-    return f"{packed_bytes:12,} {8 * packed_bytes / weights:12.4f} {above:12.2%} {encode_s:9.1f} {decode_s:9.1f}"
+    figures = f"{packed_bytes:12,} {8 * packed_bytes / weights:12.4f} {above:12.2%} {encode_s:9.1f} {decode_s:9.1f}"
+    return f"{figures}  {', '.join(by_class)}"
 
 
 def _cpu_s() -> float:
@@ -63,15 +68,15 @@ def _cpu_s() -> float:
     return sum(os.times()[:4])
 
 
-def trained(folder: Path) -> Dataset:
-    """The codes of a run."""
+def trained(path: Path) -> Dataset:
+    """The codes of a run, in the order of its file."""
     groups: dict[str, list[np.ndarray]] = defaultdict(list)
     bits = 0.0
-    for name, value in load_codes(folder).items():
+    for name, value in unpack(path.read_bytes())[1].items():
         if isinstance(value, Quantized):
             groups[tensor_class(name)].append(value.codes.numpy())
             bits += value.codes.numel() * entropy_bits(code_histogram(value.codes))
-    return str(folder), groups, bits
+    return str(path), groups, bits
 
 
 def floored() -> Dataset:

@@ -28,6 +28,7 @@ from benchmarks.phased_ttt import time_phased
 from fairway.adaptation.row_training import AdaptSettings, adapt
 from fairway.evaluation.collect import collect
 from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.lora_ttt import LoraTttSettings
 from fairway.evaluation.registry import make_evaluator
 from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
 from fairway.model.config import ModelConfig
@@ -37,7 +38,7 @@ from fairway.runtime.distributed import World, make_deterministic, start_world
 from fairway.tokens.tokenizer import BOS
 
 STREAM_TOKENS, GPUS, LIMIT_S = 62_021_632, 8, 600
-STREAMING = StreamingSettings(block_tokens=8192, lanes=8)
+STREAMING = StreamingSettings(block_tokens=8192, lanes=8, within_documents=False)
 # Seconds for 1,048,576 targets on one H200 that we hold ourselves to.
 TARGET_S = {
     ("r1150", "sliding"): 5.5,
@@ -75,7 +76,7 @@ def random_network(config: ModelConfig) -> GPT:
     model.init_weights(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(0.02 * torch.randn_like(parameter))
     return model
 
 
@@ -138,8 +139,9 @@ def _scaled(name: str, settings: Params, model: GPT, targets: int, world: World)
 
 def _phased(name: str, settings: Params, model: GPT, targets: int, world: World) -> Timing:
     """Phased LoRA TTT."""
-    assert settings.lora_ttt is not None
-    times = time_phased(model, settings.lora_ttt, world, targets=targets)
+    section = settings.evaluator_settings(name)
+    assert isinstance(section, LoraTttSettings)
+    times = time_phased(model, section, world, targets=targets)
     label = f"{name}, {times.targets} targets"
     return (
         label,
@@ -161,9 +163,11 @@ def _work(name: str, settings: Params, model: GPT, world: World) -> tuple[int, s
         return epochs, f"adapt, one of {epochs} epochs", adapt_once(model, one)
     if name == "streaming":
         return 1, name, evaluate_once(StreamingEvaluator(STREAMING), model, world)
-    stride = getattr(getattr(settings, name), "stride", None)
+    section = settings.evaluator_settings(name)
+    stride = getattr(section, "stride", None)
     label = name if stride is None else f"{name}, stride {stride}"
-    return 1, label, evaluate_once(make_evaluator(name, getattr(settings, name)), model, world)
+    evaluator = make_evaluator(name, section, model=settings.model, processes=world.size)
+    return 1, label, evaluate_once(evaluator, model, world)
 
 
 def random_stream(vocab_size: int, targets: int) -> Tensor:

@@ -1,26 +1,26 @@
-"""params.yaml, typed: one class per section, unknown keys forbidden, cross-checked once.
+"""params.yaml, typed: one class per section, unknown and missing keys forbidden, cross-checked once.
 
 `load_params("params.yaml")` is the only reader. Every key's meaning and unit stands in params.yaml itself, above the
-key; here stand its type, its bounds and what must agree with what.
+key; its type and its bounds stand beside the code that it configures. Here stands which sections there are, and what
+must agree among them. Beside these, a file has a section for each evaluator that it uses, under the evaluator's name
+(evaluation/registry.py).
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, create_model, model_validator
 
 from fairway.adaptation.row_training import AdaptSettings
 from fairway.certification.experiments import CertifySettings
 from fairway.codec.artifact import CompressSettings, SizeCheckSettings
-from fairway.evaluation.lora_ttt import LoraTttSettings
-from fairway.evaluation.sliding import SlidingSettings
-from fairway.evaluation.slot_offsets import SlotSettings
-from fairway.evaluation.streaming import StreamingSettings
-from fairway.evaluation.ttt import TttSettings
+from fairway.evaluation.evaluator import EvaluatorSettings
+from fairway.evaluation.registry import evaluator_class, evaluator_names, is_evaluator, settings_class
 from fairway.model.config import ModelConfig
 from fairway.quantization.quantize_weights import QuantizeSettings
 from fairway.reporting.handed_in import SubmissionSettings
 from fairway.reporting.published import ReportSettings
+from fairway.runtime.errors import UserError
 from fairway.runtime.settings import Section, load_section
 from fairway.tokens.documents import FetchFile
 from fairway.tokens.hub import FetchHub
@@ -29,33 +29,63 @@ from fairway.tokens.tokenizer import TokenizeSettings
 from fairway.training.averages import AverageSettings
 from fairway.training.train_settings import TrainSettings
 
-# What an evaluator may be called: it becomes part of stage and folder names.
-EvaluatorName = Literal["sliding", "ttt", "slot", "lora_ttt", "streaming"]
+
+def _existing(name: str) -> str:
+    """The same name. Raises ValueError if there is no such evaluator."""
+    try:
+        evaluator_class(name)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return name
 
 
-class Params(Section):
-    """The whole of params.yaml."""
+EvaluatorName = Annotated[str, AfterValidator(_existing)]
 
-    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(min_length=1)
-    evaluators: list[EvaluatorName] = Field(min_length=1)
-    processes: int = Field(gt=0)
-    fetch: Annotated[FetchSdists | FetchFile | FetchHub, Field(discriminator="source")]
-    tokenize: TokenizeSettings
+
+class ArtifactParams(Section):
+    """The sections that decide what becomes of tokens. They alone are written into the program that ships."""
+
     model: ModelConfig
     train: TrainSettings
     average: AverageSettings
     adapt: AdaptSettings
     quantize: QuantizeSettings
     compress: CompressSettings
+
+
+class Params(ArtifactParams):
+    """The whole of params.yaml.
+
+    What model_validate makes of a file is a subclass, with one more field for each section of an evaluator in it.
+    """
+
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(min_length=1)
+    evaluators: list[EvaluatorName] = Field(min_length=1)
+    processes: int = Field(gt=0)
+    fetch: Annotated[FetchSdists | FetchFile | FetchHub, Field(discriminator="source")]
+    tokenize: TokenizeSettings
     size_check: SizeCheckSettings
     certify: CertifySettings
     report: ReportSettings
     submission: SubmissionSettings
-    sliding: SlidingSettings
-    ttt: TttSettings
-    slot: SlotSettings
-    lora_ttt: LoraTttSettings | None = None
-    streaming: StreamingSettings | None = None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_evaluators(cls, raw: Any, handler: ModelWrapValidatorHandler["Params"]) -> "Params":
+        if cls is not Params or not isinstance(raw, dict):
+            return handler(raw)
+        return _class_for(raw).model_validate(raw)
+
+    def evaluator_settings(self, name: str) -> EvaluatorSettings:
+        """The section of an evaluator. Raises UserError if there is no such evaluator, or no such section."""
+        evaluator_class(name)
+        if name not in self._evaluator_sections():
+            raise UserError(f"params.yaml: {_missing(name)}")
+        settings: EvaluatorSettings = getattr(self, name)
+        return settings
+
+    def _evaluator_sections(self) -> list[str]:
+        return [name for name in type(self).model_fields if name not in Params.model_fields]
 
     @model_validator(mode="after")
     def _training_agrees(self) -> "Params":
@@ -83,9 +113,8 @@ class Params(Section):
             self.average.method != "ema" or self.average.ema_decay in train.ema_decays,
             f"average.ema_decay ({self.average.ema_decay}) must be one of train.ema_decays {train.ema_decays}",
         )
-        for name, section in (("adapt", self.adapt), ("ttt", self.ttt)):
-            blocks, layers = section.freeze_blocks, self.model.layers
-            _need(blocks <= layers, f"{name}.freeze_blocks ({blocks}) exceeds model.layers ({layers})")
+        blocks, layers = self.adapt.freeze_blocks, self.model.layers
+        _need(blocks <= layers, f"adapt.freeze_blocks ({blocks}) exceeds model.layers ({layers})")
         _need(
             not self.adapt.epochs or self.processes <= self.adapt.lanes,
             f"adapt.lanes ({self.adapt.lanes}) is less than the {self.processes} processes",
@@ -100,35 +129,32 @@ class Params(Section):
             f"compress.evaluator ({self.compress.evaluator}) must be one of evaluators {self.evaluators}",
         )
         for name in self.evaluators:
-            _need(getattr(self, name) is not None, f"{name}: missing section, which the evaluator of that name needs")
+            _need(name in self._evaluator_sections(), _missing(name))
         return self
 
     @model_validator(mode="after")
-    def _evaluators_agree(self) -> "Params":
-        seq_len, lora, streaming = self.model.seq_len, self.lora_ttt, self.streaming
-        for name in ("sliding", "ttt", "slot"):
-            stride = getattr(self, name).stride
-            _need(stride <= seq_len, f"{name}.stride ({stride}) exceeds model.seq_len ({seq_len})")
-        _need(
-            self.ttt.chunk_tokens % seq_len == 0 and self.ttt.chunk_tokens % self.ttt.stride == 0,
-            f"ttt.chunk_tokens ({self.ttt.chunk_tokens}) must be a multiple of model.seq_len and of ttt.stride",
-        )
-        if streaming:
-            _need(
-                self.processes <= streaming.lanes,
-                f"streaming.lanes ({streaming.lanes}) is less than the {self.processes} processes",
-            )
-        if lora:
-            _need(
-                lora.chunk_tokens <= seq_len,
-                f"lora_ttt.chunk_tokens ({lora.chunk_tokens}) exceeds model.seq_len ({seq_len})",
-            )
-            _need(
-                lora.global_chunk_tokens % (lora.lanes * seq_len) == 0,
-                f"lora_ttt.global_chunk_tokens ({lora.global_chunk_tokens}) must be a multiple of "
-                f"lora_ttt.lanes * model.seq_len ({lora.lanes * seq_len})",
-            )
+    def _evaluators_fit(self) -> "Params":
+        for name in self._evaluator_sections():
+            self.evaluator_settings(name).check(section=name, model=self.model, processes=self.processes)
         return self
+
+
+def _class_for(raw: dict[str, Any]) -> type[Params]:
+    """Params with a field for every section of `raw` that has an evaluator's name.
+
+    Raises ValueError naming the first section that is none of Params and no evaluator's.
+    """
+    others = [name for name in raw if name not in Params.model_fields]
+    unknown = next((name for name in others if not isinstance(name, str) or not is_evaluator(name)), None)
+    if unknown is not None:
+        fixed = ", ".join(Params.model_fields)
+        raise ValueError(f"{unknown}: unknown key; expected {fixed}, or an evaluator: {evaluator_names()}")
+    sections: dict[str, Any] = {name: (settings_class(name), ...) for name in others}
+    return create_model("Params", __base__=Params, **sections)
+
+
+def _missing(name: str) -> str:
+    return f"{name}: missing section, which the evaluator of that name needs"
 
 
 def _need(ok: bool, message: str) -> None:

@@ -9,6 +9,7 @@ Usage:  python -m fairway.whole_record FOLDER in the repository, where it reads 
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from fairway.adaptation.row_training import adapt, load_rows
 from fairway.codec.artifact import load_artifact
 from fairway.codec.container import check_round_trip, pack
 from fairway.evaluation.collect import collect, measure
-from fairway.evaluation.registry import make_evaluator
+from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
+from fairway.evaluation.registry import evaluator_class, make_evaluator
 from fairway.model.gpt import GPT, load_network
-from fairway.params import Params, load_params
+from fairway.params import ArtifactParams, Params, load_params
 from fairway.quantization.calibrate import calibrate
 from fairway.quantization.rate import quantize_to_size
 from fairway.runtime.distributed import World, alone, make_deterministic, start_world
@@ -31,29 +33,44 @@ from fairway.tokens.validation import load_validation
 from fairway.training.loop import train
 from fairway.training.training_inputs import check_world, train_stream
 
-# What decides the artifact; the section of the shipped evaluator joins them. Others must not: they would change the
-# shipped bytes without changing the record.
-SECTIONS = ("tokenize", "model", "train", "average", "adapt", "quantize", "compress")
+
+def shipped_arguments(params: Params) -> list[Any]:
+    """What the packer writes into the program as the arguments of run_shipped; the seed comes behind them.
+
+    The params are cut to the sections that decide the artifact. The evaluator is given as its class, which the packer
+    writes as a name, and whose module it links: the program that ships has no files to import by name.
+    """
+    name = params.compress.evaluator
+    artifact = ArtifactParams(**{section: getattr(params, section) for section in ArtifactParams.model_fields})
+    return [artifact, evaluator_class(name), params.evaluator_settings(name)]
 
 
-def shipped_params(params: Params) -> Params:
-    """Params of which only those sections exist that the shipped program needs."""
-    return Params.model_construct(**{name: getattr(params, name) for name in (*SECTIONS, params.compress.evaluator)})
+def chosen_options(params: Params) -> dict[str, str]:
+    """Tables of the program in which the settings look up a single entry, with its key: no other ships."""
+    chosen = {
+        "fairway.codec.codecs.CODECS": params.compress.codec,
+        "fairway.training.training_inputs.ORDERS": params.train.loader.kind,
+    }
+    gptq = params.quantize.gptq
+    texts = {"fairway.quantization.calibrate.TEXTS": gptq.calibration} if gptq else {}
+    return chosen | texts | params.evaluator_settings(params.compress.evaluator).looked_up()
 
 
 def main() -> None:
     """Run the record of params.yaml."""
     params = load_params("params.yaml")
-    run_record(params, params.seeds[0], _folder())
+    name = params.compress.evaluator
+    evaluator = make_evaluator(name, params.evaluator_settings(name), model=params.model, processes=1)
+    run_record(params, params.seeds[0], _folder(), evaluator)
 
 
-def run_shipped(params: Params, seed: int) -> None:
-    """Run the record of the settings inside train_gpt.py (whole_record.py)."""
-    run_stage(lambda: run_record(params, seed, _folder()))
+def run_shipped(params: ArtifactParams, evaluator: type[Evaluator], settings: EvaluatorSettings, seed: int) -> None:
+    """Run the record of the settings inside train_gpt.py, where this is called with `shipped_arguments`."""
+    run_stage(lambda: run_record(params, seed, _folder(), evaluator(settings)))
 
 
-def run_record(params: Params, seed: int, folder: Path) -> None:
-    """Make folder/model.bin unless it is there, then print its score."""
+def run_record(params: ArtifactParams, seed: int, folder: Path, evaluator: Evaluator) -> None:
+    """Make folder/model.bin unless it is there, then print what the evaluator makes of it."""
     path = folder / "model.bin"
     weights = None
     with start_world() as world:
@@ -65,10 +82,10 @@ def run_record(params: Params, seed: int, folder: Path) -> None:
         return
     if weights is not None:
         write_atomic(path, compressed(params, weights, seed, folder, world.device))
-    print_score(params, path, world.device)
+    print_score(evaluator, path, world.device)
 
 
-def trained_weights(params: Params, seed: int, folder: Path, world: World) -> dict[str, Tensor]:
+def trained_weights(params: ArtifactParams, seed: int, folder: Path, world: World) -> dict[str, Tensor]:
     """Stages train and average."""
     check_world(params.train, world)
     validation = load_validation(folder, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
@@ -90,7 +107,9 @@ def trained_weights(params: Params, seed: int, folder: Path, world: World) -> di
     return trained.weights[kind]
 
 
-def adapted_weights(params: Params, weights: dict[str, Tensor], folder: Path, world: World) -> dict[str, Tensor]:
+def adapted_weights(
+    params: ArtifactParams, weights: dict[str, Tensor], folder: Path, world: World
+) -> dict[str, Tensor]:
     """Stage adapt."""
     settings, config = params.adapt, params.model
     if not settings.epochs:
@@ -108,7 +127,9 @@ def adapted_weights(params: Params, weights: dict[str, Tensor], folder: Path, wo
     return model.state_dict()
 
 
-def compressed(params: Params, weights: dict[str, Tensor], seed: int, folder: Path, device: torch.device) -> bytes:
+def compressed(
+    params: ArtifactParams, weights: dict[str, Tensor], seed: int, folder: Path, device: torch.device
+) -> bytes:
     """Stages quantize and compress."""
     weights = {name: weight.cpu() for name, weight in weights.items()}
     codec = params.compress.codec
@@ -121,17 +142,15 @@ def compressed(params: Params, weights: dict[str, Tensor], seed: int, folder: Pa
     return model
 
 
-def print_score(params: Params, path: Path, device: torch.device) -> None:
-    """Print what the evaluator that ships makes of model.bin and the validation stream beside it."""
+def print_score(evaluator: Evaluator, path: Path, device: torch.device) -> None:
+    """Print what the evaluator makes of model.bin and the validation stream beside it."""
     make_deterministic()
     model = load_artifact(path, device)
     config = model.config
     validation = load_validation(path.parent, seq_len=config.seq_len, vocab_size=config.vocab_size)
     tokens_N1, world = validation.tokens.to(device), alone(device)
     with Progress("evaluate", len(validation.bytes), unit="tokens") as progress:
-        evaluation = make_evaluator(params.compress.evaluator, getattr(params, params.compress.evaluator)).begin(
-            model, tokens_N1, world
-        )
+        evaluation = evaluator.begin(model, tokens_N1, world)
         scores = collect(evaluation, tokens_N1, world, scored=lambda positions, nats: progress.update(len(nats)))
     figures = measure(scores, validation.bytes)
     print(f"val_loss: {figures['val_loss']:.8f}")

@@ -18,7 +18,7 @@ import torch
 
 from fairway.certification.accounting import accounting, certificate, load_evaluation, with_provenance
 from fairway.certification.experiments import certify
-from fairway.codec.artifact import load_artifact
+from fairway.codec.artifact import snapshot
 from fairway.evaluation.registry import load_inputs, make_evaluator
 from fairway.params import load_params
 from fairway.runtime.distributed import make_deterministic, start_world
@@ -34,22 +34,23 @@ def main() -> None:
     """Certify artifacts/evaluate/<seed>/<evaluator>."""
     seed, (name,) = stage_arguments(sys.argv[1:], "certify", "evaluator")
     params, started_at = load_params("params.yaml"), time.monotonic()
-    make_evaluator(name, getattr(params, name, None))
+    settings = params.evaluator_settings(name)
     make_deterministic()
     # Most of the time goes into steps of a few tokens, which several threads only slow down.
     torch.set_num_threads(1)
-    device = start_world().device
-    if device.type == "cuda":
+    world = start_world()
+    if world.device.type == "cuda":
         # What is compared has equal shapes; compiling, anew for each run, would serve nothing.
         torch.compiler.set_stance("force_eager")
-    model, validation = load_inputs(ARTIFACTS, seed, device)
+    model, validation = load_inputs(ARTIFACTS, seed, world)
+    unpacked = snapshot(model)
     evaluation = load_evaluation(ARTIFACTS, seed, name, len(validation.bytes))
     with Progress(f"certify {seed} {name}", params.certify.tokens, unit="tokens decoded") as progress:
         certified = certify(
-            lambda: make_evaluator(name, getattr(params, name, None)),
+            lambda: make_evaluator(name, settings, model=model.config, processes=1),
             model,
-            lambda: load_artifact(ARTIFACTS / f"compress/{seed}/model.bin", device),
-            validation.tokens.to(device),
+            unpacked,
+            validation.tokens.to(world.device),
             params.certify,
             progress.update,
         )

@@ -1,7 +1,7 @@
 """Make the folder that is submitted to the challenge: nothing in it is typed by hand.
 
-Reads:  of every seed artifacts/train, adapt, quantize, size_check, evaluate and certify; of the first seed
-        artifacts/compress/<seed>/train_gpt.py (also for the packages that it imports); artifacts/tokens/tokenizer.model
+Reads:  of every seed artifacts/train, adapt, quantize, compress, size_check, evaluate and certify, but the program of
+        the first seed alone; artifacts/pack/requirements.txt; artifacts/tokens/tokenizer.model
 Writes: artifacts/submission/: README.md, submission.json, train_gpt.py, tokenizer.model, requirements.txt and
         train_seed<seed>.log of every seed
 Source: the challenge's rules (keys of submission.json: its baseline and the record folders). Ours: the certificate's
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fairway.params import load_params
-from fairway.reporting.handed_in import readme, requirements, submission_json, train_log
+from fairway.reporting.handed_in import readme, submission_json, train_log
 from fairway.reporting.runs import collect
 from fairway.runtime.errors import run_stage
 from fairway.runtime.files import output_folder, require_file, write_atomic
@@ -29,6 +29,7 @@ def main() -> None:
     runs = collect(ARTIFACTS, params.seeds, [evaluator])
     shipped = runs[0].seed
     program = require_file(ARTIFACTS / f"compress/{shipped}/train_gpt.py", f"python -m stages.compress {shipped}")
+    packages = require_file(ARTIFACTS / "pack/requirements.txt", "python -m stages.pack")
     tokenizer = require_file(ARTIFACTS / "tokens/tokenizer.model", "python -m stages.tokenize")
     submission = submission_json(
         params.submission, evaluator, runs, date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -39,7 +40,7 @@ def main() -> None:
             write_atomic(out / f"train_seed{run.seed}.log", log)
         write_atomic(out / "submission.json", json.dumps(submission, indent=2) + "\n")
         write_atomic(out / "README.md", readme(submission, runs))
-        write_atomic(out / "requirements.txt", requirements(program.read_bytes()))
+        shutil.copyfile(packages, out / "requirements.txt")
         shutil.copyfile(program, out / "train_gpt.py")
         shutil.copyfile(tokenizer, out / "tokenizer.model")
     print(f"artifacts/submission: val_bpb {submission['val_bpb']:.6f}, {submission['certificate']['verdict']}")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from filelock import FileLock
+from forks import Fork, ranks
 
 from fairway.runtime.files import output_folder
 
+pytest_plugins = ["bare_machine"]
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# pytest-xdist fills the cores with processes; threads inside them, or inside what they start, would only fight.
-torch.set_num_threads(1)
+# pytest-xdist fills the cores with processes; threads inside them, or inside what they start, would only fight. PyTorch
+# reads this when it is imported, which this file leaves to others: the process that only hands out tests needs none.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+# Ends what one of several DVC commands prints.
+END = "-- end of a command --\n"
 
 
 def tiny_params(corpus: Path) -> dict[str, Any]:
@@ -39,14 +46,14 @@ def tiny_params(corpus: Path) -> dict[str, Any]:
     params["train"]["swa"] |= {"below_lr": 0.9, "every": 2}
     params["average"] |= {"method": "ema"}
     params["quantize"]["passthrough_elements"] = 256
-    params["ttt"] |= {"chunk_tokens": 1024, "stride": 16}
+    params["ttt"] |= {"chunk_tokens": 1024, "stride": 16, "epochs": 1}
     params["slot"] |= {"stride": 16}
     params["sliding"] |= {"stride": 16}
     params["certify"] = {"tokens": 60}
     return params
 
 
-def write_corpus(path: Path, documents: int = 24, words: int = 220) -> Path:
+def write_corpus(path: Path, documents: int = 24, words: int = 150) -> Path:
     """JSONL of small documents of made-up words, frequent ones first: enough to learn from, the same every time."""
     rng = random.Random(7)
     vocabulary = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(300)]
@@ -59,16 +66,23 @@ def write_corpus(path: Path, documents: int = 24, words: int = 220) -> Path:
     return path
 
 
-def launch(folder: Path, program: str, *, processes: int) -> None:
-    """Run a Python program in the folder as so many processes of torchrun; it may import the project and its tests."""
-    paths = f"import sys\nsys.path[:0] = {[str(REPOSITORY / 'tests'), str(REPOSITORY)]}\n"
-    (folder / "ranks.py").write_text(paths + program)
-    command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "ranks.py"]
-    subprocess.run([sys.executable, "-m", *command], cwd=folder, check=True, capture_output=True, timeout=240)
+def stage_main(name: str, *arguments: str) -> Callable[[], None]:
+    """What `python -m stages.<name> <arguments>` does, as a call for a fork."""
+    module = f"stages.{name}"
+
+    def call() -> None:
+        sys.argv[1:] = arguments
+        for imported in (module, f"{module}.__main__"):
+            # Python warns of running a file that a test has imported as a module, too.
+            if not hasattr(sys.modules.get(imported), "__path__"):
+                sys.modules.pop(imported, None)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+    return call
 
 
 class Experiment:
-    """A folder with the project's code and a params.yaml of its own, in which stages run as a user would run them."""
+    """A folder with a params.yaml of its own, in which stages run as a user would run them."""
 
     def __init__(self, folder: Path) -> None:
         """Made of an empty folder, or found there."""
@@ -76,27 +90,52 @@ class Experiment:
         if (folder / "params.yaml").exists():
             self.params: dict[str, Any] = yaml.safe_load((folder / "params.yaml").read_text())
             return
-        for name in ("fairway", "records", "stages"):
-            shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
-            shutil.copy(REPOSITORY / name, folder / name)
         self.set_params(tiny_params(write_corpus(folder / "corpus.jsonl")))
+
+    def copy_code(self) -> None:
+        """Put the project's code and pipeline into the folder, for what packs, changes or starts it there."""
+        if (self.folder / "dvc.yaml").exists():
+            return
+        for name in ("fairway", "records", "stages"):
+            shutil.copytree(REPOSITORY / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+            shutil.copy(REPOSITORY / name, self.folder / name)
 
     def set_params(self, params: dict[str, Any]) -> None:
         """Write params.yaml."""
         self.params = params
         (self.folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
-    def run(self, *command: str, ok: bool = True, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-        """Run a command in the folder (`python` is this interpreter) and check whether it ended well."""
+    def run(self, *command: str, ok: bool = True, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+        """Run a command as a process of its own and check whether it ended well.
+
+        `python` is this interpreter, and the code that it runs is the folder's.
+        """
+        self.copy_code()
         head = [sys.executable] if command[0] == "python" else [str(Path(sys.executable).parent / command[0])]
         done = subprocess.run([*head, *command[1:]], cwd=self.folder, capture_output=True, text=True, timeout=timeout)
         assert (done.returncode == 0) == ok, f"{command}\n{done.stdout}\n{done.stderr}"
         return done
 
+    def dvc(self, *commands: str) -> list[str]:
+        """Run DVC's commands one after another by one process, since it takes a second to start; what each prints."""
+        lines = ["import shlex", "from dvc.cli import main", f"for command in {commands!r}:"]
+        lines += ["    assert main(shlex.split(command)[1:]) == 0, command", f"    print({END!r}, flush=True)"]
+        return self.run("python", "-c", "\n".join(lines)).stdout.split(END)[:-1]
+
     def stage(self, name: str, *arguments: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run one stage."""
-        return self.run("python", "-m", f"stages.{name}", *arguments, ok=ok)
+        """Run one stage of the repository's code in the folder, by a fork, and check whether it ended well."""
+        import torch
+
+        if torch.cuda.is_available():
+            return self.run("python", "-m", f"stages.{name}", *arguments, ok=ok)
+        done = Fork(stage_main(name, *arguments), self.folder).wait()
+        assert (done.returncode == 0) == ok, f"{name} {arguments}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def stage_of_processes(self, processes: int, name: str, *arguments: str) -> None:
+        """Run one stage of the repository's code in the folder as so many ranks, which must end well."""
+        ranks(stage_main(name, *arguments), self.folder, processes=processes)
 
     def fails(self, name: str, *arguments: str) -> str:
         """Run a stage that must refuse its input; return its one line on stderr."""
@@ -109,6 +148,7 @@ class Experiment:
 
     def printed_as_sources_change(self, code: str, *sources: str) -> list[str]:
         """The line that `code` prints at first, and again after a comment is added to each of these files in turn."""
+        self.copy_code()
         lines = [f"code = {code!r}", "exec(code)"]
         for source in sources:
             lines += [f"with open({source!r}, 'a') as file: file.write('# changed\\n')", "exec(code)"]
@@ -157,6 +197,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tokenized: Experiment) ->
     def make(made: Experiment) -> None:
         for name in ("data", "artifacts"):
             shutil.copytree(tokenized.folder / name, made.folder / name)
+        made.copy_code()
+        made.stage("pack")
         for stage in ("train", "average", "adapt", "quantize", "compress"):
             made.stage(stage, "1337")
 

@@ -12,7 +12,13 @@ from test_model_golden import golden as golden_model
 from test_model_golden import golden_config
 from torch import Tensor
 
+from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.model.gpt import GPT
+
+# Of an evaluator's settings, what most tests leave as the simplest form has it.
+PLAIN_FIT: dict[str, Any] = {"lr_end": None, "fitted_on": "batch", "bias": False}
+PLAIN_WINDOWS: dict[str, Any] = {"published_window_list": False, "within_documents": False}
+PLAIN_TTT: dict[str, Any] = {"freeze": "blocks", "fake_quantize": "none", "slot": None}
 
 
 @lru_cache
@@ -41,9 +47,19 @@ def lively_network(record: str = "r1150") -> GPT:
     return small_network(record).eval()
 
 
+def shallow_network(record: str = "r1150") -> GPT:
+    """A network like lively_network, but of four layers, for tests of which the network is not the subject."""
+    return small_network(record, shallow=True).eval()
+
+
 def random_stream(seed: int, targets: int) -> Tensor:
     """(N+1,) int64 tokens of lively_network's vocabulary."""
     return torch.randint(2, 40, (targets + 1,), generator=torch.Generator().manual_seed(seed))
+
+
+def sliding(*, stride: int, batch_windows: int) -> SlidingEvaluator:
+    """The evaluator by sliding windows that scores each target once."""
+    return SlidingEvaluator(SlidingSettings(stride=stride, batch_windows=batch_windows, **PLAIN_WINDOWS))
 
 
 def checksums(model: GPT, start: dict[str, Tensor], names: list[str]) -> np.ndarray:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Experiment, launch
+from conftest import Experiment
+from forks import ranks
 from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream
 from torch import Tensor
 
@@ -16,13 +17,14 @@ from fairway.adaptation.row_training import AdaptSettings, adapt, epoch_lr, load
 from fairway.adaptation.trainable import trainable
 from fairway.model.gpt import GPT
 from fairway.params import load_params
-from fairway.runtime.distributed import World
+from fairway.runtime.distributed import World, start_world
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import load_tensors, save_tensors
 from fairway.tokens.shards import write_shard
 
 SETTINGS: dict[str, Any] = {"epochs": 2, "split": "train", "lr": 4.5e-3, "lr_floor": 0.1, "batch_rows": 3}
-SETTINGS |= {"grad_clip": 1.0, "freeze_blocks": 1}
+SETTINGS |= {"grad_clip": 1.0, "freeze_blocks": 1, "max_rows": None, "freeze": "blocks", "freeze_tokens": False}
+SETTINGS |= {"lanes": 1, "coupling": "step", "fake_quantize": "none"}
 
 
 R1958 = {
@@ -129,18 +131,13 @@ def test_every_epoch_loses_less_on_the_same_rows() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-RANKS = """
-import torch
-from test_adapt import adapted
-from fairway.runtime.distributed import start_world
-
-torch.set_num_threads(1)
-with start_world() as world:
-    for coupling in ("step", "epoch"):
-        losses, weights = adapted(coupling, world)
-        if world.rank == 0:
-            torch.save((losses, weights), coupling + ".pt")
-"""
+def adapt_as_one_of_several() -> None:
+    """Leave losses and weights by coupling in the current folder."""
+    with start_world() as world:
+        for coupling in ("step", "epoch"):
+            losses, weights = adapted(coupling, world)
+            if world.rank == 0:
+                torch.save((losses, weights), f"{coupling}.pt")
 
 
 def adapted(coupling: Any, world: World | None) -> tuple[list[float], dict[str, Tensor]]:
@@ -154,7 +151,7 @@ def adapted(coupling: Any, world: World | None) -> tuple[list[float], dict[str, 
 def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes have left what they made of `adapted`."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch(folder, RANKS, processes=2)
+    ranks(adapt_as_one_of_several, folder, processes=2)
     return folder
 
 

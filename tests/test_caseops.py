@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("caseops") / "docs.jsonl")
 
 
-def train(corpus: Path, trainer: str) -> Path:
+def train(corpus: Path, trainer: Literal["lossless", "published"]) -> Path:
     path = corpus.with_name(f"{trainer}.model")
     path.write_bytes(train_tokenizer(read_texts(corpus), vocab_size=VOCAB_SIZE, trainer=trainer, transform="caseops"))
     return path

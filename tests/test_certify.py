@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from streams import random_stream
+from streams import PLAIN_FIT, PLAIN_TTT, PLAIN_WINDOWS, random_stream
 from test_model import R1150, SMALL
 from torch import Tensor
 
@@ -19,25 +19,26 @@ from fairway.certification.decoder import choose_slices
 from fairway.certification.excerpt import choose_excerpt
 from fairway.certification.experiments import Certified, CertifySettings, certify
 from fairway.certification.follower import Follower
-from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
 from fairway.evaluation.passes import Pass, Prediction
-from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, plain_head, stream_windows
+from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, plain_head
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.slot import OffsetHead, Places, SlotEvaluator, context_places
 from fairway.evaluation.slot_offsets import SlotFitSettings, SlotSettings
 from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
-from fairway.evaluation.ttt import TttEvaluator, TttSettings
+from fairway.evaluation.ttt import TttEvaluator, TttPass, TttSettings
+from fairway.evaluation.windows import scored_once
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
 from fairway.tokens.tokenizer import BOS
 
-SLIDING: dict[str, Any] = {"stride": 8, "batch_windows": 6}
+SLIDING: dict[str, Any] = {"stride": 8, "batch_windows": 6} | PLAIN_WINDOWS
 TTT = SLIDING | {"chunk_tokens": 160, "epochs": 2, "lr": 0.05, "momentum": 0.9, "grad_clip": 1.0}
-TTT |= {"batch_rows": 32, "freeze_blocks": 0}
-SLOT = SLIDING | {"steps": 3, "lr": 0.02}
+TTT |= PLAIN_TTT | {"batch_rows": 32, "freeze_blocks": 0}
+SLOT = SLIDING | PLAIN_FIT | {"steps": 3, "lr": 0.02, "carried": False}
 LORA: dict[str, Any] = {"chunk_tokens": 16, "batch_documents": 2, "rank": 2, "alpha": 4.0, "lr": 0.01, "beta2": 0.99}
 LORA |= {"weight_decay": 0.5, "prefix_documents": 4, "phases": 2, "global_chunk_tokens": 64, "global_lr": 0.02}
 LORA |= {"global_momentum": 0.9, "grad_clip": 1.0, "lanes": 1, "seed": 0}
@@ -51,7 +52,7 @@ def _slot(**changes: Any) -> Make:
 
 LEGAL: dict[str, Make] = {
     "sliding": lambda: SlidingEvaluator(SlidingSettings(**SLIDING)),
-    "streaming": lambda: StreamingEvaluator(StreamingSettings(block_tokens=32, lanes=2)),
+    "streaming": lambda: StreamingEvaluator(StreamingSettings(block_tokens=32, lanes=2, within_documents=False)),
     "ttt": lambda: TttEvaluator(TttSettings(**TTT)),
     "lora_ttt": lambda: LoraTttEvaluator(LoraTttSettings(**LORA)),
     "slot, carried": _slot(carried=True),
@@ -137,9 +138,9 @@ class SharedContext(Evaluator):
     """Context-only SLOT as PR #1217, #1306, #1322 and #1333 had it: one offset for a batch of overlapping windows."""
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        fit = SlotFitSettings(steps=3, lr=0.02, fitted_on="context")
+        fit = SlotFitSettings(**(PLAIN_FIT | {"steps": 3, "lr": 0.02, "fitted_on": "context"}))
         head = OffsetHead(fit, tokens_N1.device, self._places)
-        windows = stream_windows("slot", model, len(tokens_N1) - 1, stride=8, as_published=False)
+        windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=8)
         return _Headed(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6, head=head)
 
     def _places(self, batch: Batch) -> Places:
@@ -152,14 +153,14 @@ class _Headed(WindowPass):
 
 
 def _ttt_with_slot() -> Evaluator:
-    return TttEvaluator(TttSettings(**TTT, slot=SlotFitSettings(steps=3, lr=0.02)))
+    return TttEvaluator(TttSettings(**(TTT | {"slot": SlotFitSettings(**PLAIN_FIT, steps=3, lr=0.02)})))
 
 
 FITTED_AHEAD: dict[str, Make] = {
     "r1150": _ttt_with_slot,
     "r1172": _slot(),
     "r1488": _slot(fitted_on="scored", bias=True),
-    "context of a batch": SharedContext,
+    "context of a batch": lambda: SharedContext(EvaluatorSettings()),
 }
 
 
@@ -174,7 +175,9 @@ def test_offsets_fitted_on_what_they_score_fail(name: str) -> None:
 
 
 def test_the_published_list_of_windows_fails_for_its_repetitions_alone() -> None:
-    findings = _certify(lambda: SlidingEvaluator(SlidingSettings(**SLIDING, published_window_list=True)), tokens=40)
+    findings = _certify(
+        lambda: SlidingEvaluator(SlidingSettings(**(SLIDING | {"published_window_list": True}))), tokens=40
+    )
     assert _failed(findings) == {"single_pass"}
     assert findings["single_pass"].evidence["most_often"] == 2
 
@@ -186,7 +189,7 @@ class Peeking(SlidingEvaluator):
     ahead: int
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        windows = stream_windows("sliding", model, len(tokens_N1) - 1, stride=8, as_published=False)
+        windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=8)
 
         def head(model: GPT, batch: Batch, hid: Tensor) -> Tensor:
             probs_MV = plain_head(model, batch, hid).softmax(-1)
@@ -260,7 +263,7 @@ class BetterOfTwo(SlidingEvaluator):
     """Scores twice and keeps the better."""
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        windows = stream_windows("sliding", model, len(tokens_N1) - 1, stride=8, as_published=False)
+        windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=8)
         return Twice(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6)
 
     def score(self, model: GPT, tokens_N1: Tensor, progress: Callable[[int], None]) -> Tensor:
@@ -280,7 +283,7 @@ class Omitting(SlidingEvaluator):
     """Never scores the last windows, as a batch that does not come out even (evaluate.md 2.2)."""
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        windows = stream_windows("sliding", model, len(tokens_N1) - 1, stride=8, as_published=False)
+        windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=8)
         return WindowPass(model, tokens_N1, in_chunks(windows[:-2], 6), world, batch_windows=6)
 
 
@@ -327,7 +330,8 @@ class LearningAhead(TttEvaluator):
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         evaluation = super().begin(model, tokens_N1, world)
-        learn, weight = evaluation.learn, dict(evaluation.model.named_parameters())["embed.token"]
+        assert isinstance(evaluation, TttPass)
+        learn, weight = evaluation.learn, evaluation.free["embed.token"]
 
         def learn_ahead(chunk: int) -> None:
             learn(chunk)
@@ -355,7 +359,7 @@ def test_where_nothing_is_ever_learned_that_is_said_and_passes() -> None:
 
 
 def test_a_stream_too_short_for_the_evaluator_is_told() -> None:
-    evaluator = StreamingEvaluator(StreamingSettings(block_tokens=32, lanes=50))
+    evaluator = StreamingEvaluator(StreamingSettings(block_tokens=32, lanes=50, within_documents=False))
     with pytest.raises(UserError, match=r"streaming.lanes \(50\): too many for 600 targets in rows of 16"):
         _certified(lambda: evaluator, _stream(600), 40)
 

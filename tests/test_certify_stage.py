@@ -12,9 +12,10 @@ from conftest import Experiment
 from hypothesis import given
 from hypothesis import strategies as st
 from reports import Figures
+from stand_in_lrzip import install
 
-from fairway.certification.accounting import read_nats
 from fairway.certification.decoder import PRECISION, Decoder, Encoder, counts
+from fairway.codec.container import pack, unpack
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import read_figures
 
@@ -40,18 +41,22 @@ def test_an_artifact_trained_on_the_validation_text_fails_whatever_scores_it(fin
     assert found["certify_s"] > 0
 
 
+def test_evaluation_and_certificate_unpack_the_artifact_once_each(
+    finished_copy: Experiment, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = finished_copy.folder / "artifacts/compress/1337/model.bin"
+    runs = install(tmp_path_factory.mktemp("lrzip"), monkeypatch)
+    config, state = unpack(path.read_bytes())
+    path.write_bytes(pack(config, state, codec="lrzip"))
+    packed = runs.read_text().split()
+    for stage in ("evaluate", "certify"):
+        runs.unlink()
+        finished_copy.stage(stage, "1337", "sliding")
+        assert runs.read_text().split() == ["unpack"] * len(packed)
+
+
 def test_a_missing_evaluation_names_the_stage_that_makes_it(finished_copy: Experiment) -> None:
     assert "`python -m stages.evaluate 1337 sliding` makes it" in finished_copy.fails("certify", "1337", "sliding")
-
-
-@pytest.mark.parametrize("kept", [0, 3, 40, -5, -100])
-def test_damaged_nats_are_told_in_one_line(kept: int, tmp_path: Path) -> None:
-    path = tmp_path / "nats.npz"
-    np.savez(path, nats=np.arange(50.0))
-    assert read_nats(path, "evaluate").tolist() == list(range(50))
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"nats\.npz: not the nats of an evaluation; run `evaluate` again$"):
-        read_nats(path, "evaluate")
 
 
 @pytest.mark.parametrize(

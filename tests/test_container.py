@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-import shutil
+import threading
 import tracemalloc
 from contextlib import suppress
 from dataclasses import replace
@@ -15,16 +15,21 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
+from forks import ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stand_in_lrzip import install
 
-from fairway.codec.artifact import load_artifact
-from fairway.codec.codecs import CODECS
+from fairway.codec import byte_codecs, codecs
+from fairway.codec.artifact import load_artifact, load_artifact_once, snapshot
+from fairway.codec.byte_codecs import Lrzip
+from fairway.codec.codecs import CODECS, Serialized
 from fairway.codec.codes import LowRank, Quantized, QuantizedState, dequantize, largest_code
 from fairway.codec.container import DIGEST_BYTES, PREFIX, check_round_trip, pack, read_header, unpack
 from fairway.codec.header import MAX_VALUES
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
+from fairway.runtime.distributed import start_world
 from fairway.runtime.errors import UserError
 
 CONFIG = ModelConfig.model_validate(yaml.safe_load((REPOSITORY / "params.yaml").read_text())["model"])
@@ -95,9 +100,29 @@ def test_what_goes_in_comes_out(
     check_round_trip(pack(CONFIG, state, codec="brotli"), CONFIG, state)
 
 
-@pytest.mark.parametrize("codec", [name for name in CODECS if name != "lrzip" or shutil.which("lrzip")])
+@pytest.mark.parametrize(
+    "codec", [pytest.param(name, marks=pytest.mark.program("lrzip") if name == "lrzip" else ()) for name in CODECS]
+)
 def test_every_codec_brings_back_the_same_state(codec: str) -> None:
     check_round_trip(pack(CONFIG, _state(), codec=codec), CONFIG, _state())
+
+
+def test_groups_are_packed_and_unpacked_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run of this lrzip waits until four of them have started: one for each class of tensors."""
+    runs = install(tmp_path, monkeypatch, together=4)
+    monkeypatch.setattr(byte_codecs, "_FREE_PROCESSORS", threading.BoundedSemaphore(4))
+    check_round_trip(pack(CONFIG, _state(), codec="lrzip"), CONFIG, _state())
+    assert sorted(runs.read_text().split()) == ["pack"] * 4 + ["unpack"] * 4
+
+
+def test_files_packed_row_by_row_by_lrzip_are_still_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pack wrote them before it put columns in pieces."""
+    install(tmp_path, monkeypatch)
+    with monkeypatch.context() as earlier:
+        earlier.setitem(codecs.CODECS, "lrzip", Serialized(Lrzip()))
+        old = pack(CONFIG, _state(), codec="lrzip")
+    assert old != pack(CONFIG, _state(), codec="lrzip")
+    check_round_trip(old, CONFIG, _state())
 
 
 def test_the_round_trip_check_sees_a_single_code() -> None:
@@ -246,6 +271,43 @@ def test_a_network_comes_back_with_its_weights_ready_to_evaluate(tmp_path: Path)
     assert not model.training
     for name, weight in dequantize(state).items():
         assert torch.equal(model.state_dict()[name], weight)
+
+
+def test_a_snapshot_makes_the_network_that_was_whatever_becomes_of_it(tmp_path: Path) -> None:
+    config, state = _network()
+    (tmp_path / "model.bin").write_bytes(pack(config, state, codec="brotli"))
+    model = load_artifact(tmp_path / "model.bin", torch.device("cpu"))
+    again = snapshot(model)
+    first = again()
+    for network in (model, first):
+        for parameter in network.parameters():
+            torch.nn.init.constant_(parameter, 7.0)
+    second = again()
+    assert (second.config, second.training) == (config, False)
+    for name, weight in dequantize(state).items():
+        assert torch.equal(second.state_dict()[name], weight)
+
+
+def load_as_one_of_several() -> None:
+    """Leave what this rank has loaded in the current folder."""
+    with start_world() as world:
+        model = load_artifact_once(Path("model.bin"), world)
+        torch.save((model.config.model_dump(), model.training, model.state_dict()), f"{world.rank}.pt")
+
+
+def test_three_processes_unpack_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, state = _network()
+    state["layer0.mlp.up"] = _matrix(torch.Generator(), config.mlp_hidden, config.width, 6)
+    runs = install(tmp_path, monkeypatch)
+    (tmp_path / "model.bin").write_bytes(pack(config, state, codec="lrzip"))
+    runs.unlink()
+    ranks(load_as_one_of_several, tmp_path, processes=3)
+    assert runs.read_text().split() == ["unpack"]
+    for rank in range(3):
+        found_config, training, weights = torch.load(tmp_path / f"{rank}.pt")
+        assert (found_config, training) == (config.model_dump(), False)
+        for name, weight in dequantize(state).items():
+            assert torch.equal(weights[name], weight)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Experiment
+from conftest import REPOSITORY, Experiment, stage_main
+from forks import Fork
 
 from fairway.params import load_params
-from stages.doctor import Check, fewer_processes, remedies, table
+from fairway.preflight import Check, fewer_processes, remedies, table
 
 # Nothing listens on the port that discards what it is sent.
 NOWHERE = "http://127.0.0.1:9"
@@ -52,15 +53,8 @@ def doctor(experiment: Experiment, endpoint: str, *programs: str) -> str:
     for program in programs:
         (path / program).write_text("#!/bin/sh\n")
         (path / program).chmod(0o755)
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.doctor"],
-        cwd=folder,
-        env=os.environ | {"PATH": str(path), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stderr == ""
+    done = Fork(stage_main("doctor"), folder, {"PATH": str(path), "CUDA_VISIBLE_DEVICES": ""}).wait()
+    assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
@@ -160,6 +154,7 @@ def test_where_nothing_is_missing_it_says_so() -> None:
     assert remedies({"r1": [Check("disk", True, "")]}) == ["Nothing is missing."]
 
 
+@pytest.mark.program("make")
 def test_it_is_a_target_of_make() -> None:
     done = subprocess.run(
         ["make", "-n", "--no-print-directory", "doctor"], cwd=REPOSITORY, capture_output=True, text=True, check=True

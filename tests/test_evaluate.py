@@ -3,15 +3,14 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Experiment
+from conftest import Experiment, stage_main
+from forks import Fork
 
 from fairway.codec.container import pack
 from fairway.evaluation.collect import bpb
@@ -47,7 +46,7 @@ def _outcome(experiment: Experiment, name: str) -> tuple[np.ndarray, dict[str, A
 
 # Sections that the default params have no need of.
 SECTIONS: dict[str, dict[str, Any]] = {
-    "streaming": {"block_tokens": 128, "lanes": 4},
+    "streaming": {"block_tokens": 128, "lanes": 4, "within_documents": False},
     "lora_ttt": {
         "chunk_tokens": 64,
         "batch_documents": 2,
@@ -83,17 +82,41 @@ def test_the_stage_writes_every_targets_nats_and_their_sum_in_bits_per_byte(comp
     assert metrics["val_loss"] == pytest.approx(math.log(320), rel=0.1)
 
 
+def test_one_evaluator_scores_twice_with_other_settings(compressed: Experiment) -> None:
+    """Each under its own name: sliding with a stride of 16, and with one of a whole row."""
+    compressed.set_params(compressed.params | {"sliding_64": compressed.params["sliding"] | {"stride": 64}})
+    compressed.stage("evaluate", "1337", "sliding")
+    output = compressed.stage("evaluate", "1337", "sliding_64").stdout
+    assert "\nevaluate 1337 sliding_64: val_bpb " in output
+    (often, _), (seldom, metrics) = (_outcome(compressed, name) for name in ("sliding", "sliding_64"))
+    assert metrics["evaluator"] == "sliding_64"
+    # The first row is the same window for both; the others begin elsewhere.
+    np.testing.assert_allclose(often[:64], seldom[:64], rtol=0, atol=1e-5)
+    assert abs(often[64:] - seldom[64:]).max() > 1e-4
+
+
+def test_a_network_of_other_rows_than_params_name_is_checked_too(compressed: Experiment) -> None:
+    """model.bin has rows of 64; params.yaml has been changed since."""
+    changed = {"model": {"seq_len": 128}, "ttt": {"chunk_tokens": 1024, "stride": 128}, "sliding": {"stride": 128}}
+    compressed.set_params(compressed.params | {key: compressed.params[key] | changed[key] for key in changed})
+    line = compressed.fails("evaluate", "1337", "sliding")
+    assert line == "error: params.yaml: sliding.stride (128) exceeds model.seq_len (64)"
+
+
 def test_a_killed_evaluation_goes_on_and_ends_as_an_unkilled_one(compressed: Experiment) -> None:
     compressed.stage("evaluate", "1337", "ttt")
     whole = _outcome(compressed, "ttt")[0]
     resume = compressed.folder / "artifacts/resume/evaluate-1337-ttt"
     assert not resume.exists()
-    process = subprocess.Popen([sys.executable, "-m", "stages.evaluate", "1337", "ttt"], cwd=compressed.folder)
+    evaluation = Fork(stage_main("evaluate", "1337", "ttt"), compressed.folder)
     while not (resume / "latest.json").exists():
-        assert process.poll() is None, "it ended before it left a point"
+        assert evaluation.is_running(), evaluation.wait()
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    evaluation.kill()
+    # Sections of others do not matter: the point is of this one's.
+    settings = load_params(compressed.folder / "params.yaml").evaluator_settings("ttt")
+    mark = evaluation_fingerprint(compressed.folder / "artifacts", 1337, "ttt", settings)
+    assert json.loads((resume / "latest.json").read_text())["fingerprint"] == mark
     shutil.rmtree(compressed.folder / "artifacts/evaluate")
     compressed.stage("evaluate", "1337", "ttt")
     np.testing.assert_array_equal(_outcome(compressed, "ttt")[0], whole)
@@ -105,7 +128,9 @@ def test_points_belong_to_artifact_tokens_and_settings(compressed: Experiment) -
 
     def mark(**changes: Any) -> str:
         compressed.set_params(compressed.params | changes)
-        return evaluation_fingerprint(artifacts, 1337, "ttt", load_params(compressed.folder / "params.yaml").ttt)
+        return evaluation_fingerprint(
+            artifacts, 1337, "ttt", load_params(compressed.folder / "params.yaml").evaluator_settings("ttt")
+        )
 
     first = mark()
     assert mark(sliding=compressed.params["sliding"] | {"stride": 8}) == first
@@ -120,7 +145,8 @@ def test_points_belong_to_the_code_that_made_them(compressed: Experiment) -> Non
     code = (
         "from pathlib import Path; from fairway.params import load_params;"
         "from fairway.evaluation.registry import evaluation_fingerprint;"
-        "print(evaluation_fingerprint(Path('artifacts'), 1337, 'ttt', load_params('params.yaml').ttt))"
+        "settings = load_params('params.yaml').evaluator_settings('ttt');"
+        "print(evaluation_fingerprint(Path('artifacts'), 1337, 'ttt', settings))"
     )
     matter = (
         "fairway/model/attention.py",
@@ -149,7 +175,9 @@ def test_a_network_for_another_vocabulary_is_refused_in_one_line(compressed: Exp
 
 def test_an_unknown_evaluator_is_told_in_one_line(experiment: Experiment) -> None:
     line = experiment.fails("evaluate", "1337", "slide")
-    assert line.startswith("error: slide: no such evaluator; expected one of sliding, ttt, slot")
+    assert line.startswith(
+        "error: slide: no such evaluator; expected one of lora_ttt, sliding, slot, streaming, ttt, or"
+    )
 
 
 def test_a_missing_artifact_names_the_stage_that_makes_it(experiment: Experiment) -> None:

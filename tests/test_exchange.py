@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-from conftest import launch
+from forks import ranks
 from torch import Tensor
 
 from fairway.adaptation.lanes import sum_gradients, sum_over_lanes
-from fairway.runtime.distributed import alone
+from fairway.runtime.distributed import alone, start_world
 
 LANES = 8
 LIKE = [torch.empty(40, 30), torch.empty(7)]
@@ -20,20 +20,15 @@ def lane_results(lane: int) -> list[Tensor | None]:
     return [first, None if lane == 2 else second]
 
 
-RANKS = """
-import torch
-from test_exchange import LANES, LIKE, lane_results
-from fairway.adaptation.lanes import sum_over_lanes
-from fairway.runtime.distributed import start_world
-
-with start_world() as world:
-    for lanes in (1, 2, LANES):
-        torch.save(sum_over_lanes(LIKE, lanes, lane_results, world), f"{lanes}_{world.rank}.pt")
-"""
+def add_up_as_one_of_several() -> None:
+    """Leave this rank's sums in the current folder."""
+    with start_world() as world:
+        for lanes in (1, 2, LANES):
+            torch.save(sum_over_lanes(LIKE, lanes, lane_results, world), f"{lanes}_{world.rank}.pt")
 
 
 def test_three_processes_add_up_to_the_same_bits_as_one(tmp_path: Path) -> None:
-    launch(tmp_path, RANKS, processes=3)
+    ranks(add_up_as_one_of_several, tmp_path, processes=3)
     for lanes in (1, 2, LANES):
         expected = sum_over_lanes(LIKE, lanes, lane_results, alone(torch.device("cpu")))
         for rank in range(3):

@@ -238,7 +238,8 @@ def test_nested_attention_is_that_of_each_window(
     rows_BT = rows[:stretch].unfold(0, length, spacing).contiguous()
     rows_BT[:, :2] = rows[stretch:].view(windows, 2)
     q, k, v = (x.detach() for x in random(6, *((1, len(rows), n, width) for n in (heads, kv_heads, kv_heads))))
-    expected = causal_attention.attend_plainly(*(x[0][rows_BT].float() for x in (q, k, v)), None)
+    q_BTHE, k_BTKE, v_BTKE = (x[0][rows_BT].float() for x in (q, k, v))
+    expected = causal_attention.attend_plainly(q_BTHE, k_BTKE, v_BTKE, None)
     assert error(nested_attention(q, k, v, rows_BT, spacing), expected) < CLOSE
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -50,7 +51,8 @@ def spans(batch: Batch) -> list[list[int]]:
 
 
 def equal(one: Batch, other: Batch) -> bool:
-    return all(a is b is None or torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    parts = zip(one, other, strict=True)
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in parts)
 
 
 def sequential(tokens: Tokens, *, rank: int = 0, size: int = 1, micro_batches: int = 8) -> Stream:
@@ -193,7 +195,7 @@ def test_segments_tile_the_row_and_never_cross_a_document(starts: set[int], tota
     assert 0 <= lengths.min() <= lengths.max() <= cut
 
 
-ORDERS = {
+ORDERS: dict[str, Callable[[Tokens], CoprimeWindows | ShuffledWindows | PackedRows]] = {
     "coprime": lambda tokens: CoprimeWindows(tokens, window=16, micro_batches=4, windows=2, seed=5),
     "shuffled": lambda tokens: ShuffledWindows(tokens, window=16, micro_batches=2, windows=2),
     "packed": lambda tokens: PackedRows(tokens, micro_batches=4, micro_batch_tokens=32),

@@ -87,9 +87,20 @@ def small_config(record: str) -> ModelConfig:
     return ModelConfig.model_validate(settings | {"rope": settings["rope"] | {"dims": 8}})
 
 
-def small_network(record: str, *, started: bool = True) -> GPT:
+def shallow_config(record: str) -> ModelConfig:
+    """small_config with four layers, which still have every mechanism of the record."""
+    config = small_config(record).model_dump()
+    changes: dict[str, Any] = {"layers": 4, "xsa_last_layers": 2}
+    if config["value_embedding"]:
+        changes["value_embedding"] = config["value_embedding"] | {"layers": [2, 3]}
+    if config["loop"]:
+        changes |= {"lanes_from": 3, "loop": {"first": 1, "last": 1, "repeats": 2}}
+    return ModelConfig.model_validate(config | changes)
+
+
+def small_network(record: str, *, started: bool = True, shallow: bool = False) -> GPT:
     """A network with the record's mechanisms; `started` moves every parameter off its initial value."""
-    model = GPT(small_config(record))
+    model = GPT(shallow_config(record) if shallow else small_config(record))
     model.init_weights(7)
     generator = torch.Generator().manual_seed(8)
     if started:
@@ -269,8 +280,9 @@ def test_segmented_attention_is_attention_within_each_segment(starts: set[int], 
     # The row boundary separates like a segment.
     edges = sorted({0, 12, 24} | starts)
     for begin, end in pairwise(edges):
-        piece = [x.flatten(0, 1)[begin:end][None] for x in (q, k, v)]
-        torch.testing.assert_close(found.flatten(0, 1)[begin:end], attend(*piece, None)[0], rtol=0, atol=1e-5)
+        queries, keys, values = (x.flatten(0, 1)[begin:end][None] for x in (q, k, v))
+        expected = attend(queries, keys, values, None)[0]
+        torch.testing.assert_close(found.flatten(0, 1)[begin:end], expected, rtol=0, atol=1e-5)
 
 
 def test_attention_reads_the_key_head_of_its_group() -> None:

@@ -49,6 +49,8 @@ def muon_settings(record: str, **changes: Any) -> MuonSettings:
         "ns_steps": 5,
         "row_normalize": config["rn"],
         "ns_association": "scale_first" if record == "r1488" else "square_first",
+        "momentum_dtype": "float32",
+        "side_matrices": False,
     }
     return MuonSettings(**chosen | changes)
 

@@ -2,7 +2,9 @@
 
 import copy
 import re
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,16 @@ import torch
 import yaml
 from conftest import REPOSITORY, tiny_params
 
+from fairway.evaluation.lora_ttt import LoraTttSettings
+from fairway.evaluation.registry import evaluator_kinds
 from fairway.params import Params, load_params
+from fairway.quantization.gptq import GptqSettings
+from fairway.reporting.published import PublishedSeed
 from fairway.runtime.errors import UserError
+from fairway.runtime.settings import Section, parse_section
+from fairway.training.schedule import ScheduleSettings
 
+SLIDING = {"stride": 8, "batch_windows": 2, "published_window_list": False, "within_documents": False}
 LORA = yaml.safe_load((REPOSITORY / "records/r1958-lora-ttt.yaml").read_text())["lora_ttt"]
 
 
@@ -57,7 +66,24 @@ def test_the_laptop_default_loads() -> None:
         ("processes", 3, "processes (3) must divide the 2 micro-batches"),
         ("quantize.bits.mlp", 9, "quantize.bits.mlp: Input should be less than or equal to 8 (found 9)"),
         ("evaluators", ["sliding", "sliding"], "repeats a name"),
-        ("evaluators", ["beam"], "evaluators.0: Input should be"),
+        ("evaluators", ["beam"], "evaluators.0: beam: no such evaluator; expected one of lora_ttt, sliding, slot,"),
+        ("evaluators", ["sliding", "slot-8"], "evaluators.1: slot-8: no such evaluator; expected one of"),
+        ("evaluators", ["sliding", "sliding_8"], "sliding_8: missing section, which the evaluator of that name needs"),
+        ("slide_8", {}, "slide_8: unknown key; expected tokenize, model, train, average, adapt, quantize, compress,"),
+        ("slide_8", {}, "submission, or an evaluator: one of lora_ttt, sliding, slot, streaming, ttt, or one of these"),
+        ("sliding_8", {"stride": 8, "batch_windows": 2}, "sliding_8.published_window_list: missing key"),
+        (
+            "sliding_8",
+            SLIDING | {"published_window_list": True, "within_documents": True},
+            "sliding_8.published_window_list: expected false with within_documents (found true)",
+        ),
+        ("sliding_8", SLIDING | {"stride": 128}, "sliding_8.stride (128) exceeds model.seq_len (64)"),
+        ("sliding_8", SLIDING | {"strides": 8}, "sliding_8.strides: unknown key (found 8)"),
+        (
+            "ttt.chunk_tokens",
+            1032,
+            "ttt.chunk_tokens (1032) must be a multiple of model.seq_len (64) and of ttt.stride",
+        ),
         ("fetch.path", 3, "fetch.path: Input should be a valid string (found 3)"),
         ("train.loader.bucket", 64, "train.loader.bucket: unknown key (found 64)"),
         ("fetch.path", "data/docs/docs.jsonl", "fetch.path: data/docs/docs.jsonl lies in data/docs, which is"),
@@ -86,7 +112,10 @@ def test_a_fault_is_one_line_naming_file_and_key(tmp_path: Path, key: str, value
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"streaming": {"block_tokens": 8, "lanes": 1}}, "streaming.lanes (1) is less than the 2 processes"),
+        (
+            {"streaming": {"block_tokens": 8, "lanes": 1, "within_documents": False}},
+            "streaming.lanes (1) is less than the 2 processes",
+        ),
         ({"adapt.epochs": 1}, "adapt.lanes (1) is less than the 2 processes"),
         ({"adapt.epochs": 1, "adapt.lanes": 2}, None),
         ({}, None),
@@ -106,11 +135,41 @@ def test_the_largest_seeds_fit_the_generators() -> None:
     torch.Generator().manual_seed((((2**32 - 1) * 1000 + 999) * 1000 + 999) * 1000 + 999)
 
 
-def test_a_missing_key_is_named(tmp_path: Path) -> None:
-    params = tiny_params(Path("corpus.jsonl"))
-    del params["ttt"]["epochs"]
-    with pytest.raises(UserError, match=r"ttt\.epochs: missing key"):
-        _load(tmp_path, params)
+def test_no_setting_has_a_default() -> None:
+    """Everything that can be set is read from a file. The header of model.bin is a file format, and no settings."""
+    assert len(evaluator_kinds()) >= 5, "which imports the settings of every evaluator"
+    settings = [kind for kind in _derived(Section) if kind.__module__ != "fairway.codec.header"]
+    assert {Params, PublishedSeed, LoraTttSettings, GptqSettings, ScheduleSettings} <= set(settings)
+    defaults = {
+        f"{kind.__name__}.{key}" for kind in settings for key, f in kind.model_fields.items() if not f.is_required()
+    }
+    assert defaults == set()
+
+
+def _derived(kind: type[Section]) -> list[type[Section]]:
+    return [kind] + [found for derived in kind.__subclasses__() for found in _derived(derived)]
+
+
+@pytest.mark.parametrize("file", ["params.yaml", "records/r1172.yaml", "records/r1958-lora-ttt.yaml"])
+def test_every_missing_key_is_named_in_one_line(file: str, tmp_path: Path) -> None:
+    """Whole sections of evaluators aside, which a file need not have."""
+    params = yaml.safe_load((REPOSITORY / file).read_text())
+    paths = [path for path in _paths(params) if "." in path or path in Params.model_fields]
+    assert len(paths) > 120
+    for path in paths:
+        faulty = copy.deepcopy(params)
+        *parents, key = path.split(".")
+        del reduce(dict.__getitem__, parents, faulty)[key]
+        with pytest.raises(UserError) as caught:
+            parse_section(faulty, Params, tmp_path / "params.yaml")
+        assert str(caught.value) == f"{tmp_path / 'params.yaml'}: {path}: missing key"
+
+
+def _paths(section: dict[str, Any]) -> Iterator[str]:
+    """Every key of nested sections, with those that it lies in."""
+    for key, value in section.items():
+        yield key
+        yield from (f"{key}.{inner}" for inner in _paths(value)) if isinstance(value, dict) else ()
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
@@ -126,7 +185,7 @@ def test_floats_read_as_dvc_reads_them(tmp_path: Path, text: str) -> None:
     """PyYAML alone takes 1e-3 for text (YAML 1.1); DVC takes it for a number (YAML 1.2)."""
     raw = yaml.safe_dump(_changed("slot.lr", 0.25)).replace("lr: 0.25", f"lr: {text}")
     (tmp_path / "params.yaml").write_text(raw)
-    assert load_params(tmp_path / "params.yaml").slot.lr == 0.001
+    assert load_params(tmp_path / "params.yaml").evaluator_settings("slot").model_dump()["lr"] == 0.001
 
 
 def test_whole_numbers_stay_whole(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def _ran(output: str) -> set[str]:
 def repro(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     """A cloned project with a tiny experiment, run once from an empty cache and committed."""
     made = Experiment(tmp_path_factory.mktemp("repro"))
+    made.copy_code()
     (made.folder / ".dvc").mkdir()
     shutil.copy(REPOSITORY / ".dvc/config", made.folder / ".dvc/config")
     _git(made.folder, "init", "-q")
@@ -41,8 +42,9 @@ def _git(folder: Path, *arguments: str) -> None:
 
 
 def test_a_second_run_runs_nothing(repro: Experiment) -> None:
-    assert _ran(repro.run("dvc", "repro").stdout) == set()
-    assert "up to date" in repro.run("dvc", "status").stdout
+    again, status = repro.dvc("dvc repro", "dvc status")
+    assert _ran(again) == set()
+    assert "up to date" in status
 
 
 def test_a_run_leaves_only_what_git_tracks_or_ignores_by_name(repro: Experiment) -> None:
@@ -52,7 +54,7 @@ def test_a_run_leaves_only_what_git_tracks_or_ignores_by_name(repro: Experiment)
     tracked = {"summary.json", "report.md", "curve.csv", "positions.csv", "sizes.csv"}
     assert set(added) == {".dvc/.gitignore", "dvc.lock", *(f"results/{name}" for name in tracked)}
     assert (repro.folder / "results/report.html").exists()
-    assert set(json.loads((repro.folder / "results/times.json").read_text())) == {"train_s", "eval_s"}
+    assert set(json.loads((repro.folder / "results/times.json").read_text())) == {"train_s", "eval_s", "ledger"}
 
 
 def test_the_summary_is_small_and_complete(repro: Experiment) -> None:
@@ -70,7 +72,7 @@ def test_the_shipped_program_alone_gives_the_same_score(repro: Experiment, tmp_p
         shutil.copy(file, tmp_path)
     command = [sys.executable, "-P", "train_gpt.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    found = float(re.search(r"val_bpb: (\S+)", done.stdout)[1])
+    found = float(re.search(r"val_bpb: (\S+)", done.stdout)[1])  # type: ignore[index]
     metrics = json.loads((repro.folder / "artifacts/evaluate" / SEED / "sliding/metrics.json").read_text())
     assert found == pytest.approx(metrics["val_bpb"], abs=1e-6)
 
@@ -83,9 +85,9 @@ def test_certificates_tell_code_lengths_from_what_is_none(repro: Experiment) -> 
 
 
 def test_slot_steps_re_run_only_the_slot_evaluation(repro: Experiment) -> None:
-    done = repro.run("dvc", "exp", "run", "-S", "slot.steps=24")
-    assert _ran(done.stdout) == {f"evaluate@{SEED}-slot", f"certify@{SEED}-slot", "report", "submission"}
-    changed = set(json.loads(repro.run("dvc", "metrics", "diff", "--json").stdout)["results/summary.json"])
+    done, figures = repro.dvc("dvc exp run -S slot.steps=24", "dvc metrics diff --json")
+    assert _ran(done) == {f"evaluate@{SEED}-slot", f"certify@{SEED}-slot", "report", "submission"}
+    changed = set(json.loads(figures)["results/summary.json"])
     assert "slot_bpb_illegal" in changed
     assert not {"sliding_bpb", "ttt_bpb", "artifact_bytes"} & changed
 

@@ -10,7 +10,6 @@ from conftest import tiny_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from fairway.model.gpt import GPT
 from fairway.model.rounding import row_scales, soft_round, straight_through
@@ -19,7 +18,7 @@ from fairway.training.forwards import compiled_forward
 from fairway.training.qat import QatSettings, Rounded, rounding_begins
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "gptq_rtn.npz")
-RECORDS = {"bits": 6, "min_clip": 1.0}
+RECORDS: dict[str, Any] = {"bits": 6, "min_clip": 1.0}
 CPU = torch.device("cpu")
 
 
@@ -60,7 +59,7 @@ def test_soft_rounding_hardens_into_rounding(seed: int, bits: int) -> None:
 
 def qat(kind: str, **changes: Any) -> QatSettings:
     chosen = {"kind": kind, "below_lr": 0.5, "min_step": 2, "ramp_steps": 10, **RECORDS}
-    return QatSettings(**chosen | changes)
+    return QatSettings.model_validate(chosen | changes)
 
 
 def network() -> tuple[GPT, Tensor, Tensor]:
@@ -116,6 +115,9 @@ def test_rounding_begins_late_and_not_before_its_step() -> None:
 
 def test_packed_rows_of_any_number_of_documents_share_one_graph() -> None:
     """Otherwise training would stop to compile whenever a row has more documents than any before."""
+    # Takes a second to import.
+    from torch._dynamo.testing import CompileCounter
+
     model, inputs, targets = network()
     counter = CompileCounter()
     forward = compiled_forward(model, backend=counter)

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import certificate, write_certificate
 
+from fairway.evaluation.registry import is_evaluator
 from fairway.reporting.budgets import Budget
-from fairway.reporting.certificates import Certificate, broken, load_certificate, standing, worst
+from fairway.reporting.comparison import welch
 from fairway.reporting.plot import BOTTOM, TOP, Line, plot, ticks
-from fairway.reporting.published import Published, load_published, named_record
-from fairway.reporting.runs import PARTS, profile
-from fairway.reporting.scores import Score
-from fairway.reporting.significance import spread, welch
+from fairway.reporting.published import WEIGHTS, Published, load_published, named_record
+from fairway.reporting.runs import PARTS, Certificate, load_certificate, profile
+from fairway.reporting.scores import Score, broken, spread, standing, worst
 from fairway.reporting.tables import size_parts
 from fairway.runtime.errors import UserError
 
@@ -44,6 +44,13 @@ samples = st.lists(st.floats(0.5, 2.0), min_size=2, max_size=5)
 @pytest.fixture(scope="module")
 def published() -> Published:
     return load_published(PUBLISHED)
+
+
+def test_every_published_figure_is_of_weights_or_of_an_evaluator(published: Published) -> None:
+    for record in published.records.values():
+        assert is_evaluator(record.evaluator)
+        for seed in record.seeds.values():
+            assert all(is_evaluator(name) for name in {*seed.bpb, *seed.eval_s} - {*WEIGHTS, "adapt"})
 
 
 # scipy.stats.ttest_ind(lower + margin, higher, equal_var=False, alternative="less").pvalue of SciPy 1.17.1
@@ -124,7 +131,9 @@ def test_an_evaluator_is_illegal_if_it_is_so_on_any_seed() -> None:
         "illegal",
     ]
     assert broken([good, bad]) == ["causality"]
-    assert worst([good, doubtful], "decoder").verdict == "unproven"
+    found = worst([good, doubtful], "decoder")
+    assert found is not None
+    assert found.verdict == "unproven"
     assert worst([good], "no such condition") is None
 
 
@@ -186,4 +195,6 @@ def test_a_limit_is_kept_up_to_the_last_unit() -> None:
 
 def test_an_evaluator_of_ones_own_needs_no_entry_in_the_report() -> None:
     assert Score("tempered", [1.5], "legal", []).title == "an evaluator of your own"
+    assert Score("sliding_512", [1.5], "legal", []).title == "sliding window"
+    assert Score("slotted", [1.5], "legal", []).title == "an evaluator of your own"
     assert Score("tempered", [1.5], "illegal", ["score_first"]).remark == "illegal: score first"

@@ -14,7 +14,7 @@ from fairway.training.schedule import Budget, Moment, ScheduleSettings, loop_is_
 GOLDEN = np.load(Path(__file__).parent / "golden" / "schedule.npz")
 CONFIG = json.loads(GOLDEN["config_json"].tobytes())
 RECORDS = ("r1150", "r1172", "r1488", "r1958")
-PLAIN = ScheduleSettings(warmdown_unit="fraction", warmdown=0.5, floor=0.1)
+PLAIN = ScheduleSettings(warmdown_unit="fraction", warmdown=0.5, floor=0.1, loop_from=None)
 
 
 def _schedule(record: str) -> ScheduleSettings:
@@ -22,7 +22,7 @@ def _schedule(record: str) -> ScheduleSettings:
     if isinstance(warmdown, dict):
         share, floor = warmdown["frac"], warmdown["min_lr"]
         return ScheduleSettings(warmdown_unit="fraction", warmdown=share, floor=floor, loop_from=0.35)
-    return ScheduleSettings(warmdown_unit="steps", warmdown=float(warmdown), floor=0.0)
+    return ScheduleSettings(warmdown_unit="steps", warmdown=float(warmdown), floor=0.0, loop_from=None)
 
 
 def _muon(momentum: float) -> MuonSettings:
@@ -34,7 +34,10 @@ def _muon(momentum: float) -> MuonSettings:
         momentum_warmup_steps=1500,
         orthogonalizer="classic",
         ns_steps=5,
+        ns_association="square_first",
         row_normalize=False,
+        momentum_dtype="float32",
+        side_matrices=False,
     )
 
 

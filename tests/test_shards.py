@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -217,7 +218,7 @@ def damage_no_meta(folder: Path) -> None:
         (shutil.rmtree, r"meta\.json: no such file"),
     ],
 )
-def test_a_damaged_folder_is_refused_in_one_line(damage, message: str, folder: Path) -> None:
+def test_a_damaged_folder_is_refused_in_one_line(damage: Callable[[Path], object], message: str, folder: Path) -> None:
     damage(folder)
     with pytest.raises(UserError, match=message) as caught:
         verify_tokens(folder, vocab_size=VOCAB_SIZE)

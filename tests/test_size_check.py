@@ -1,12 +1,17 @@
 """The scales: bytes are counted on the files that ship, and too many of them stop the pipeline with a useful line."""
 
 import json
+import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Experiment
+from stand_in_lrzip import install
 
 from fairway.codec.artifact import over_cap, weigh
+from fairway.codec.codes import QuantizedState
 from fairway.codec.container import pack
 from fairway.model.gpt import GPT
 from fairway.params import Params
@@ -15,12 +20,17 @@ from fairway.quantization.quantize_weights import quantize_state
 SEED = "1337"
 
 
-def _model_file(params: Params) -> bytes:
+def _quantized(params: Params) -> tuple[QuantizedState, dict[str, dict[str, Any]]]:
+    """Codes, and the figures by tensor that quantize.json has."""
     model = GPT(params.model)
     model.init_weights(1337)
     weights = {name: torch.randn(weight.shape) for name, weight in model.state_dict().items()}
-    state, _ = quantize_state(weights, params.quantize)
-    return pack(params.model, state, codec="brotli")
+    state, figures = quantize_state(weights, params.quantize)
+    return state, figures
+
+
+def _model_file(params: Params, codec: str = "brotli") -> bytes:
+    return pack(params.model, _quantized(params)[0], codec=codec)
 
 
 @pytest.fixture
@@ -46,9 +56,23 @@ def test_the_parts_sum_to_the_files(experiment: Experiment) -> None:
 
 
 def test_bits_per_weight_stand_beside_their_entropy(experiment: Experiment) -> None:
-    size = weigh(b"", _model_file(Params.model_validate(experiment.params)), cap_bytes=1)
-    for facts in size["classes"].values():
-        assert 3 < facts["entropy_bits_per_weight"] < facts["bits_per_weight"]
+    """The entropy of each matrix stands in quantize.json."""
+    params = Params.model_validate(experiment.params)
+    figures = _quantized(params)[1].values()
+    size = weigh(b"", _model_file(params), cap_bytes=1)
+    for kind, facts in size["classes"].items():
+        codes = [(math.prod(f["shape"]), f["entropy_bits"]) for f in figures if f["class"] == kind and f["bits"] < 16]
+        assert sum(count for count, _ in codes) == facts["weights"]
+        assert 3 < sum(count * bits for count, bits in codes) / facts["weights"] < facts["bits_per_weight"]
+
+
+def test_weighing_unpacks_nothing(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = install(tmp_path, monkeypatch)
+    model = _model_file(Params.model_validate(experiment.params), codec="lrzip")
+    assert "unpack" not in runs.read_text()
+    size = weigh(b"", model, cap_bytes=1)
+    assert size["model_bytes"] == len(model)
+    assert "unpack" not in runs.read_text()
 
 
 def test_the_stage_writes_what_the_report_reads(shipped: Experiment) -> None:

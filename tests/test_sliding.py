@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import golden, golden_network, golden_tokens, lively_network, random_stream
+from streams import golden, golden_network, golden_tokens, lively_network, random_stream, shallow_network, sliding
 from test_model import RECORDS
 from torch import Tensor
 
 from fairway.evaluation.collect import bpb, collect, measure
 from fairway.evaluation.overlapping import overlapping_hidden
-from fairway.evaluation.scoring import WindowPass, stream_windows
+from fairway.evaluation.registry import make_evaluator
+from fairway.evaluation.scoring import WindowPass
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.windows import Windows, published, scored_once
 from fairway.model.gpt import GPT
@@ -23,7 +24,7 @@ from fairway.runtime.distributed import alone
 from fairway.runtime.errors import UserError
 
 CPU = torch.device("cpu")
-EVALUATOR = SlidingEvaluator(SlidingSettings(stride=4, batch_windows=3))
+EVALUATOR = sliding(stride=4, batch_windows=3)
 
 
 def _silent(_: int) -> None:
@@ -32,9 +33,7 @@ def _silent(_: int) -> None:
 
 def test_nats_and_bpb_match_pr_1958() -> None:
     arrays, tokens = golden("sliding"), golden_tokens("sliding", "stream")
-    nats = SlidingEvaluator(SlidingSettings(stride=16, batch_windows=4)).score(
-        golden_network("r1958", 64), tokens, _silent
-    )
+    nats = sliding(stride=16, batch_windows=4).score(golden_network("r1958", 64), tokens, _silent)
     np.testing.assert_allclose(nats, arrays["l2/nll"], rtol=0, atol=1e-3)
     expected = arrays["config"]["l2"]
     assert float(nats.mean()) == pytest.approx(expected["val_loss"], abs=1e-5)
@@ -107,16 +106,17 @@ def test_batches_give_the_nats_of_windows_alone(
 def test_only_the_windows_of_the_ends_share_no_batch_with_others(
     targets: int, stride: int, batch_windows: int, published_list: bool
 ) -> None:
-    chosen = SlidingSettings(stride=stride, batch_windows=batch_windows, published_window_list=published_list)
+    chosen = SlidingSettings(
+        stride=stride, batch_windows=batch_windows, published_window_list=published_list, within_documents=False
+    )
     evaluation = SlidingEvaluator(chosen).begin(lively_network("r1150"), random_stream(3, targets), alone(CPU))
     assert isinstance(evaluation, WindowPass)
     usual = [(chunk.first == 16 - stride) & (chunk.length == 16) for chunk in evaluation.windows]
     assert all(bool(marks.all()) or not marks.any() for marks in usual)
     starts = torch.cat([chunk.start for chunk in evaluation.windows])
     assert torch.equal(starts, starts.sort().values)
-    assert torch.equal(
-        starts, stream_windows("", evaluation.model, targets, stride=stride, as_published=published_list).start
-    )
+    listed = published if published_list else scored_once
+    assert torch.equal(starts, listed(targets, seq_len=16, stride=stride).start)
 
 
 @pytest.mark.gpu
@@ -131,9 +131,7 @@ def test_a_recorded_pass_on_a_gpu_scores_as_a_cpu_does(record: str) -> None:
 
 def test_stride_of_a_whole_window_is_plain_evaluation() -> None:
     arrays, tokens = golden("sliding"), golden_tokens("sliding", "stream")
-    nats = SlidingEvaluator(SlidingSettings(stride=64, batch_windows=4)).score(
-        golden_network("r1150", 64), tokens, _silent
-    )
+    nats = sliding(stride=64, batch_windows=4).score(golden_network("r1150", 64), tokens, _silent)
     batches = [float(part.mean()) for part in nats.split(4 * 64)]
     np.testing.assert_allclose(batches, arrays["plain/batch_losses"], rtol=0, atol=1e-4)
     assert float(nats.mean()) == pytest.approx(arrays["config"]["plain"]["val_loss"], abs=1e-5)
@@ -141,7 +139,7 @@ def test_stride_of_a_whole_window_is_plain_evaluation() -> None:
 
 def test_with_the_published_list_figures_count_repeats_as_the_record_did() -> None:
     arrays, tokens = golden("sliding"), golden_tokens("sliding", "stream")
-    settings = SlidingSettings(stride=16, batch_windows=4, published_window_list=True)
+    settings = SlidingSettings(stride=16, batch_windows=4, published_window_list=True, within_documents=False)
     evaluation = SlidingEvaluator(settings).begin(golden_network("r1150", 64), tokens, alone(CPU))
     scores = collect(evaluation, tokens, alone(CPU), scored=lambda positions, nats: None)
     target_bytes = torch.zeros(960, dtype=torch.int64)
@@ -159,7 +157,7 @@ def test_bpb_is_nats_per_byte_in_bits() -> None:
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 99), st.integers(2, 70), st.data())
 def test_later_tokens_leave_earlier_nats_unchanged(seed: int, targets: int, data: st.DataObject) -> None:
-    model, tokens = lively_network(), random_stream(seed, targets)
+    model, tokens = shallow_network(), random_stream(seed, targets)
     cut = data.draw(st.integers(1, targets), label="first changed token")
     changed = torch.cat([tokens[:cut], random_stream(seed + 1, targets)[cut:]])
     before, after = (EVALUATOR.score(model, stream, _silent) for stream in (tokens, changed))
@@ -173,21 +171,21 @@ def test_later_tokens_leave_earlier_nats_unchanged(seed: int, targets: int, data
 def test_batches_do_not_matter_and_distributions_are_what_was_scored(
     seed: int, targets: int, stride: int, batch_windows: int
 ) -> None:
-    model, tokens = lively_network(), random_stream(seed, targets)
+    model, tokens = shallow_network(), random_stream(seed, targets)
     counted: list[int] = []
-    evaluator = SlidingEvaluator(SlidingSettings(stride=stride, batch_windows=batch_windows))
+    evaluator = sliding(stride=stride, batch_windows=batch_windows)
     nats = evaluator.score(model, tokens, counted.append)
     assert (nats.shape, nats.dtype, sum(counted)) == ((targets,), torch.float64, targets)
     log_probs = evaluator.log_probs(model, tokens, range(targets))
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(targets, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(-log_probs[range(targets), tokens[1:]], nats, rtol=0, atol=1e-5)
-    one_by_one = SlidingEvaluator(SlidingSettings(stride=stride, batch_windows=1)).score(model, tokens, _silent)
+    one_by_one = sliding(stride=stride, batch_windows=1).score(model, tokens, _silent)
     torch.testing.assert_close(nats, one_by_one, rtol=0, atol=1e-4)
 
 
 def test_enumerating_a_target_spends_exactly_one_unit_of_probability() -> None:
     """Σ over v of exp(-nats of v in that place) = 1: a test that only sees reported scores (evaluate.md 10.2)."""
-    model, tokens, position = lively_network(), random_stream(11, 40), 23
+    model, tokens, position = shallow_network(), random_stream(11, 40), 23
     total = 0.0
     for token in range(40):
         tokens[position + 1] = token
@@ -202,7 +200,8 @@ def test_positions_come_back_in_the_order_asked() -> None:
 
 
 def test_a_stride_beyond_the_models_rows_is_refused() -> None:
-    with pytest.raises(UserError, match=r"params.yaml: sliding.stride \(17\) exceeds the model's seq_len \(16\)"):
-        SlidingEvaluator(SlidingSettings(stride=17, batch_windows=1)).score(
-            lively_network(), random_stream(1, 40), _silent
-        )
+    settings, model = sliding(stride=17, batch_windows=1).settings, lively_network().config
+    with pytest.raises(ValueError, match=r"^sliding_512.stride \(17\) exceeds model.seq_len \(16\)"):
+        settings.check(section="sliding_512", model=model, processes=1)
+    with pytest.raises(UserError, match=r"^params.yaml: sliding.stride \(17\) exceeds model.seq_len \(16\)"):
+        make_evaluator("sliding", settings, model=model, processes=1)

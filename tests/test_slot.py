@@ -8,11 +8,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import golden, golden_network, golden_tokens, lively_network, random_stream
+from streams import (
+    PLAIN_FIT,
+    PLAIN_WINDOWS,
+    golden,
+    golden_network,
+    golden_tokens,
+    lively_network,
+    random_stream,
+    shallow_network,
+    sliding,
+)
 from torch import Tensor
 
 from fairway.evaluation.scoring import Batch, make_batch
-from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.slot import FITTED_ON, OffsetHead, SlotEvaluator
 from fairway.evaluation.slot_carried import CarriedPass
 from fairway.evaluation.slot_offsets import Offsets, SlotFitSettings, SlotSettings, step_lr
@@ -22,11 +31,12 @@ from fairway.runtime.distributed import alone
 
 CPU = torch.device("cpu")
 RECORDS = {
-    "r1150_fp32": SlotFitSettings(steps=5, lr=3e-3),
-    "r1172_fp32": SlotFitSettings(steps=8, lr=5e-3),
+    "r1150_fp32": SlotFitSettings(**PLAIN_FIT, steps=5, lr=3e-3),
+    "r1172_fp32": SlotFitSettings(**PLAIN_FIT, steps=8, lr=5e-3),
     "r1488": SlotFitSettings(steps=24, lr=0.012, lr_end=1e-3, fitted_on="scored", bias=True),
 }
 SLOT: dict[str, Any] = {"stride": 4, "batch_windows": 3, "steps": 5, "lr": 0.05}
+SLOT |= PLAIN_FIT | PLAIN_WINDOWS | {"carried": False}
 
 
 def _evaluator(**changes: Any) -> SlotEvaluator:
@@ -138,7 +148,7 @@ def test_the_closed_form_equals_the_literal_one(
     seed: int, targets: int, batch_windows: int, steps: int, fitted_on: Any, bias: bool, lr_end: float | None
 ) -> None:
     """Total nats within 1e-4, whatever the form."""
-    model, tokens = lively_network(), random_stream(seed, targets)
+    model, tokens = shallow_network(), random_stream(seed, targets)
     fit = SlotFitSettings(steps=steps, lr=0.01, lr_end=lr_end, fitted_on=fitted_on, bias=bias)
     for windows in in_groups(scored_once(targets, seq_len=16, stride=4), batch_windows)[:2]:
         batch = make_batch(tokens, windows, seq_len=16)
@@ -151,7 +161,7 @@ def test_the_closed_form_equals_the_literal_one(
 
 def test_adamw_matches_torch() -> None:
     model, generator = lively_network(), torch.Generator().manual_seed(1)
-    offsets = Offsets(model, 2, SlotFitSettings(steps=6, lr=0.02, bias=True))
+    offsets = Offsets(model, 2, SlotFitSettings(**(PLAIN_FIT | {"steps": 6, "lr": 0.02, "bias": True})))
     delta, bias = torch.zeros(2, 32, requires_grad=True), torch.zeros(2, 40, requires_grad=True)
     optimizer = torch.optim.AdamW([delta, bias], lr=0.02, weight_decay=1e-8, eps=1e-5)
     for _ in range(6):
@@ -165,8 +175,8 @@ def test_adamw_matches_torch() -> None:
 
 def test_a_carried_offset_equals_its_literal_form() -> None:
     """Score a chunk, then AdamW steps by autograd on that chunk's mean loss, with one optimizer for the stream."""
-    model, tokens = lively_network(), random_stream(4, 200)
-    slot = SlotSettings(**SLOT, carried=True, bias=True)
+    model, tokens = shallow_network(), random_stream(4, 200)
+    slot = SlotSettings(**(SLOT | {"carried": True, "bias": True}))
     windows = scored_once(200, seq_len=16, stride=4)
     evaluation = CarriedPass(model, tokens, windows, alone(CPU), slot)
     delta, bias = torch.zeros(32, requires_grad=True), torch.zeros(40, requires_grad=True)
@@ -191,7 +201,7 @@ def test_a_carried_offset_equals_its_literal_form() -> None:
     "changes", [{"fitted_on": "context"}, {"carried": True}, {"fitted_on": "context", "bias": True}]
 )
 def test_the_causal_forms_do_not_see_later_tokens(changes: dict[str, Any]) -> None:
-    model, slot = lively_network(), _evaluator(**changes)
+    model, slot = shallow_network(), _evaluator(**changes)
     for seed in range(6):
         tokens, cut = random_stream(seed, 160), 5 + 25 * seed
         changed = torch.cat([tokens[:cut], random_stream(seed + 1, 160)[cut:]])
@@ -213,19 +223,19 @@ def test_the_records_forms_depend_on_the_target_they_predict(changes: dict[str, 
 
 @pytest.mark.parametrize("changes", [{}, {"fitted_on": "scored"}, {"fitted_on": "context"}, {"carried": True}])
 def test_without_steps_slot_is_sliding(changes: dict[str, Any]) -> None:
-    model, tokens = lively_network(), random_stream(3, 80)
-    sliding = SlidingEvaluator(SlidingSettings(stride=4, batch_windows=3))
+    model, tokens = shallow_network(), random_stream(3, 80)
+    plain = sliding(stride=4, batch_windows=3)
     found = _evaluator(steps=0, **changes).score(model, tokens, _silent)
-    torch.testing.assert_close(found, sliding.score(model, tokens, _silent), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, plain.score(model, tokens, _silent), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{"fitted_on": "context"}, {"carried": True}])
 def test_the_causal_forms_learn_a_skewed_stream(changes: dict[str, Any]) -> None:
-    model = lively_network()
+    model = shallow_network()
     tokens = torch.randint(2, 5, (401,), generator=torch.Generator().manual_seed(1))
-    sliding = SlidingEvaluator(SlidingSettings(stride=4, batch_windows=3)).score(model, tokens, _silent)
+    plain = sliding(stride=4, batch_windows=3).score(model, tokens, _silent)
     found = _evaluator(bias=True, steps=20, **changes).score(model, tokens, _silent)
-    assert float(found[200:].mean()) < float(sliding[200:].mean()) - 0.1
+    assert float(found[200:].mean()) < float(plain[200:].mean()) - 0.1
 
 
 def test_the_model_is_left_as_it_was() -> None:

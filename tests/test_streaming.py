@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import lively_network, random_stream
+from streams import lively_network, random_stream, shallow_network, sliding
 from test_model import RECORDS
 from torch import Tensor
 
 from fairway.evaluation.kv_cache import cached_hidden
-from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
 from fairway.model.causal_attention import attend_recent
 from fairway.model.context import Context
@@ -24,7 +23,9 @@ ROW = 16
 
 
 def _evaluator(**changes: Any) -> StreamingEvaluator:
-    return StreamingEvaluator(StreamingSettings(**({"block_tokens": 8, "lanes": 1} | changes)))
+    return StreamingEvaluator(
+        StreamingSettings(**({"block_tokens": 8, "lanes": 1, "within_documents": False} | changes))
+    )
 
 
 def _silent(_: int) -> None:
@@ -72,15 +73,15 @@ def test_the_size_of_blocks_does_not_matter(block_tokens: int) -> None:
 
 
 def test_lanes_are_streams_of_their_own() -> None:
-    network, tokens = lively_network(), random_stream(7, 96)
+    network, tokens = shallow_network(), random_stream(7, 96)
     found = _evaluator(lanes=2).score(network, tokens, _silent)
     halves = [_evaluator().score(network, part, _silent) for part in (tokens[:49], tokens[48:])]
     torch.testing.assert_close(found, torch.cat(halves), rtol=0, atol=1e-5)
 
 
 def test_the_first_row_is_plain_evaluation() -> None:
-    network, tokens = lively_network(), random_stream(8, 64)
-    plain = SlidingEvaluator(SlidingSettings(stride=ROW, batch_windows=1)).score(network, tokens, _silent)
+    network, tokens = shallow_network(), random_stream(8, 64)
+    plain = sliding(stride=ROW, batch_windows=1).score(network, tokens, _silent)
     found = _evaluator().score(network, tokens, _silent)
     torch.testing.assert_close(found[:ROW], plain[:ROW], rtol=0, atol=1e-5)
     assert float((found[ROW:] - plain[ROW:]).abs().max()) > 1e-3
@@ -89,7 +90,7 @@ def test_the_first_row_is_plain_evaluation() -> None:
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 99), st.integers(32, 90), st.integers(1, 2), st.data())
 def test_later_tokens_leave_earlier_nats_unchanged(seed: int, targets: int, lanes: int, data: st.DataObject) -> None:
-    network, tokens = lively_network("r1958"), random_stream(seed, targets)
+    network, tokens = shallow_network("r1958"), random_stream(seed, targets)
     cut = data.draw(st.integers(1, targets), label="first changed token")
     changed = torch.cat([tokens[:cut], random_stream(seed + 1, targets)[cut:]])
     before, after = (_evaluator(lanes=lanes).score(network, stream, _silent) for stream in (tokens, changed))
@@ -100,7 +101,7 @@ def test_later_tokens_leave_earlier_nats_unchanged(seed: int, targets: int, lane
 
 
 def test_every_target_is_scored_once() -> None:
-    network, tokens = lively_network(), random_stream(9, 101)
+    network, tokens = shallow_network(), random_stream(9, 101)
     evaluation = _evaluator(lanes=3, block_tokens=4).begin(network, tokens, alone(tokens.device))
     positions = []
     for chunk in range(evaluation.chunks):

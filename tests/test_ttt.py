@@ -11,16 +11,27 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream
+from streams import (
+    PLAIN_FIT,
+    PLAIN_TTT,
+    PLAIN_WINDOWS,
+    checksums,
+    golden,
+    golden_network,
+    golden_tokens,
+    lively_network,
+    random_stream,
+    shallow_network,
+    sliding,
+)
 
-from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.slot_offsets import SlotFitSettings
 from fairway.evaluation.ttt import TttEvaluator, TttPass, TttSettings, cosine, flat_gradients
 from fairway.runtime.distributed import alone
-from fairway.runtime.errors import UserError
 
 SETTINGS: dict[str, Any] = {"stride": 4, "batch_windows": 3, "chunk_tokens": 32, "epochs": 2, "lr": 0.05}
 SETTINGS |= {"momentum": 0.9, "grad_clip": 1.0, "batch_rows": 32, "freeze_blocks": 0}
+SETTINGS |= PLAIN_TTT | PLAIN_WINDOWS
 GOLDEN = SETTINGS | {"stride": 16, "batch_windows": 5, "chunk_tokens": 128, "epochs": 3, "published_window_list": True}
 
 
@@ -36,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "freeze0": {},
     "freeze2": {"freeze_blocks": 2, "freeze": "vectors"},
     "freeze0_fakequant": {"fake_quantize": "side"},
-    "freeze0_fakequant_slot": {"fake_quantize": "side", "slot": SlotFitSettings(steps=5, lr=3e-3)},
+    "freeze0_fakequant_slot": {"fake_quantize": "side", "slot": SlotFitSettings(**PLAIN_FIT, steps=5, lr=3e-3)},
 }
 
 
@@ -73,7 +84,7 @@ def test_the_learning_rate_falls_as_published(chunk: int, lr: float) -> None:
 @given(st.integers(0, 99), st.integers(2, 120), st.data())
 def test_later_tokens_leave_earlier_nats_unchanged(seed: int, targets: int, data: st.DataObject) -> None:
     """Bitwise, whatever was learned on the way: no update before its score."""
-    model, tokens = lively_network(), random_stream(seed, targets)
+    model, tokens = shallow_network(), random_stream(seed, targets)
     cut = data.draw(st.integers(1, targets), label="first changed token")
     changed = torch.cat([tokens[:cut], random_stream(seed + 1, targets)[cut:]])
     before, after = (_evaluator().score(model, stream, _silent) for stream in (tokens, changed))
@@ -85,7 +96,7 @@ def test_later_tokens_leave_earlier_nats_unchanged(seed: int, targets: int, data
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 99), st.integers(1, 120))
 def test_every_target_is_scored_by_a_normalised_distribution(seed: int, targets: int) -> None:
-    model, tokens = lively_network(), random_stream(seed, targets)
+    model, tokens = shallow_network(), random_stream(seed, targets)
     nats = _evaluator().score(model, tokens, _silent)
     assert bool(nats.isfinite().all())
     log_probs = _evaluator().log_probs(model, tokens, range(targets))
@@ -116,7 +127,7 @@ def test_nothing_of_a_pass_outlives_it() -> None:
     try:
         # Twice, since what PyTorch imports on the way keeps the frames that it was first imported in.
         for _ in range(2):
-            evaluation = _evaluator().begin(lively_network(), random_stream(6, 96), alone(torch.device("cpu")))
+            evaluation = _evaluator().begin(shallow_network(), random_stream(6, 96), alone(torch.device("cpu")))
             evaluation.learn(0)
             gone = weakref.ref(evaluation)
             del evaluation
@@ -126,28 +137,28 @@ def test_nothing_of_a_pass_outlives_it() -> None:
 
 
 def test_the_first_chunk_is_scored_by_the_network_as_it_came() -> None:
-    model, tokens = lively_network(), random_stream(4, 96)
+    model, tokens = shallow_network(), random_stream(4, 96)
     ttt = _evaluator().score(model, tokens, _silent)
-    sliding = SlidingEvaluator(SlidingSettings(stride=4, batch_windows=3)).score(model, tokens, _silent)
-    torch.testing.assert_close(ttt[:32], sliding[:32], rtol=0, atol=1e-5)
-    assert float((ttt[32:] - sliding[32:]).abs().max()) > 1e-3
+    plain = sliding(stride=4, batch_windows=3).score(model, tokens, _silent)
+    torch.testing.assert_close(ttt[:32], plain[:32], rtol=0, atol=1e-5)
+    assert float((ttt[32:] - plain[32:]).abs().max()) > 1e-3
 
 
 def test_without_epochs_it_is_sliding() -> None:
-    model, tokens = lively_network(), random_stream(4, 90)
+    model, tokens = shallow_network(), random_stream(4, 90)
     ttt = _evaluator(epochs=0).score(model, tokens, _silent)
-    sliding = SlidingEvaluator(SlidingSettings(stride=4, batch_windows=3)).score(model, tokens, _silent)
-    torch.testing.assert_close(ttt, sliding, rtol=0, atol=1e-5)
+    plain = sliding(stride=4, batch_windows=3).score(model, tokens, _silent)
+    torch.testing.assert_close(ttt, plain, rtol=0, atol=1e-5)
 
 
 def test_it_learns_a_stream_that_repeats_itself() -> None:
-    model, tokens = lively_network(), random_stream(6, 32)[:-1].repeat(6)
+    model, tokens = shallow_network(), random_stream(6, 32)[:-1].repeat(6)
     nats = _evaluator(lr=0.2).score(model, tokens, _silent)
     assert float(nats[-31:].mean()) < float(nats[:31].mean()) - 0.1
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model, tokens = lively_network(), random_stream(7, 100)
+    model, tokens = shallow_network(), random_stream(7, 100)
     before = copy.deepcopy(model.state_dict())
     _evaluator(freeze_blocks=1).score(model, tokens, _silent)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -165,10 +176,11 @@ def test_frozen_blocks_stay_as_they_were() -> None:
 
 
 def test_two_runs_give_the_same_numbers() -> None:
-    model, tokens = lively_network(), random_stream(8, 100)
+    model, tokens = shallow_network(), random_stream(8, 100)
     assert torch.equal(_evaluator().score(model, tokens, _silent), _evaluator().score(model, tokens, _silent))
 
 
 def test_chunks_that_cut_rows_are_refused() -> None:
-    with pytest.raises(UserError, match=r"ttt.chunk_tokens \(40\) must be a multiple of model.seq_len \(16\)"):
-        _evaluator(chunk_tokens=40).begin(lively_network(), random_stream(1, 40), alone(torch.device("cpu")))
+    settings = _evaluator(chunk_tokens=40).settings
+    with pytest.raises(ValueError, match=r"ttt.chunk_tokens \(40\) must be a multiple of model.seq_len \(16\)"):
+        settings.check(section="ttt", model=lively_network().config, processes=1)

@@ -45,18 +45,18 @@ class AdaptSettings(Section):
     # Of one lane.
     batch_rows: int = Field(gt=0)
     # The last so many rows of the split, which training in order reaches last; null takes all.
-    max_rows: int | None = Field(default=None, gt=0)
+    max_rows: int | None = Field(gt=0)
     grad_clip: float = Field(gt=0)
     freeze_blocks: int = Field(ge=0)
     # What stays fixed in those blocks: everything, or only vectors and scalars (PR #1958, matrices being elsewhere).
-    freeze: Literal["blocks", "vectors"] = "blocks"
-    freeze_tokens: bool = False
+    freeze: Literal["blocks", "vectors"]
+    freeze_tokens: bool
     # Shares of the rows that are trained on side by side: the GPUs of a record. Processes do not change the result.
-    lanes: int = Field(default=1, gt=0)
+    lanes: int = Field(gt=0)
     # What lanes average: gradients at every step (PR #1488), or weights after every epoch (PR #1958).
-    coupling: Literal["step", "epoch"] = "step"
+    coupling: Literal["step", "epoch"]
     # Matrices that are rounded to 6 bits in the forward pass (PR #1488: all).
-    fake_quantize: Literal["none", "side", "all"] = "none"
+    fake_quantize: Literal["none", "side", "all"]
 
 
 def adapt(

@@ -11,14 +11,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fairway.runtime.errors import UserError
-from fairway.runtime.files import read_figures, require_file
+from fairway.runtime.files import read_array, read_figures
+from fairway.runtime.track import EVAL_S
 
 Verdict = Literal["pass", "fail", "unproven"]
 
@@ -58,10 +57,6 @@ def places_bits(places: int, chosen: int) -> float:
 def order_bits(things: int) -> float:
     """What it costs to tell an arbitrary order of so many things: log2 of their factorial."""
     return math.lgamma(things + 1) / math.log(2)
-
-
-# The track's limit on an evaluation, on its own machine.
-EVAL_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -163,7 +158,7 @@ def load_evaluation(artifacts: Path, seed: int, name: str, targets: int) -> Eval
     folder, made_by = artifacts / f"evaluate/{seed}/{name}", f"python -m stages.evaluate {seed} {name}"
     metrics = read_figures(folder / "metrics.json", made_by, ("val_bpb", "targets", "scored", "bytes", "eval_s"))
     path = folder / "nats.npz"
-    nats_N = torch.from_numpy(read_nats(path, made_by))
+    nats_N = torch.from_numpy(read_array(path, "nats", made_by))
     if len(nats_N) != targets or metrics["targets"] != targets:
         raise UserError(f"{path}: {len(nats_N)} targets, expected {targets} as in {artifacts / 'tokens'}")
     model_bytes = (artifacts / f"compress/{seed}/model.bin").stat().st_size
@@ -183,13 +178,3 @@ def _provenance(artifacts: Path, seed: int) -> Provenance:
         adapt_s=adapt["adapt_s"],
         calibration=quantize["calibration"],
     )
-
-
-def read_nats(path: Path, made_by: str) -> np.ndarray:
-    """The nats (N,) float64 that evaluate wrote. Raises UserError as read_figures does."""
-    try:
-        with require_file(path, made_by).open("rb") as file, np.load(file) as arrays:
-            nats_N: np.ndarray = arrays["nats"]
-            return nats_N
-    except (OSError, EOFError, ValueError, KeyError, BadZipFile):
-        raise UserError(f"{path}: not the nats of an evaluation; run `{made_by}` again") from None

@@ -47,7 +47,7 @@ def certify(
     settings: CertifySettings,
     decoded: Callable[[int], None],
 ) -> Certified:
-    """What is found out. `make` makes an evaluator; `model` is the artifact's network, which `load` reads anew.
+    """What is found out. `make` makes an evaluator, `load` the artifact's network, of which `model` is one.
 
     `tokens_N1` int64 is the validation stream, on the network's device. `decoded` is told how many more tokens came
     back from the decoder. Raises UserError if the evaluator's settings do not fit the stream.

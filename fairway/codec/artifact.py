@@ -1,37 +1,35 @@
-"""From model.bin to a network that can be evaluated. Whatever is evaluated comes through here.
+"""From model.bin to a network that can be evaluated, and the bytes that count against the track's cap.
 
-Where the bytes of a record are.
+Every evaluation and every certificate gets its network here. Unpacking can take a while on all processors (lrzip), so
+it is done once in a process group, and weighing a file does not unpack it at all.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors.torch import load, save
 from torch import Tensor
 
-from fairway.codec.codes import Quantized, QuantizedState, code_histogram, dequantize, entropy_bits
+from fairway.codec.codes import dequantize
 from fairway.codec.container import read_header, unpack
 from fairway.codec.header import Group
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
+from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import require_file
 from fairway.runtime.settings import Section
 
 
 class CompressSettings(Section):
-    """Codes to bytes, and the program that ships beside them."""
+    """How codes become bytes, and which program ships beside them."""
 
     codec: Literal["ans", "brotli", "brotli_shuffled", "zstd", "lzma", "lrzip"]
     # The evaluator that the shipped train_gpt.py runs.
     evaluator: str
-
-
-class SizeCheckSettings(Section):
-    """The track's cap."""
-
-    cap_bytes: int = Field(gt=0)
 
 
 def load_artifact(path: Path, device: torch.device) -> GPT:
@@ -46,13 +44,49 @@ def load_artifact(path: Path, device: torch.device) -> GPT:
         _check_tensors(config, weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    return _network(config, weights, device)
+
+
+def load_artifact_once(path: Path, world: World) -> GPT:
+    """load_artifact for all processes: rank 0 unpacks the file and gives the weights to the others.
+
+    Raises UserError as load_artifact does, in rank 0; torchrun then ends the others.
+    """
+    model = load_artifact(path, world.device) if world.rank == 0 else None
+    # The others wait here until rank 0 has found the file good. Only then do they read its header, without checks.
+    world.gather(torch.zeros(1, device=world.device))
+    if model is None:
+        model = GPT(read_header(path.read_bytes()).model).to_device(world.device).eval()
+    for weight in model.state_dict().values():
+        # Summing rank 0's weight and the others' zeros gives every process rank 0's weight.
+        world.sum(weight if world.rank == 0 else weight.zero_()).wait()
+    return model
+
+
+def snapshot(model: GPT) -> Callable[[], GPT]:
+    """A function that makes networks with the weights that `model` has now, whatever becomes of `model` later.
+
+    A decoder must start from the artifact and know nothing else. A network made here serves it as well as one that is
+    read from the file again, since the weights are kept as bytes, which Python lets nobody change; and the file need
+    not be unpacked a second time.
+    """
+    config, device = model.config, next(model.parameters()).device
+    frozen = save({name: weight.cpu() for name, weight in model.state_dict().items()})
+    return lambda: _network(config, load(frozen), device)
+
+
+def _network(config: ModelConfig, weights: dict[str, Tensor], device: torch.device) -> GPT:
+    """The network with these weights, in evaluation mode."""
     model = GPT(config)
     model.load_state_dict(weights)
     return model.to_device(device).eval()
 
 
 def _check_tensors(config: ModelConfig, weights: dict[str, Tensor]) -> None:
-    """Raises UserError unless these are the network's tensors. Takes no memory for it: a header can claim any shape."""
+    """Raise UserError unless these are the tensors of the network that the header describes.
+
+    The network is laid out on the meta device, where it takes no memory: a malicious header can claim any size.
+    """
     if config.layers > len(weights):
         raise UserError(f"{config.layers} layers in {len(weights)} tensors")
     try:
@@ -66,17 +100,25 @@ def _check_tensors(config: ModelConfig, weights: dict[str, Tensor]) -> None:
             raise UserError(f"tensor {name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}")
 
 
-def weigh(train_gpt: bytes, model: bytes, *, cap_bytes: int) -> dict[str, Any]:
-    """Bytes of the two files, of their sum and below the cap (negative: above); of model.bin also by class of tensor.
+class SizeCheckSettings(Section):
+    """The cap on the bytes of code and model: the track's, or a lower one of one's own."""
 
-    A class lists its weights, bytes (codes and scales), bits per weight, and beside them what one histogram per matrix
-    would need (order-0 entropy, bits per weight). `parts` is one stacked bar: bytes by part, of which the sum is the
-    total. `would_fit`: weights more, at the present bits per weight, and bytes of code, either of which fills the rest.
-    Raises UserError if `model` is damaged.
+    cap_bytes: int = Field(gt=0)
+
+
+def weigh(train_gpt: bytes, model: bytes, *, cap_bytes: int) -> dict[str, Any]:
+    """Weigh the two files that ship: what size.json holds. Raises UserError if `model` is damaged.
+
+    - `total_bytes`, `headroom_bytes` below the cap (negative if above it), and the bytes of each file;
+    - `classes`: for each class of tensors its weights, the bytes of their codes and scales, and bits per weight, which
+      can be compared with the entropy of every matrix in quantize.json;
+    - `parts`: the same bytes as the parts of one stacked bar, which sum to the total;
+    - `would_fit`: how many more weights, at the present bits per weight, or bytes of code would fill the headroom.
+
+    Everything about model.bin is read from its header, so that nothing is unpacked.
     """
     header = read_header(model)
-    _, state = unpack(model)
-    classes = {group.kind: _weigh_group(group, state) for group in header.groups}
+    classes = {group.kind: _weigh_group(group) for group in header.groups}
     weights = sum(facts["weights"] for facts in classes.values()) + sum(entry.values for entry in header.floats)
     total = len(train_gpt) + len(model)
     parts = {kind: facts["bytes"] for kind, facts in classes.items()} | {"float16": header.floats_bytes}
@@ -103,7 +145,7 @@ def weigh(train_gpt: bytes, model: bytes, *, cap_bytes: int) -> dict[str, Any]:
 
 
 def over_cap(size: dict[str, Any]) -> str:
-    """What is too large and what to lower, in one line."""
+    """One line that says by how much the files are too large, and which setting to lower."""
     kind, facts = max(size["classes"].items(), key=lambda item: item[1]["bytes"], default=("mlp", {"bytes": 0}))
     return (
         f"{size['total_bytes']:,} bytes (train_gpt.py {size['train_gpt_bytes']:,} + model.bin {size['model_bytes']:,}) "
@@ -112,23 +154,10 @@ def over_cap(size: dict[str, Any]) -> str:
     )
 
 
-def _weigh_group(group: Group, state: QuantizedState) -> dict[str, Any]:
+def _weigh_group(group: Group) -> dict[str, Any]:
     weights = sum(entry.values for entry in group.matrices)
     return {
         "weights": weights,
         "bytes": group.stream_bytes,
         "bits_per_weight": 8 * group.stream_bytes / weights,
-        "entropy_bits_per_weight": _entropy(group, state),
     }
-
-
-def _entropy(group: Group, state: QuantizedState) -> float:
-    """Mean over the group's weights of the order-0 entropy of their matrix."""
-    bits = [(entry.values, entropy_bits(code_histogram(_matrix(state, entry.name).codes))) for entry in group.matrices]
-    return sum(values * entropy for values, entropy in bits) / sum(values for values, _ in bits)
-
-
-def _matrix(state: QuantizedState, name: str) -> Quantized:
-    value = state[name]
-    assert not isinstance(value, torch.Tensor), "groups hold matrices of codes"
-    return value

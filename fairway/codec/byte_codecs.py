@@ -1,13 +1,15 @@
-"""Bytes to fewer bytes and back, one small class per compressor.
+"""Compressors of bytes, each a small class with `encode` and `decode`.
 
-`decode` is told how many bytes to expect, never makes more, and raises ValueError on anything but exactly that many.
+`decode` is told how many bytes to expect. It never makes more than that, however much a malicious stream may hold, and
+it raises ValueError if the stream does not hold exactly that many.
 """
 
 import lzma
-import resource
+import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +18,9 @@ import numpy as np
 import zstandard
 
 from fairway.runtime.errors import UserError
+
+# What to do if the program lrzip is missing.
+LRZIP_REMEDY = "apt-get install lrzip, or set compress.codec to ans, which packs smaller"
 
 
 class ByteCodec(Protocol):
@@ -29,14 +34,17 @@ class ByteCodec(Protocol):
 
 
 class Brotli:
-    """RFC 7932 at quality 11 and its largest standard window, which holds 16 MB of codes (PR #1172, #1855)."""
+    """Brotli (RFC 7932) at quality 11; its largest standard window holds 16 MB of codes (PR #1172, #1855)."""
 
     def encode(self, data: bytes) -> bytes:
         """Compress."""
         return brotli.compress(data, quality=11, lgwin=24)
 
     def decode(self, data: bytes, size: int) -> bytes:
-        """Decompress to exactly `size` bytes, in steps, so that a bomb is met before it goes off."""
+        """Decompress to exactly `size` bytes, or raise ValueError.
+
+        It goes in steps and stops once there are too many bytes: a small stream can hold more than fits into memory.
+        """
         decoder = brotli.Decompressor()
         parts: list[bytes] = []
         made, rest = 0, data
@@ -54,7 +62,7 @@ class Brotli:
 
 
 class Zstd:
-    """RFC 8878 at level 22."""
+    """Zstandard (RFC 8878) at level 22."""
 
     def encode(self, data: bytes) -> bytes:
         """Compress."""
@@ -70,7 +78,7 @@ class Zstd:
 
 
 class Lzma:
-    """Raw LZMA2 at preset 6 (PR #1150 and #1488, less the header of their .xz)."""
+    """Raw LZMA2 at preset 6, as PR #1150 and #1488 used it, but without the header of their .xz files."""
 
     FILTERS: list[dict[str, Any]] = [{"id": lzma.FILTER_LZMA2, "preset": 6}]  # noqa: RUF012
 
@@ -91,7 +99,13 @@ class Lzma:
 
 
 class Lrzip:
-    """The lrzip program with its ZPAQ back end at level 9 (PR #1855). One thread: its output depends on how many."""
+    """The lrzip program with its ZPAQ back end at level 9 (PR #1855).
+
+    What lrzip writes depends on its number of threads, so each run has one. Callers start several runs at once instead.
+    """
+
+    # The bytes that every file of lrzip begins with.
+    MAGIC = b"LRZI"
 
     def encode(self, data: bytes) -> bytes:
         """Compress."""
@@ -103,7 +117,7 @@ class Lrzip:
 
 
 class Shuffled:
-    """Another codec on float16 data: all low bytes first, then all high bytes (PR #1172, stride 2)."""
+    """Reorders float16 data for another codec: all low bytes first, then all high bytes (PR #1172, stride 2)."""
 
     def __init__(self, inner: ByteCodec) -> None:
         self.inner = inner
@@ -121,27 +135,40 @@ class Shuffled:
 
 
 def _exactly(data: bytes, size: int) -> bytes:
+    """The same data. Raises ValueError if it has another size."""
     if len(data) != size:
         raise ValueError(f"expected {size} bytes, the stream holds {'more' if len(data) > size else len(data)}")
     return data
 
 
-def _lrzip(data: bytes, options: list[str], *, largest: int) -> bytes:
-    """Run lrzip from file to file. The kernel stops it at `largest` bytes: what it reads may be a bomb."""
+# Each run of lrzip keeps one processor busy and takes 300 MB. More runs than processors would only take memory.
+_FREE_PROCESSORS = threading.BoundedSemaphore(os.cpu_count() or 1)
+
+
+def lrzip_program() -> str:
+    """The path of the lrzip program. Raises UserError if it is not installed."""
     program = shutil.which("lrzip")
     if program is None:
         raise UserError(
-            "params.yaml: compress.codec: lrzip is not installed; expected the program of the package lrzip"
+            "params.yaml: compress.codec: lrzip is not installed; expected the program of the package lrzip: "
+            + LRZIP_REMEDY
         )
-    with tempfile.TemporaryDirectory() as folder:
+    return program
+
+
+def _lrzip(data: bytes, options: list[str], *, largest: int) -> bytes:
+    """What lrzip makes of the data with these options. Waits until a processor is free. Raises ValueError if it fails.
+
+    The kernel ends lrzip once it has written `largest` bytes, rounded up to the blocks of 512 bytes that ulimit counts
+    in, because a malicious stream can hold any amount. A shell sets the limit and not this process between fork and
+    exec, since Python code there can hang if the process has threads.
+    """
+    limited = ["sh", "-c", 'ulimit -f "$1" && shift && exec "$@"', "sh", str(-(-largest // 512)), lrzip_program()]
+    with _FREE_PROCESSORS, tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in"), Path(folder, "out")
         source.write_bytes(data)
-        done = subprocess.run(
-            [program, *options, "-Q", "-p", "1", "-o", str(target), str(source)],
-            capture_output=True,
-            check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
-        )
+        command = [*limited, *options, "-Q", "-p", "1", "-o", str(target), str(source)]
+        done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode:
             raise ValueError(f"lrzip ended with status {done.returncode}")
         return target.read_bytes()

@@ -29,18 +29,17 @@ from torch.nn.utils import clip_grad_norm_
 from fairway.adaptation.lanes import sum_gradients
 from fairway.adaptation.trainable import RoundedWeights
 from fairway.evaluation.document_batches import Cut, Document, by_length, documents, phase_ends, up_to_wanted
-from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.lora_adapters import Factors, LoraAdapters, adapted_logits, draw_factors
 from fairway.evaluation.passes import Pass, Prediction, State
 from fairway.evaluation.ttt import cosine
+from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
-from fairway.runtime.errors import UserError
-from fairway.runtime.settings import Section
 from fairway.tokens.data_orders import document_bounds
 
 
-class LoraTttSettings(Section):
+class LoraTttSettings(EvaluatorSettings):
     """Low-rank adapters fitted to each document as it is scored, and phases of global SGD (PR #1855)."""
 
     # Targets scored between two steps of the adapters, and documents side by side.
@@ -69,6 +68,16 @@ class LoraTttSettings(Section):
             raise ValueError(f"phases ({self.phases}) exceed prefix_documents ({self.prefix_documents})")
         return self
 
+    def check(self, *, section: str, model: ModelConfig, processes: int) -> None:
+        """A chunk is at most a row, and a step of global training is whole rows on every lane."""
+        if self.chunk_tokens > model.seq_len:
+            raise ValueError(f"{section}.chunk_tokens ({self.chunk_tokens}) exceeds model.seq_len ({model.seq_len})")
+        if self.global_chunk_tokens % (self.lanes * model.seq_len):
+            raise ValueError(
+                f"{section}.global_chunk_tokens ({self.global_chunk_tokens}) must be a multiple of "
+                f"{section}.lanes * model.seq_len ({self.lanes * model.seq_len})"
+            )
+
 
 # Of the adapters' AdamW, which has no momentum (PR #1855).
 BETA1, EPS = 0.0, 1e-10
@@ -89,14 +98,7 @@ class LoraTttEvaluator(Evaluator):
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         """A pass whose chunks end where phases begin."""
-        s, seq_len = self.settings, model.config.seq_len
-        if s.chunk_tokens > seq_len:
-            raise UserError(f"params.yaml: lora_ttt.chunk_tokens ({s.chunk_tokens}) exceeds model.seq_len ({seq_len})")
-        if s.global_chunk_tokens % (s.lanes * seq_len):
-            raise UserError(
-                f"params.yaml: lora_ttt.global_chunk_tokens ({s.global_chunk_tokens}) must be a multiple of "
-                f"lora_ttt.lanes * model.seq_len ({s.lanes * seq_len})"
-            )
+        s = self.settings
 
         def draw(chunk: int, lane: int, rows: int) -> Factors:
             # A seed of its own for every draw of a pass: there are fewer than 1000 lanes and documents in a batch.
@@ -207,6 +209,12 @@ class LoraTttPass(Pass):
     def state(self) -> State:
         """The weights of the network. Adapters are drawn anew after a phase, so that none need be kept."""
         return {name: value.detach() for name, value in self.model.named_parameters()}
+
+    @property
+    def updates(self) -> int:
+        """Steps of the adapters, of which all documents of a batch take one at a time, and phases of global SGD."""
+        cuts = [-(-batch[-1].targets // self.settings.chunk_tokens) for batch in self.batches]
+        return sum(cuts) - len(cuts) + self.chunks - 1
 
     @torch.no_grad()
     def restore(self, state: State) -> None:

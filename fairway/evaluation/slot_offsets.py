@@ -20,6 +20,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from fairway.evaluation.scoring import WindowSettings
+from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.settings import Section
 
@@ -30,28 +32,45 @@ class SlotFitSettings(Section):
     steps: int = Field(ge=0)
     lr: float = Field(gt=0)
     # Where the learning rate's cosine ends; null keeps it constant.
-    lr_end: float | None = Field(default=None, ge=0)
+    lr_end: float | None = Field(ge=0)
     # One offset per batch on all places (PR #1150, #1172), per window on its scored places (PR #1488), or per window on
     # the places before them: the last alone is causal.
-    fitted_on: Literal["batch", "scored", "context"] = "batch"
+    fitted_on: Literal["batch", "scored", "context"]
     # An offset to the logits too (PR #1488).
-    bias: bool = False
+    bias: bool
 
 
-class SlotSettings(SlotFitSettings):
+class SlotSettings(SlotFitSettings, WindowSettings):
     """A hidden-state offset fitted on each batch of windows before it is scored (not a code length: see README)."""
 
-    stride: int = Field(gt=0)
-    batch_windows: int = Field(gt=0)
-    published_window_list: bool = False
     # Instead of starting anew, carry one offset along the stream and fit it on what has been scored: causal.
-    carried: bool = False
+    carried: bool
+
+    @property
+    def form(self) -> Literal["carried", "documents", "stream"]:
+        """Which of slot.FORMS the pass has."""
+        if self.carried:
+            return "carried"
+        return "documents" if self.within_documents else "stream"
 
     @model_validator(mode="after")
     def _forms(self) -> "SlotSettings":
         if self.carried and self.fitted_on != "batch":
             raise ValueError(f"fitted_on ({self.fitted_on}) has no meaning where the offset is carried")
         return self
+
+    def check(self, *, section: str, model: ModelConfig, processes: int) -> None:
+        """Within documents, offsets are fitted on what comes before: the records' other forms are theirs alone."""
+        super().check(section=section, model=model, processes=processes)
+        if self.within_documents and not self.carried and self.fitted_on != "context":
+            raise ValueError(
+                f"{section}.fitted_on ({self.fitted_on}): expected context, or carried: true, with within_documents"
+            )
+
+    def looked_up(self) -> dict[str, str]:
+        """With the list of windows, the form of the pass and what an offset is fitted on."""
+        slot = "fairway.evaluation.slot"
+        return super().looked_up() | {f"{slot}.FORMS": self.form, f"{slot}.FITTED_ON": self.fitted_on}
 
 
 # As in all the records. The eps matters: it is as large as the gradients.

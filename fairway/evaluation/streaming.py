@@ -5,6 +5,9 @@ attends to those of the last seq_len tokens, its own included. Through the layer
 tokens further back than seq_len, which the network never met in training; whether that helps is for the score to say.
 Causal, and nothing is adapted.
 
+With within_documents a lane's cache is forgotten where a document begins: attention goes back no further than to its
+BOS, which is embedded as the first token of a row is.
+
 The stream is cut into equal lanes that are worked on side by side, on one GPU or several. Each begins with an empty
 cache. The number of lanes is a setting, and the result does not depend on the number of processes.
 Ours; the rolling window is that of arXiv:2310.06825 (Mistral 7B).
@@ -19,23 +22,30 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.kv_cache import Cache, cached_hidden
 from fairway.evaluation.passes import Pass, Prediction, State
+from fairway.model.config import ModelConfig
 from fairway.model.embedding import LOOK_BACK
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
-from fairway.runtime.settings import Section
 
 
-class StreamingSettings(Section):
+class StreamingSettings(EvaluatorSettings):
     """One pass with a rolling key/value cache, each token computed once."""
 
     # Tokens of a lane that go through the network together.
     block_tokens: int = Field(gt=1)
     # Equal parts of the stream, each begun with an empty cache, that are worked on side by side.
     lanes: int = Field(gt=0)
+    # Forget the cache where a document begins.
+    within_documents: bool
+
+    def check(self, *, section: str, model: ModelConfig, processes: int) -> None:
+        """Every process has a lane to work on."""
+        if processes > self.lanes:
+            raise ValueError(f"{section}.lanes ({self.lanes}) is less than the {processes} processes")
 
 
 @dataclass(frozen=True)
@@ -51,8 +61,6 @@ class StreamingEvaluator(Evaluator):
             raise UserError(
                 f"params.yaml: streaming.lanes ({s.lanes}): too many for {targets} targets in rows of {seq_len}"
             )
-        if world.size > s.lanes:
-            raise UserError(f"params.yaml: streaming.lanes ({s.lanes}) is less than the {world.size} processes")
         return StreamingPass(model, tokens_N1, world, s)
 
 
@@ -67,6 +75,8 @@ class StreamingPass(Pass):
         longest = max(end - begin for begin, end in zip(self.bounds, self.bounds[1:], strict=False))
         self.chunks = -(-longest // settings.block_tokens)
         self._cache: Cache = ()
+        if settings.within_documents:
+            self._cache = (torch.zeros(len(self.mine), dtype=torch.int64, device=tokens_N1.device),)
         self._next: Cache = ()
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Iterator[Prediction]:

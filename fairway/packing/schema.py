@@ -1,136 +1,131 @@
-"""The settings inside a shipped program: objects without a schema, since the pipeline has checked them.
+"""The settings inside a packed program: plain namespaces, since the pipeline has already checked them.
 
-Only a class that something else is read into keeps one: a model file tells its network. It accepts the network of the
-record and no other, which is what lets the rest of the program be folded.
+An object keeps its own class only if that can matter: if the class has methods that the program may call, or if the
+program makes objects of the class, reads data into it, or asks for it (isinstance, match).
 """
 
 import ast
-import typing
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
-from fairway.packing.values import Knowledge, Known, Maybe, objects
+from fairway.packing.link import Linked
+from fairway.packing.names import global_names
+from fairway.packing.sweep import Parts, Quiet
 
-EXPECTED = "EXPECTED__"
-CHECK = f"""
-@model_validator(mode="after")
-def check(self):
-    if self.model_dump() != {EXPECTED}:
-        raise ValueError("the network is not this record's")
-    return self
-"""
+NAMESPACE = "SimpleNamespace"
+# Decorators of functions that are called only while an object is made.
+CHECKS = re.compile(r"pydantic\.(field|model)_(validator|serializer)$")
 
 
-def chosen_options(settings: Any) -> dict[frozenset[str], set[str]]:
-    """For every set of names that a setting chooses from: the names that the settings choose."""
-    found: dict[frozenset[str], set[str]] = {}
-    for section in objects(settings):
-        for name, field in type(section).model_fields.items():
-            if typing.get_origin(field.annotation) is typing.Literal:
-                found.setdefault(frozenset(typing.get_args(field.annotation)), set()).add(getattr(section, name))
-    return found
+class Settings:
+    """Writes the call that starts a program, whose arguments are settings, classes and values of JSON."""
 
+    def __init__(self, linked: Linked, parts: Parts) -> None:
+        self.parts, self.names, self.quiet = parts, linked.names, Quiet(linked.tree)
+        self.classes = {node.name: node for node in linked.tree.body if isinstance(node, ast.ClassDef)}
+        # Names that the program mentions other than as a base of a class, and names of attributes that it may read.
+        self.used: set[str] = set()
+        self.read: set[str] = set()
 
-def keep_chosen(tree: ast.Module, options: dict[frozenset[str], set[str]]) -> None:
-    """A table of everything that a setting chooses from keeps what is chosen."""
-    for statement in tree.body:
-        table = statement.value if isinstance(statement, ast.Assign | ast.AnnAssign) else None
-        if not isinstance(table, ast.Dict):
-            continue
-        keys = [key.value if isinstance(key, ast.Constant) else None for key in table.keys]
-        chosen = options.get(frozenset(keys)) if len(keys) > 1 else None  # type: ignore[arg-type]
-        if chosen:
-            kept = [i for i, key in enumerate(keys) if key in chosen]
-            table.keys, table.values = [table.keys[i] for i in kept], [table.values[i] for i in kept]
+    def call(self, start: str, values: Sequence[Any], late: Sequence[str]) -> ast.Call:
+        """The call of `start` with the values, followed by the names `late`, which whoever runs the text has to set.
 
+        Which classes are needed depends on what the program reaches, and that depends on the classes in this call. So
+        the call is written again until no new class or attribute turns up. Raises ValueError on a value that is neither
+        one of JSON nor of a class of the program, or that cannot be made again from its data.
+        """
+        while True:
+            arguments = [*map(self._written, values), *(ast.Name(name, ast.Load()) for name in late)]
+            call = ast.Call(ast.Name(start, ast.Load()), arguments, [])
+            reached = self.parts.reached(global_names(call))
+            used = {name for part in reached for name in _used(part)}
+            read = {name for part in reached for name in attributes_read(part)}
+            if used <= self.used and read <= self.read:
+                return call
+            self.used |= used
+            self.read |= read
 
-def slim(tree: ast.Module, settings: Any, classes: dict[type, str]) -> None:
-    """Take the fields and checks of settings classes away; what else is read into one must be as in the record."""
-    names = set(classes.values())
-    found = {classes[kind]: section for section in objects(settings) for kind in (type(section),) if kind in classes}
-    read_into = {
-        node.id
-        for statement in tree.body
-        if isinstance(statement, ast.ClassDef) and statement.name not in names
-        for field in statement.body
-        if isinstance(field, ast.AnnAssign)
-        for node in ast.walk(field.annotation)
-        if isinstance(node, ast.Name) and node.id in found
-    }
-    validator = next((name for name in _bound(tree) if name.startswith("model_validator__")), "")
-    for statement in list(tree.body):
-        if isinstance(statement, ast.ClassDef) and statement.name in names:
-            methods = [part for part in statement.body if isinstance(part, ast.FunctionDef) and not _is_check(part)]
-            statement.body = [*methods]
-            if statement.name in read_into:
-                _expect(tree, statement, found, classes, validator)
-            statement.body = statement.body or [ast.Pass()]
-
-
-def _expect(
-    tree: ast.Module,
-    statement: ast.ClassDef,
-    found: dict[str, BaseModel],
-    classes: dict[type, str],
-    validator: str,
-) -> None:
-    """Fields for the values of the record, and a check that they are these; the same for sections inside, unchecked."""
-    section = found[statement.name]
-    expected = EXPECTED + statement.name
-    values = ast.parse(f"{expected} = {section.model_dump()!r}").body
-    tree.body[tree.body.index(statement) : tree.body.index(statement)] = values
-    check = CHECK.replace(EXPECTED, expected).replace("model_validator", validator)
-    for inner in objects(section):
-        owner = next(s for s in tree.body if isinstance(s, ast.ClassDef) and s.name == classes[type(inner)])
-        fields = [f"{name}: {_field(value, classes)}" for name, value in vars(inner).items()]
-        owner.body = [*ast.parse("\n".join(fields)).body, *(p for p in owner.body if isinstance(p, ast.FunctionDef))]
-    statement.body += ast.parse(check).body
-
-
-def _field(value: Any, classes: dict[type, str]) -> str:
-    return classes[type(value)] if isinstance(value, BaseModel) else "object"
-
-
-class Written:
-    """Writes settings as an expression. `mentioned`: attributes that the program mentions; others are left out."""
-
-    def __init__(self, tree: ast.Module, mentioned: set[str], classes: dict[type, str]) -> None:
-        self.mentioned, self.classes = mentioned, classes
-        self.expected = {name for name in _bound(tree) if name.startswith(EXPECTED)}
-
-    def write(self, value: Any) -> str:
-        """The expression: namespaces, or the class itself where it has a schema."""
+    def _written(self, value: Any) -> ast.expr:
+        if isinstance(value, list):
+            return ast.List([*map(self._written, value)], ast.Load())
+        if isinstance(value, type):
+            return ast.Name(self._name(value), ast.Load())
         if not isinstance(value, BaseModel):
-            return repr(value)
-        name = self.classes.get(type(value), "")
-        if EXPECTED + name in self.expected:
-            return f"{name}(**{EXPECTED}{name})"
-        fields = [f"{key}={self.write(part)}" for key, part in vars(value).items() if key in self.mentioned]
-        return f"SimpleNamespace({', '.join(fields)})"
+            return _literal(value)
+        if not self._is_whole(type(value)):
+            parts = vars(value) | {name: getattr(value, name) for name in self._properties(type(value))}
+            fields = [ast.keyword(name, self._written(part)) for name, part in parts.items()]
+            return ast.Call(ast.Name(NAMESPACE, ast.Load()), [], fields)
+        data = value.model_dump()
+        if type(value).model_validate(data) != value:
+            raise ValueError(f"{type(value).__name__}: its data do not give the settings back")
+        return ast.Call(ast.Name(self._name(type(value)), ast.Load()), [], [ast.keyword(None, _literal(data))])
+
+    def _properties(self, kind: type[BaseModel]) -> list[str]:
+        """Properties that the program may read. Settings never change, so each of them is written as a further field."""
+        own = [base for base in kind.__mro__ if base not in (BaseModel, object)]
+        found = {name for base in own for name, part in vars(base).items() if isinstance(part, property)}
+        return sorted(found & self.read)
+
+    def _name(self, kind: type) -> str:
+        name = self.names.get((kind.__module__, kind.__name__))
+        if name is None:
+            raise ValueError(f"{kind.__name__}: a class that is not the program's")
+        return name
+
+    def _is_whole(self, kind: type[BaseModel]) -> bool:
+        """Whether an object must keep its class."""
+        classes = {self._name(base) for base in kind.__mro__ if base not in (BaseModel, object)}
+        pydantic = any(self.quiet.origins.get(name) == "pydantic.BaseModel" for name in self.used)
+        return pydantic or bool(classes & self.used) or any(self._does_more(self.classes[name]) for name in classes)
+
+    def _does_more(self, node: ast.ClassDef) -> bool:
+        """Whether a class has anything besides fields, a configuration, checks, and methods that nothing calls."""
+        return not all(map(self._is_passive, node.body))
+
+    def _is_passive(self, part: ast.stmt) -> bool:
+        if isinstance(part, ast.AnnAssign):
+            return "ClassVar" not in ast.unparse(part.annotation)
+        if isinstance(part, ast.FunctionDef):
+            names = [self.quiet.decorator_name(decorator) for decorator in part.decorator_list]
+            if any(map(CHECKS.match, names)) or "property" in map(ast.unparse, part.decorator_list):
+                return True
+            # A method such as __len__ is called by Python itself.
+            return part.name not in self.read and not part.name.startswith("__")
+        return isinstance(part, ast.Expr | ast.Pass) or ast.unparse(part).startswith("model_config =")
 
 
-def looked_up(tree: ast.Module, knowledge: Knowledge) -> set[str]:
-    """Fields of sections of which the program asks by names that it computes."""
-    found: set[str] = set()
-    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
-        names = knowledge.local_names(function, {})
-        for node in ast.walk(function):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
-                owner = knowledge.of(node.args[0], names)
-                if isinstance(owner, Known | Maybe) and isinstance(owner.value, BaseModel):
-                    found |= set(vars(owner.value))
-    return found
+def attributes_read(tree: ast.AST) -> Iterator[str]:
+    """Names of attributes that may be read: behind a dot, in a pattern of `match`, or in a string that getattr may get.
+
+    Docstrings do not count, since no code reads them.
+    """
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.MatchClass):
+            yield from node.kwd_attrs
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield from re.findall(r"\w+", node.value)
 
 
-def _is_check(function: ast.FunctionDef) -> bool:
-    return any("validator" in ast.unparse(decorator) for decorator in function.decorator_list)
+def _literal(value: Any) -> ast.expr:
+    text = repr(value)
+    try:
+        same = ast.literal_eval(text) == value
+    except (ValueError, SyntaxError):
+        same = False
+    if not same:
+        raise ValueError(f"{text}: an argument that cannot be written down")
+    return ast.parse(text, mode="eval").body
 
 
-def _bound(tree: ast.Module) -> Iterable[str]:
-    for statement in tree.body:
-        if isinstance(statement, ast.ImportFrom):
-            yield from (alias.asname or alias.name for alias in statement.names)
-        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-            yield statement.targets[0].id
+def _used(statement: ast.stmt) -> Iterator[str]:
+    """Names that a statement mentions, except as bases of classes."""
+    classes = [node for node in ast.walk(statement) if isinstance(node, ast.ClassDef)]
+    bases = {id(part) for node in classes for base in node.bases for part in ast.walk(base)}
+    yield from (node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and id(node) not in bases)

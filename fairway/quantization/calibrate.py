@@ -145,18 +145,40 @@ def _gram(x_nC: Tensor) -> Tensor:
 def _batches(settings: GptqSettings, model: GPT, tokens: Path, seed: int) -> Iterator[Tensor]:
     """The batches of the calibration text, each int64 (batch_rows, T)."""
     shape = settings.batches, settings.batch_rows, model.config.seq_len
-    if settings.calibration == "generated":
-        return generate_text(model, shape, seed=seed)
-    if settings.path is not None:
-        ids = _text_tokens(Path(settings.path), tokens / "tokenizer.model")
-        return random_rows(lambda start, count: ids[start : start + count], len(ids), shape, seed=seed)
+    return TEXTS[settings.calibration](settings, model, tokens, shape, seed)
+
+
+# Batches, rows of a batch, and tokens of a row.
+BatchShape = tuple[int, int, int]
+
+
+def _rows_of_shards(settings: GptqSettings, model: GPT, tokens: Path, shape: BatchShape, seed: int) -> Iterator[Tensor]:
     paths = shard_paths(tokens, "train" if settings.calibration == "train" else "val")
     shards = Tokens(paths, vocab_size=model.config.vocab_size)
     return random_rows(shards.read, shards.total, shape, seed=seed)
 
 
+def _rows_of_text(settings: GptqSettings, model: GPT, tokens: Path, shape: BatchShape, seed: int) -> Iterator[Tensor]:
+    ids = _text_tokens(Path(str(settings.path)), tokens / "tokenizer.model")
+    return random_rows(lambda start, count: ids[start : start + count], len(ids), shape, seed=seed)
+
+
+def _generated_rows(settings: GptqSettings, model: GPT, tokens: Path, shape: BatchShape, seed: int) -> Iterator[Tensor]:
+    return generate_text(model, shape, seed=seed)
+
+
+# Where the calibration text comes from, by the name that quantize.gptq.calibration gives it. A table, so that the
+# program that ships carries the one that its record uses.
+TEXTS: dict[str, Callable[[GptqSettings, GPT, Path, BatchShape, int], Iterator[Tensor]]] = {
+    "train": _rows_of_shards,
+    "validation": _rows_of_shards,
+    "text": _rows_of_text,
+    "generated": _generated_rows,
+}
+
+
 def random_rows(
-    read: Callable[[int, int], np.ndarray], total: int, shape: tuple[int, int, int], *, seed: int
+    read: Callable[[int, int], np.ndarray], total: int, shape: BatchShape, *, seed: int
 ) -> Iterator[Tensor]:
     """Batches int64 (rows, T) of a text of `total` tokens; `shape` is (batches, rows, T).
 
@@ -188,7 +210,7 @@ def _text_tokens(path: Path, tokenizer: Path) -> np.ndarray:
 TEMPERATURE = 0.8
 
 
-def generate_text(model: GPT, shape: tuple[int, int, int], *, seed: int) -> Iterator[Tensor]:
+def generate_text(model: GPT, shape: BatchShape, *, seed: int) -> Iterator[Tensor]:
     """Batches int64 (rows, T) of text that the network writes, so that calibration needs no data at all.
 
     `shape` is (batches, rows, T). The first token of a row is uniform over the vocabulary, each later one is drawn from

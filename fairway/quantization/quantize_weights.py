@@ -53,13 +53,13 @@ class QuantizeSettings(Section):
     min_clip: float = Field(ge=0)
     passthrough_elements: int = Field(ge=0)
     # Instead of percentiles and min_clip.
-    clip_sigmas: Sigmas | None = None
-    gptq: GptqSettings | None = None
-    lqer: LqerSettings | None = None
+    clip_sigmas: Sigmas | None
+    gptq: GptqSettings | None
+    lqer: LqerSettings | None
     # Bits of a scale's mantissa: 10 is float16. Few are enough, since codes are formed with the scale as rounded.
-    scale_mantissa_bits: int = Field(default=10, ge=2, le=10)
+    scale_mantissa_bits: int = Field(ge=2, le=10)
     # Widen all steps until model.bin has this size.
-    target_bytes: int | None = Field(default=None, gt=0)
+    target_bytes: int | None = Field(gt=0)
 
     @model_validator(mode="after")
     def _agree(self) -> "QuantizeSettings":

@@ -2,16 +2,21 @@
 
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from fairway.runtime.errors import UserError
 
 
 class Section(BaseModel):
-    """A strict, frozen section of params.yaml: unknown keys and wrong types are errors that name the key."""
+    """A strict, frozen section of params.yaml: unknown keys and wrong types are errors that name the key.
+
+    Fields have no defaults. A value that stood in the code alone would escape DVC, which compares params.yaml: with a
+    changed default every stage would still be "up to date". In the file, null says that a mechanism is absent.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -19,27 +24,42 @@ class Section(BaseModel):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-class _Loader(yaml.SafeLoader):
+def _yaml_loader() -> type[yaml.SafeLoader]:
     """SafeLoader with YAML 1.2 floats: PyYAML reads `1e-3` as text, DVC as a number."""
 
+    class Loader(yaml.SafeLoader):
+        pass
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
+        list("-+.0123456789"),
+    )
+    return Loader
 
 
 def load_section(path: Path, kind: type[SectionT]) -> SectionT:
-    """Read a YAML file as the section `kind`, faults as in load_params."""
+    """Read a YAML file as the section `kind`.
+
+    Raises UserError (one line: file, key, what was expected) on any fault.
+    """
+    return parse_section(_read_mapping(path), kind, path)
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_yaml_loader())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
+    return raw
+
+
+def parse_section(raw: dict[Any, Any], kind: type[SectionT], path: Path) -> SectionT:
+    """What was read from the file `path` as the section `kind`. Raises UserError as load_section."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -52,13 +72,11 @@ def _first_fault(error: ValidationError) -> str:
     Unknown keys go first: where one is misspelt, the right one is missing too.
     """
     fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
-    # Of a section that comes in kinds, pydantic names the kind behind the section: not a key of the file.
-    kinds = {("fetch", 1), ("loader", 2)}
-    places = zip(range(len(fault["loc"])), ("", *fault["loc"]), fault["loc"], strict=False)
-    key = ".".join(str(part) for i, before, part in places if (before, i) not in kinds)
+    key = _key(fault)
     message = {
         "extra_forbidden": "unknown key",
         "missing": "missing key",
+        "union_tag_not_found": "missing key",
     }.get(fault["type"], fault["msg"].removeprefix("Value error, "))
     found = fault.get("input")
     shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) or found is None else ""
@@ -66,3 +84,15 @@ def _first_fault(error: ValidationError) -> str:
         shown = ""
     more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
     return f"{key}: {message}{shown}{more}" if key else f"{message}{more}"
+
+
+def _key(fault: ErrorDetails) -> str:
+    """The key that a fault is about, with those that it lies in, as they stand in the file: `train.loader.bucket`."""
+    place = fault["loc"]
+    # Of a section that comes in kinds, pydantic names the kind behind the section: not a key of the file.
+    kinds = {("fetch", 1), ("loader", 2)}
+    parts = [str(part) for i, part in enumerate(place) if ((place[i - 1] if i else ""), i) not in kinds]
+    if fault["type"] == "union_tag_not_found":
+        # What is missing is the key that names the kind; pydantic puts it in quotes, and not in the path.
+        parts.append(fault["ctx"]["discriminator"].strip("'"))
+    return ".".join(parts)

@@ -40,11 +40,11 @@ class MuonSettings(Section):
     ns_steps: int = Field(gt=0)
     row_normalize: bool
     # Storage of the momentum and of the gradients that the processes exchange.
-    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    momentum_dtype: Literal["float32", "bfloat16"]
     # How the quadratic term of Newton-Schulz is formed: c(AA), or (cA)A as PR #1488; equal but for rounding.
-    ns_association: Literal["square_first", "scale_first"] = "square_first"
+    ns_association: Literal["square_first", "scale_first"]
     # Whether bigram.proj and ve.proj are stepped by MuonSettings (PR #1488) or, as scalars are, by AdamWSettings.
-    side_matrices: bool = False
+    side_matrices: bool
 
     @model_validator(mode="after")
     def _steps(self) -> "MuonSettings":

@@ -28,7 +28,7 @@ class ScheduleSettings(Section):
     warmdown: float = Field(gt=0)
     floor: float = Field(ge=0, lt=1)
     # Share of the run after which model.loop is applied; null applies it from the start.
-    loop_from: float | None = Field(default=None, gt=0, lt=1)
+    loop_from: float | None = Field(gt=0, lt=1)
 
     @model_validator(mode="after")
     def _fraction(self) -> "ScheduleSettings":

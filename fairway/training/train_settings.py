@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from fairway.runtime.settings import Section
-from fairway.tokens.data_orders import LoaderSettings, SequentialLoader
+from fairway.tokens.data_orders import LoaderSettings
 from fairway.training.adamw import AdamWSettings
 from fairway.training.averages import SwaSettings
 from fairway.training.muon import MuonSettings
@@ -21,14 +21,14 @@ class TrainSettings(Section):
     reserve_s: float = Field(ge=0)
     batch_tokens: int = Field(gt=0)
     micro_batch_tokens: int = Field(gt=0)
-    loader: LoaderSettings = SequentialLoader(kind="sequential")
+    loader: LoaderSettings
     muon: MuonSettings
     adamw: AdamWSettings
     schedule: ScheduleSettings
     grad_clip: float = Field(gt=0)
     clip: Literal["micro_batch", "step"]
     ema_decays: list[float] = Field(min_length=1)
-    qat: QatSettings | None = None
+    qat: QatSettings | None
     swa: SwaSettings
     log_every: int = Field(gt=0)
     val_every: int = Field(gt=0)

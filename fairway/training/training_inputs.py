@@ -5,7 +5,7 @@ The settings of a step must fit the processes that were started and the memory o
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -96,14 +96,32 @@ def train_stream(config: ModelConfig, settings: TrainSettings, tokens: Path, wor
 def _order(settings: TrainSettings, shards: Tokens, window: int) -> Order:
     """The Order of train.loader. It depends on the number of micro-batches of a step, not on that of processes."""
     tokens = settings.micro_batch_tokens
-    micro_batches, windows = settings.batch_tokens // tokens, tokens // window
-    match settings.loader:
-        case SequentialLoader():
-            return Sequential(micro_batches=micro_batches, micro_batch_tokens=tokens)
-        case PackedLoader():
-            return PackedRows(shards, micro_batches=micro_batches, micro_batch_tokens=tokens)
-        case ShuffledLoader():
-            return ShuffledWindows(shards, window=window, micro_batches=micro_batches, windows=windows)
-        case CoprimeLoader(names=names):
-            seed = name_seed([names % i for i in range(len(shards.lengths))])
-            return CoprimeWindows(shards, window=window, micro_batches=micro_batches, windows=windows, seed=seed)
+    make = ORDERS[settings.loader.kind]
+    return make(settings.loader, shards, window=window, micro_batches=settings.batch_tokens // tokens, tokens=tokens)
+
+
+def _sequential(loader: SequentialLoader, shards: Tokens, *, window: int, micro_batches: int, tokens: int) -> Order:
+    return Sequential(micro_batches=micro_batches, micro_batch_tokens=tokens)
+
+
+def _packed(loader: PackedLoader, shards: Tokens, *, window: int, micro_batches: int, tokens: int) -> Order:
+    return PackedRows(shards, micro_batches=micro_batches, micro_batch_tokens=tokens)
+
+
+def _shuffled(loader: ShuffledLoader, shards: Tokens, *, window: int, micro_batches: int, tokens: int) -> Order:
+    return ShuffledWindows(shards, window=window, micro_batches=micro_batches, windows=tokens // window)
+
+
+def _coprime(loader: CoprimeLoader, shards: Tokens, *, window: int, micro_batches: int, tokens: int) -> Order:
+    seed = name_seed([loader.names % i for i in range(len(shards.lengths))])
+    return CoprimeWindows(shards, window=window, micro_batches=micro_batches, windows=tokens // window, seed=seed)
+
+
+# Data orders by the kind of loader that params.yaml names, each made of its section. A table, so that the program that
+# ships carries the one order that its record uses.
+ORDERS: dict[str, Callable[..., Order]] = {
+    "sequential": _sequential,
+    "packed": _packed,
+    "shuffled": _shuffled,
+    "coprime": _coprime,
+}
