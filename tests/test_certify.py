@@ -27,7 +27,7 @@ from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.slot import OffsetHead, Places, SlotEvaluator, context_places
 from fairway.evaluation.slot_offsets import SlotFitSettings, SlotSettings
 from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
-from fairway.evaluation.ttt import TttEvaluator, TttSettings
+from fairway.evaluation.ttt import TttEvaluator, TttPass, TttSettings
 from fairway.evaluation.windows import scored_once
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
@@ -329,8 +329,9 @@ class LearningAhead(TttEvaluator):
     at_chunk: int
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        evaluation: Any = super().begin(model, tokens_N1, world)
-        learn, weight = evaluation.learn, dict(evaluation.model.named_parameters())["embed.token"]
+        evaluation = super().begin(model, tokens_N1, world)
+        assert isinstance(evaluation, TttPass)
+        learn, weight = evaluation.learn, evaluation.free["embed.token"]
 
         def learn_ahead(chunk: int) -> None:
             learn(chunk)

@@ -2,6 +2,7 @@
 
 A pass is begun on a buffer of tokens, which is filled in as they become known. A Stepper says what the pass would
 predict at a target with the tokens as they stand, and computes no more for it than it must. Nothing is learned by that.
+Shapes do not depend on what is known by then, so that the encoder, who knows everything, gets the same bits.
 A Follower (follower.py) goes through a whole stream so, and lets the pass learn from each chunk that lies behind.
 
 There are cheap steppers for the evaluators of this project, as long as their predictions do not depend on anything else
@@ -75,7 +76,7 @@ class WindowStepper(Stepper):
         row = self.windows.tokens_N1[start : start + length]
         positions_S = torch.arange(start + begin, min(start + begin + STEP, start + length), device=row.device)
         with torch.no_grad():
-            return positions_S, self.head(self._reader.step(row, begin, first)[: len(positions_S)])
+            return positions_S, self.head(self._reader.step(row, begin, first))[: len(positions_S)]
 
 
 class OffsetStepper(Stepper):
@@ -94,10 +95,20 @@ class OffsetStepper(Stepper):
             # As above: what was cached belongs to other weights.
             self._chunk, self._context = chunk, torch.empty(0)
         window, group = _window(self.windows, chunk, position)
-        batch = make_batch(self.windows.tokens_N1, window, seq_len=self.windows.model.config.seq_len)
+        batch = make_batch(self.windows.tokens_N1, self._whole(window), seq_len=self.windows.model.config.seq_len)
+        scored = int(window.length - window.first)
         with torch.no_grad():
             hid_1TD = self._hidden(batch.tokens_BT, int(window.first))
-            return batch.positions_M, self._alone(window, group)(self.windows.model, batch, hid_1TD)
+            logits_MV = self._alone(window, group)(self.windows.model, batch, hid_1TD)
+            return batch.positions_M[:scored], logits_MV[:scored]
+
+    def _whole(self, window: Windows) -> Windows:
+        """The window as long as any, unless it is fitted on its scored places.
+
+        Where it ends may not be known yet, and logits of another number of places are rounded otherwise.
+        """
+        whole = torch.full_like(window.length, self.windows.model.config.seq_len)
+        return replace(window, length=whole) if self.head.settings.fitted_on == "context" else window
 
     def _hidden(self, tokens_1T: Tensor, first: int) -> Tensor:
         """The hidden states of a window; those before the first scored place are kept while its tokens stay."""
@@ -155,7 +166,7 @@ class LaneStepper(Stepper):
         positions_S = bounds[lane] + torch.arange(begin, min(begin + STEP, len(row)), device=row.device)
         with torch.no_grad():
             hid_SD = self._reader.step(row, begin, self._context)
-            return positions_S, self.lanes.model.logits(hid_SD[: len(positions_S)])
+            return positions_S, self.lanes.model.logits(hid_SD)[: len(positions_S)]
 
 
 class DocumentStepper(Stepper):
