@@ -70,7 +70,8 @@ class WindowStepper(Stepper):
         row = self.windows.tokens_N1[start : start + length]
         positions_S = torch.arange(start + begin, min(start + begin + STEP, start + length), device=row.device)
         with torch.no_grad():
-            return positions_S, self.head(self._reader.step(row, begin, first)[: len(positions_S)])
+            # The head is given all places of a step, also behind a document's end, which a decoder does not know yet.
+            return positions_S, self.head(self._reader.step(row, begin, first))[: len(positions_S)]
 
 
 class OffsetStepper(Stepper):
@@ -87,10 +88,11 @@ class OffsetStepper(Stepper):
             # As above: what was cached belongs to other weights.
             self._chunk, self._context = chunk, torch.empty(0)
         window, group = _window(self.windows, chunk, position)
-        batch = make_batch(self.windows.tokens_N1, window, seq_len=self.windows.model.config.seq_len)
+        batch = _batch_alone(self.windows, window)
         with torch.no_grad():
             hid_1TD = self._hidden(batch.tokens_BT, int(window.first))
-            return batch.positions_M, self._alone(window, group)(self.windows.model, batch, hid_1TD)
+            logits_MV = self._alone(window, group)(self.windows.model, batch, hid_1TD)
+            return batch.positions_M, logits_MV[: len(batch.positions_M)]
 
     def _hidden(self, tokens_1T: Tensor, first: int) -> Tensor:
         """The hidden states of a window; those before the first scored place are kept while its tokens stay."""
@@ -122,6 +124,21 @@ class OffsetStepper(Stepper):
         """On how many places offsets of these windows are fitted."""
         context = self.head.settings.fitted_on == "context"
         return int((windows.first if context else windows.length - windows.first).sum())
+
+
+class DocumentWindowStepper(Stepper):
+    """For windows within documents with any head: the window by itself. Whole batches depend on later documents."""
+
+    def __init__(self, evaluation: WindowPass, targets: int) -> None:
+        super().__init__(evaluation, targets)
+        self.windows = evaluation
+
+    def at(self, chunk: int, position: int) -> Prediction:
+        """The window that scores the position."""
+        batch = _batch_alone(self.windows, _window(self.windows, chunk, position)[0])
+        with torch.no_grad():
+            logits_MV = self.windows.head(self.windows.model, batch, self.windows.model.hidden(batch.tokens_BT))
+            return batch.positions_M, logits_MV[: len(batch.positions_M)]
 
 
 class LaneStepper(Stepper):
@@ -180,6 +197,8 @@ def make_stepper(evaluation: Pass, targets: int) -> Stepper:
             return WindowStepper(evaluation, targets, evaluation.model.logits)
         if isinstance(evaluation.head, OffsetHead) and evaluation.head.settings.fitted_on != "batch":
             return OffsetStepper(evaluation, targets, evaluation.head)
+        if evaluation.stretch:
+            return DocumentWindowStepper(evaluation, targets)
     return Stepper(evaluation, targets)
 
 
@@ -188,6 +207,17 @@ def _window(evaluation: WindowPass, chunk: int, position: int) -> tuple[Windows,
     w = evaluation.windows[chunk]
     index = int(((w.start + w.first <= position) & (position < w.start + w.length)).nonzero()[0])
     return w[index : index + 1], in_groups(w, evaluation.batch_windows)[index // evaluation.batch_windows]
+
+
+def _batch_alone(evaluation: WindowPass, window: Windows) -> Batch:
+    """A batch of one window, with all its places from the first scored one on as scored ones.
+
+    So it has the same shapes whether or not it is known yet where the document ends. Behind the positions of the batch
+    come places that are not scored.
+    """
+    seq_len = evaluation.model.config.seq_len
+    batch = make_batch(evaluation.tokens_N1, window, seq_len=seq_len)
+    return replace(batch, rows_M=torch.arange(int(window.first), seq_len, device=batch.rows_M.device))
 
 
 def _carried_logits(evaluation: CarriedPass, hid_MD: Tensor) -> Tensor:
