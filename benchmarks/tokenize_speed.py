@@ -34,6 +34,7 @@ def main() -> None:
         transform=arguments.transform,
         vocab_size=Tokenizer(arguments.tokenizer).model.vocab_size(),
         val_documents=arguments.val_documents,
+        val_limit_documents=None,
         shard_tokens=100_000_000,
     )
     check_tokenizer(arguments.tokenizer, vocab_size=settings.vocab_size, operators=RESERVED[settings.transform])

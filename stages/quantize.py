@@ -29,19 +29,23 @@ def main() -> None:
     path = Path(f"artifacts/adapt/{seed}/weights.safetensors")
     weights = load_tensors(path, f"python -m stages.adapt {seed}")
     make_deterministic()
-    world, started_at = start_world(), time.monotonic()
+    world = start_world()
+    started_at = time.monotonic()
     hessians = calibrate(
         params.model, params.quantize.gptq, weights, path, Path("artifacts/tokens"), seed=seed, device=world.device
     )
     world.synchronize()
-    calibration_s = time.monotonic() - started_at if hessians else 0.0
+    calibrated_at = time.monotonic()
     state, report = quantize_to_size(
         weights, params.quantize, hessians, lambda state: len(pack(params.model, state, codec=params.compress.codec))
     )
-    report = {"calibration_s": round(calibration_s, 3)} | report
+    seconds = {
+        "calibration_s": round(calibrated_at - started_at, 3) if hessians else 0.0,
+        "quantize_s": round(time.monotonic() - calibrated_at, 3),
+    }
     with output_folder(Path(f"artifacts/quantize/{seed}")) as out:
         save_codes(out, state)
-        write_atomic(out / "quantize.json", json.dumps(report, indent=1) + "\n")
+        write_atomic(out / "quantize.json", json.dumps(seconds | report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What the experiment came to, over all seeds: about a dozen figures, a table, and a page to look at.
 
-Reads:  artifacts/train, adapt, quantize, size_check, evaluate and certify (every seed),
+Reads:  artifacts/train, adapt, quantize, compress, size_check, evaluate and certify (every seed),
         artifacts/tokens/meta.json, records/published.yaml
-Writes: results/summary.json, report.md, and curve.csv, positions.csv, sizes.csv for `dvc plots`: scores and bytes,
-        small, committed; results/times.json and report.html, the page, which tell seconds too, so that git ignores them
-Method: mean and sample deviation over seeds; Welch's test against a published record (significance.py)
+Writes: results/summary.json, report.md, and curve.csv, positions.csv, sizes.csv for `dvc plots`, which hold scores and
+        bytes, are small and are committed; results/times.json, the ledger of time, and report.html, the page, which
+        tell seconds too, so that git ignores them
+Method: mean and sample deviation over seeds; Welch's test against a published record (reporting/comparison.py)
 Source: the track's rules for budgets and for a new record. No record had a report.
 """
 
@@ -17,7 +18,7 @@ from fairway.reporting.facts import facts
 from fairway.reporting.page import page
 from fairway.reporting.published import load_published
 from fairway.reporting.runs import collect
-from fairway.reporting.tables import markdown, summarize, times, timing
+from fairway.reporting.tables import markdown, summarize, time_table, times, timing
 from fairway.runtime.errors import run_stage
 from fairway.runtime.files import require_file, write_atomic
 
@@ -35,10 +36,10 @@ def main() -> None:
         kept=params.average.kind,
         shipped=params.compress.evaluator,
     )
-
+    seconds = times(found) | {"ledger": time_table(found.runs)}
     results = Path("results")
     write_atomic(results / "summary.json", json.dumps(summarize(found), indent=2) + "\n")
-    write_atomic(results / "times.json", json.dumps(times(found), indent=2) + "\n")
+    write_atomic(results / "times.json", json.dumps(seconds, indent=2) + "\n")
     write_atomic(results / "report.md", markdown(found))
     write_atomic(results / "report.html", page(found, meta))
     write_atomic(results / "curve.csv", tables.curve(found))

@@ -1,7 +1,7 @@
 """Make the folder that is submitted to the challenge: nothing in it is typed by hand.
 
-Reads:  of every seed artifacts/train, adapt, quantize, size_check, evaluate and certify; of the first seed
-        artifacts/compress/<seed>/train_gpt.py; artifacts/pack/requirements.txt; artifacts/tokens/tokenizer.model
+Reads:  of every seed artifacts/train, adapt, quantize, compress, size_check, evaluate and certify, but the program of
+        the first seed alone; artifacts/pack/requirements.txt; artifacts/tokens/tokenizer.model
 Writes: artifacts/submission/: README.md, submission.json, train_gpt.py, tokenizer.model, requirements.txt and
         train_seed<seed>.log of every seed
 Source: the challenge's rules (keys of submission.json: its baseline and the record folders). Ours: the certificate's

@@ -11,6 +11,7 @@ Usage:  python -m stages.train [--check] <seed>      (--check only looks at para
 
 import shutil
 import sys
+import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -33,6 +34,7 @@ TOKENS = Path("artifacts/tokens")
 
 def main() -> None:
     """Train one seed, or only check that it could be trained."""
+    started_at = time.monotonic()
     check_only = sys.argv[1:2] == ["--check"]
     seed, _ = stage_arguments(sys.argv[1 + check_only :], "train [--check]")
     params = load_params("params.yaml")
@@ -45,15 +47,15 @@ def main() -> None:
         if world.size == 1:
             check_training(params, seed, TOKENS, resume)
         with only_run(resume) if world.rank == 0 else nullcontext():
-            trained = _train(params, seed, world, resume)
+            trained, start_s = _train(params, seed, world, resume, started_at)
             if world.rank == 0:
-                out = Path(f"artifacts/train/{seed}")
-                write_outputs(out, trained, params.model, params.train, world, live=resume / "live")
+                out, live = Path(f"artifacts/train/{seed}"), resume / "live"
+                write_outputs(out, trained, params.model, params.train, world, live=live, start_s=start_s)
                 shutil.rmtree(resume)
 
 
-def _train(params: Params, seed: int, world: World, resume: Path) -> Trained:
-    """Build what the training loop needs, and run it."""
+def _train(params: Params, seed: int, world: World, resume: Path, started_at: float) -> tuple[Trained, float]:
+    """Build what the training loop needs, and run it. Returns also how many seconds after `started_at` it began."""
     model = GPT(params.model)
     model.init_weights(seed)
     model.to_device(world.device)
@@ -67,7 +69,8 @@ def _train(params: Params, seed: int, world: World, resume: Path) -> Trained:
         if world.rank == 0:
             shown = held.enter_context(TrainLog(resume / "live", steps=budget.steps, seconds=budget.clock_s))
             log, tick = shown.log, shown.tick
-        return train(model, loader, validation, params.train, world, log=log, tick=tick, points=points)
+        start_s = time.monotonic() - started_at
+        return train(model, loader, validation, params.train, world, log=log, tick=tick, points=points), start_s
 
 
 if __name__ == "__main__":

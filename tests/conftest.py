@@ -49,7 +49,7 @@ def tiny_params(corpus: Path) -> dict[str, Any]:
     params["ttt"] |= {"chunk_tokens": 1024, "stride": 16, "epochs": 1}
     params["slot"] |= {"stride": 16}
     params["sliding"] |= {"stride": 16}
-    params["certify"] = {"tokens": 60, "stream_tokens": 2048}
+    params["certify"] = {"tokens": 60}
     return params
 
 
@@ -106,7 +106,7 @@ class Experiment:
         self.params = params
         (self.folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
-    def run(self, *command: str, ok: bool = True, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, ok: bool = True, timeout: float = 900) -> subprocess.CompletedProcess[str]:
         """Run a command as a process of its own and check whether it ended well.
 
         `python` is this interpreter, and the code that it runs is the folder's.

@@ -14,6 +14,8 @@ from fairway.reporting.page import page
 from fairway.reporting.published import load_published
 from fairway.reporting.runs import collect
 
+# The stages whose figures the report reads, besides certify.
+STAGES = ("train", "adapt", "quantize", "compress", "size_check", "evaluate")
 CONDITIONS = ("causality", "normalisation", "score_first", "single_pass", "decoder", "accounting")
 
 
@@ -50,7 +52,7 @@ def certify(folder: Path, seed: int) -> None:
 
 def add_seed(folder: Path, seed: int, shift_bpb: float) -> None:
     """Another seed: seed 1337's artifacts, with scores that lie `shift_bpb` higher."""
-    for stage in ("train", "adapt", "quantize", "size_check", "evaluate"):
+    for stage in STAGES:
         shutil.copytree(folder / f"artifacts/{stage}/1337", folder / f"artifacts/{stage}/{seed}")
     for path in (folder / f"artifacts/evaluate/{seed}").glob("*/metrics.json"):
         figures = json.loads(path.read_text())
@@ -63,7 +65,7 @@ class Figures:
 
     def __init__(self, folder: Path, evaluated: Experiment) -> None:
         self.folder = folder
-        for stage in ("train", "adapt", "quantize", "size_check", "evaluate"):
+        for stage in STAGES:
             shutil.copytree(evaluated.folder / "artifacts" / stage, folder / "artifacts" / stage)
         shutil.copytree(REPOSITORY / "records", folder / "records")
         self.meta = json.loads((evaluated.folder / "artifacts/tokens/meta.json").read_text())

@@ -12,8 +12,9 @@ SCRIPT = """#!/bin/sh
 action=pack
 while [ "$1" != -o ]; do [ "$1" = -d ] && action=unpack; shift; done
 echo $action >> "{folder}/runs"
+echo >> "{folder}/$action"
 tries=0
-while [ "$(grep -c $action "{folder}/runs")" -lt {together} ]; do
+while [ "$(wc -l < "{folder}/$action")" -lt {together} ]; do
     sleep 0.05; tries=$((tries + 1)); [ $tries -gt 400 ] && exit 3
 done
 if [ $action = pack ]; then {{ printf LRZI; cat "$3"; }} > "$2"; else tail -c +5 "$3" > "$2"; fi

@@ -23,7 +23,7 @@ from fairway.params import Params, load_params
 from fairway.whole_record import chosen_options, shipped_arguments
 
 # The most that a record's code may take. The authors counted 33,684 for PR #1958 and 23,349 for #1172.
-LARGEST_BYTES = 33_000
+LARGEST_BYTES = 34_500
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def _run_alone(file: bytes, folder: Path, *arguments: str) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "train_gpt.py").write_bytes(file)
     command = [sys.executable, "-I", "-W", "error", "train_gpt.py", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -226,7 +226,7 @@ def test_the_shipped_program_scores_the_shipped_model_alone(scored: str) -> None
 
 
 def test_the_repository_gives_the_same_score(scored: str, folder: Path, finished: Experiment) -> None:
-    own = finished.run("python", "-m", "stages", str(folder)).stdout
+    own = finished.run("python", "-m", "fairway.whole_record", str(folder)).stdout
     assert _score(own) == _score(scored)
 
 
@@ -311,7 +311,7 @@ def test_a_record_trains_compresses_and_scores_alone(record: str, tokenized: Exp
         capture_output=True,
         text=True,
         check=True,
-        timeout=240,
+        timeout=900,
     )
     assert abs(_score(both.stdout) - _score(output)) < 1e-3
 

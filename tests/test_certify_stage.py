@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from reports import Figures
 from stand_in_lrzip import install
 
-from fairway.certification.accounting import read_nats
 from fairway.certification.decoder import PRECISION, Decoder, Encoder, counts
 from fairway.codec.container import pack, unpack
 from fairway.runtime.errors import UserError
@@ -58,16 +57,6 @@ def test_evaluation_and_certificate_unpack_the_artifact_once_each(
 
 def test_a_missing_evaluation_names_the_stage_that_makes_it(finished_copy: Experiment) -> None:
     assert "`python -m stages.evaluate 1337 sliding` makes it" in finished_copy.fails("certify", "1337", "sliding")
-
-
-@pytest.mark.parametrize("kept", [0, 3, 40, -5, -100])
-def test_damaged_nats_are_told_in_one_line(kept: int, tmp_path: Path) -> None:
-    path = tmp_path / "nats.npz"
-    np.savez(path, nats=np.arange(50.0))
-    assert read_nats(path, "evaluate").tolist() == list(range(50))
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"nats\.npz: not the nats of an evaluation; run `evaluate` again$"):
-        read_nats(path, "evaluate")
 
 
 @pytest.mark.parametrize(

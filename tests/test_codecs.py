@@ -295,7 +295,7 @@ def test_no_more_runs_of_lrzip_than_processors(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match="lrzip ended with status 3"):
         codecs.in_parallel(Lrzip().encode, [(b"first",), (b"second",)])
     monkeypatch.setattr(byte_codecs, "_FREE_PROCESSORS", threading.BoundedSemaphore(2))
-    (tmp_path / "runs").unlink()
+    (tmp_path / "pack").unlink()
     assert codecs.in_parallel(Lrzip().encode, [(b"first",), (b"second",)]) == [b"LRZIfirst", b"LRZIsecond"]
 
 

@@ -119,6 +119,26 @@ def test_every_target_is_scored_once_but_for_the_published_list(name: str) -> No
     assert int(times.max()) == (4 if name == "published" else 1)
 
 
+# TTT learns between seven chunks, SLOT with a carried offset between three. The batches of documents take 16 steps of
+# their adapters in all, and there are two phases.
+UPDATES = {"ttt": 6, "ttt_bfloat16": 6, "ttt_slot": 6, "carried": 2, "lora_ttt": 16 + 2}
+
+
+@EVERY
+def test_a_pass_tells_how_often_it_learns_something_for_later(name: str) -> None:
+    assert EVALUATORS[name].begin(network(name), stream(), alone(CPU)).updates == UPDATES.get(name, 0)
+
+
+def test_what_learns_nothing_has_no_updates() -> None:
+    idle: list[Evaluator] = [
+        TttEvaluator(TttSettings(**(TTT | {"epochs": 0}))),
+        SlotEvaluator(SlotSettings(**(SLOT | {"bias": True, "carried": True, "steps": 0}))),
+    ]
+    for evaluator in idle:
+        evaluation = evaluator.begin(network("ttt"), stream(), alone(CPU))
+        assert (evaluation.chunks > 1, evaluation.updates) == (True, 0)
+
+
 @pytest.mark.parametrize(
     ("left_out", "told"),
     [

@@ -15,7 +15,7 @@ from conftest import REPOSITORY, Experiment, stage_main
 from forks import Fork
 
 from fairway.params import load_params
-from stages.doctor import Check, fewer_processes, remedies, table
+from fairway.preflight import Check, fewer_processes, remedies, table
 
 # Nothing listens on the port that discards what it is sent.
 NOWHERE = "http://127.0.0.1:9"

@@ -148,8 +148,13 @@ def test_points_belong_to_the_code_that_made_them(compressed: Experiment) -> Non
         "settings = load_params('params.yaml').evaluator_settings('ttt');"
         "print(evaluation_fingerprint(Path('artifacts'), 1337, 'ttt', settings))"
     )
-    matter = ("model/attention.py", "stages/evaluate/ttt.py", "stages/adapt/trainable.py", "stages/train/qat.py")
-    before, train, *others = compressed.printed_as_sources_change(code, "stages/train/loop.py", *matter)
+    matter = (
+        "fairway/model/attention.py",
+        "fairway/evaluation/ttt.py",
+        "fairway/adaptation/trainable.py",
+        "fairway/model/rounding.py",
+    )
+    before, train, *others = compressed.printed_as_sources_change(code, "fairway/training/loop.py", *matter)
     assert len({before, *others}) == 5
     ResumePoints(compressed.folder / "resume", before).save(3, {"nats": torch.ones(2)}, {"step": 3})
     assert ResumePoints(compressed.folder / "resume", train).load() is not None

@@ -23,9 +23,9 @@ from fairway.runtime.errors import UserError
 from fairway.tokens.documents import documents_path, read_texts
 from fairway.tokens.hub import FetchHub, adopt_export, fetch_hub
 from fairway.tokens.sdists import read_folder
-from fairway.tokens.shards import write_shard
+from fairway.tokens.shards import open_shard, shard_paths, write_shard
 from fairway.tokens.tokenizer import TokenizeSettings
-from fairway.tokens.validation import load_validation, verify_tokens
+from fairway.tokens.validation import load_validation, open_sidecars, verify_tokens
 
 # A build backend inside the sdist itself: pip needs nothing else to read the package's metadata.
 PYPROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
@@ -352,7 +352,7 @@ def fetch_into(tmp_path: Path, hub: Hub, name: str = "docs", **changes: Any) -> 
 
 def adopt(fetched: Path, tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
     named = {"model": None, "trainer": "lossless", "transform": "none", "vocab_size": 263} | changes
-    settings: dict[str, Any] = {"val_documents": 2, "shard_tokens": 1000} | named
+    settings: dict[str, Any] = {"val_documents": 2, "val_limit_documents": None, "shard_tokens": 1000} | named
     folder = tmp_path / "tokens"
     folder.mkdir()
     meta = adopt_export(fetched, folder, TokenizeSettings(**settings))
@@ -382,6 +382,24 @@ def test_a_variant_with_byte_sidecars_brings_them(hub: Hub, tmp_path: Path) -> N
     verify_tokens(folder, vocab_size=266)
     assert meta["val_bytes"] == 2
     assert load_validation(folder, seq_len=4, vocab_size=266).bytes.tolist() == [0, 1, 0, 1]
+
+
+def test_a_limit_cuts_published_validation_shards_and_their_sidecars(hub: Hub, tmp_path: Path) -> None:
+    fetched = fetch_into(tmp_path, hub, variant="fineweb10B_sp266_caseops")
+    whole = load_tokens(fetched)
+    folder, meta = adopt(fetched, tmp_path, vocab_size=266, transform="caseops", val_limit_documents=1)
+    verify_tokens(folder, vocab_size=266)
+    assert (meta["val_documents"], meta["held_out_documents"]) == (1, 2)
+    kept = load_tokens(folder)
+    end = [place for place, token in enumerate(whole[0]) if token == 1][1]
+    assert kept == (whole[0][:end], whole[1][:end])
+    assert load_tokens(fetched) == whole, "what was fetched stays as it was"
+
+
+def load_tokens(folder: Path) -> tuple[list[int], list[int]]:
+    """The tokens of the validation shards, and the bytes of their sidecars."""
+    shards = [open_shard(path, vocab_size=None) for path in shard_paths(folder, "val")]
+    return np.concatenate(shards).tolist(), np.concatenate(open_sidecars(folder)).tolist()
 
 
 @pytest.mark.parametrize(

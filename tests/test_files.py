@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 
 from fairway.runtime.errors import UserError
-from fairway.runtime.files import output_folder, require_file, write_atomic
+from fairway.runtime.files import output_folder, read_array, require_file, write_atomic
 
 WRITER = """
 import sys, time
@@ -61,3 +62,19 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 def test_a_missing_input_names_the_stage_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.bin: no such file; `make x` makes it"):
         require_file(tmp_path / "x.bin", "make x")
+
+
+@pytest.mark.parametrize("kept", [0, 3, 40, -5, -100])
+def test_a_damaged_array_is_told_in_one_line(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "nats.npz"
+    np.savez(path, nats=np.arange(50.0))
+    assert read_array(path, "nats", "evaluate").tolist() == list(range(50))
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"nats\.npz: not an \.npz file with an array 'nats'; run `evaluate` again$"):
+        read_array(path, "nats", "evaluate")
+
+
+def test_an_array_of_another_name_is_told_in_one_line(tmp_path: Path) -> None:
+    np.savez(tmp_path / "nats.npz", losses=np.arange(50.0))
+    with pytest.raises(UserError, match=r"not an \.npz file with an array 'nats'"):
+        read_array(tmp_path / "nats.npz", "nats", "evaluate")

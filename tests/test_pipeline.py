@@ -54,7 +54,7 @@ def test_a_run_leaves_only_what_git_tracks_or_ignores_by_name(repro: Experiment)
     tracked = {"summary.json", "report.md", "curve.csv", "positions.csv", "sizes.csv"}
     assert set(added) == {".dvc/.gitignore", "dvc.lock", *(f"results/{name}" for name in tracked)}
     assert (repro.folder / "results/report.html").exists()
-    assert set(json.loads((repro.folder / "results/times.json").read_text())) == {"train_s", "eval_s"}
+    assert set(json.loads((repro.folder / "results/times.json").read_text())) == {"train_s", "eval_s", "ledger"}
 
 
 def test_the_summary_is_small_and_complete(repro: Experiment) -> None:

@@ -204,7 +204,8 @@ def _two_machines(made: Experiment) -> None:
 
 
 def test_the_tree_names_what_is_there() -> None:
-    folders = [path.parent.name for path in (REPOSITORY / "stages").glob("*/__init__.py")]
-    files = [path.name for name in ("model", "stages") for path in (REPOSITORY / name).glob("*.py")]
-    wanted = {f"{name}/" for name in folders} | set(files) - {"__init__.py"}
+    stages = {path.name for path in (REPOSITORY / "stages").glob("[a-z]*.py")}
+    nouns = {path.name + "/" * path.is_dir() for path in (REPOSITORY / "fairway").glob("[a-z]*")}
+    wanted = stages | nouns
+    assert {"train.py", "evaluation/", "params.py"} <= wanted
     assert {name for name in wanted if not re.search(rf"(?<![\w/]){re.escape(name)}(?!\w)", TREE)} == set()

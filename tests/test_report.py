@@ -15,12 +15,11 @@ from conftest import REPOSITORY, Experiment
 from reports import Figures, certificate, certify, write_certificate
 
 from fairway.reporting import tables
-from fairway.reporting.budgets import adapt_s, budgets, eval_s
-from fairway.reporting.comparison import compare
+from fairway.reporting.budgets import Entry, budgets, eval_s, ledger, train_s
+from fairway.reporting.comparison import compare, welch
 from fairway.reporting.facts import Facts
 from fairway.reporting.published import load_published
-from fairway.reporting.significance import welch
-from fairway.reporting.tables import markdown, summarize, times, timing
+from fairway.reporting.tables import markdown, summarize, time_table, times, timing
 from fairway.runtime.errors import UserError
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;"
@@ -56,7 +55,8 @@ def test_the_stage_writes_what_dvc_and_people_read(one: Figures, evaluated: Expe
     assert results == tracked | {"report.html", "times.json"}
     table = (experiment.folder / "results/report.md").read_text()
     assert printed.strip() == f"{table}\n{timing(one.facts())} The page to look at: results/report.html"
-    assert json.loads((experiment.folder / "results/times.json").read_text()) == times(one.facts())
+    seconds = json.loads((experiment.folder / "results/times.json").read_text())
+    assert seconds == times(one.facts()) | {"ledger": time_table(one.facts().runs)}
     assert (experiment.folder / "results/report.html").read_text() == one.page()
 
 
@@ -73,17 +73,17 @@ def _as_git_tracks_it(found: Facts) -> tuple[str, ...]:
 
 def test_a_run_that_only_took_longer_elsewhere_changes_no_file_that_git_tracks(one: Figures) -> None:
     one.change("adapt/1337/adapt.json", epochs=2, split="train", adapt_s=5.0)
-    one.change("quantize/1337/quantize.json", calibration="train", calibration_s=2.0)
+    one.change("quantize/1337/quantize.json", calibration="train", calibration_s=2.0, quantize_s=3.0)
     here, page_here, times_here = _as_git_tracks_it(one.facts()), one.page(), times(one.facts())
     elsewhere = {"device": "another", "commit": "0123abc", "torch": "9.9", "processes": 8}
     environment = json.loads((one.folder / "artifacts/train/1337/train.json").read_text())["environment"]
-    one.change(
-        "train/1337/train.json", wall_s=77.7, step_ms=7.7, peak_memory_bytes=7, environment=environment | elsewhere
-    )
+    one.change("train/1337/train.json", wall_s=77.7, start_s=6.6, compile_s=5.5, step_ms=7.7, peak_memory_bytes=7)
+    one.change("train/1337/train.json", environment=environment | elsewhere)
     one.change("adapt/1337/adapt.json", adapt_s=55.5)
-    one.change("quantize/1337/quantize.json", calibration_s=44.4)
+    one.change("quantize/1337/quantize.json", calibration_s=44.4, quantize_s=33.3)
+    one.change("compress/1337/compress.json", pack_s=22.2, trial_s=11.1)
     for evaluator in one.params["evaluators"]:
-        one.change(f"evaluate/1337/{evaluator}/metrics.json", eval_s=88.8)
+        one.change(f"evaluate/1337/{evaluator}/metrics.json", load_s=8.8, eval_s=88.8)
         one.change(f"certify/1337/{evaluator}/certificate.json", certify_s=99.9)
     assert _as_git_tracks_it(one.facts()) == here
     assert one.page() != page_here
@@ -159,9 +159,98 @@ def test_legality_is_the_certificates_business_not_the_names(one: Figures) -> No
 def test_adaptation_counts_with_the_split_it_trains_on(one: Figures) -> None:
     one.change("adapt/1337/adapt.json", epochs=2, split="validation", adapt_s=100.0)
     run = one.facts().runs[0]
-    evaluation = run.scores["sliding"]["eval_s"]
-    assert (eval_s(run, "sliding"), adapt_s(run, "train")) == (evaluation + 100.0, 0.0)
+    assert eval_s(run, "sliding") == round(run.scores["sliding"]["eval_s"] + 100.0, 3)
+    assert train_s(run) == run.train["wall_s"]
     assert [budget.name for budget in budgets([run], "sliding")] == ["size", "training", "evaluation"]
+
+
+def _time_as_told(figures: Figures) -> None:
+    """Give every kind of work seconds of its own, of one evaluator."""
+    figures.params["evaluators"] = ["ttt"]
+    figures.params["compress"]["evaluator"] = "ttt"
+    figures.change("train/1337/train.json", start_s=1.0, compile_s=2.0, wall_s=4.0)
+    figures.change("adapt/1337/adapt.json", epochs=2, split="train", adapt_s=8.0)
+    figures.change("quantize/1337/quantize.json", calibration="train", calibration_s=16.0, quantize_s=32.0)
+    figures.change("compress/1337/compress.json", pack_s=64.0, trial_s=128.0)
+    figures.change("evaluate/1337/ttt/metrics.json", load_s=256.0, eval_s=256.0 + 512.0)
+    figures.change("certify/1337/ttt/certificate.json", certify_s=1024.0)
+
+
+def test_the_ledger_lists_all_work_once_with_the_budget_that_it_counts_against(one: Figures) -> None:
+    _time_as_told(one)
+    (run,) = one.facts().runs
+    entries = ledger([run])
+    assert entries == [
+        Entry("start-up of training", [1.0], None),
+        Entry("compilation for training", [2.0], None),
+        Entry("training", [4.0], "training"),
+        Entry("adaptation to training text", [8.0], "training"),
+        Entry("calibration on training text", [16.0], "training"),
+        Entry("quantization", [32.0], None),
+        Entry("packing", [64.0], None),
+        Entry("trial of the packed files", [128.0], None),
+        Entry("unpacking", [256.0], "evaluation", "ttt"),
+        Entry("evaluation", [512.0], "evaluation", "ttt"),
+        Entry("certificate", [1024.0], None, "ttt"),
+    ]
+    assert (train_s(run), eval_s(run, "ttt")) == (4.0 + 8.0 + 16.0, 256.0 + 512.0)
+
+
+def test_only_training_text_makes_adaptation_and_calibration_count_as_training(one: Figures) -> None:
+    _time_as_told(one)
+    one.change("adapt/1337/adapt.json", split="validation")
+    one.change("quantize/1337/quantize.json", calibration="generated")
+    (run,) = one.facts().runs
+    assert (train_s(run), eval_s(run, "ttt")) == (4.0, 8.0 + 256.0 + 512.0)
+    assert Entry("calibration on generated text", [16.0], None) in ledger([run])
+    one.change("adapt/1337/adapt.json", epochs=0)
+    one.change("quantize/1337/quantize.json", calibration=None)
+    (run,) = one.facts().runs
+    assert [entry.work for entry in ledger([run]) if entry.work.startswith(("adapt", "calib"))] == []
+    assert (train_s(run), eval_s(run, "ttt")) == (4.0, 256.0 + 512.0)
+
+
+def test_every_stage_that_the_ledger_lists_writes_its_seconds(one: Figures) -> None:
+    """As the stages themselves wrote them: here nothing was compiled, adapted or calibrated."""
+    entries = ledger(one.facts().runs)
+    assert [entry.work for entry in entries if entry.seconds == [0.0]] == ["compilation for training"]
+    assert all(seconds >= 0 for entry in entries for seconds in entry.seconds)
+
+
+def test_the_page_has_the_ledger_and_how_often_evaluators_learn(three: Figures) -> None:
+    html = three.page()
+    table = re.search(r'aria-label="Ledger of time, table".*?</table>', html, re.DOTALL)[0]  # type: ignore[index]
+    rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)
+    # Its head, the eight kinds of work without adaptation and calibration, three for each evaluator, and the sum.
+    assert len(rows) == 1 + 6 + 3 * 3 + 1
+    assert all(row.count("<td") == 1 + 3 for row in rows[1:])
+    assert "training, 600 s" in rows[3]
+    updates = re.search(r'aria-label="Scores and updates, table".*?</table>', html, re.DOTALL)[0]  # type: ignore[index]
+    assert re.search(r"<code>sliding</code></th>(<td[^>]*>[\d,]+</td>)<td[^>]*>0</td>\s*<td[^>]*></td>", updates)
+    ttt = three.facts().runs[0].scores["ttt"]
+    assert ttt["updates"] == ttt["chunks"] - 1 > 0
+    every = f"{ttt['targets'] / ttt['chunks']:,.0f}"
+    assert re.search(rf"<code>ttt</code></th>.*\n<td[^>]*>{every}</td></tr>", updates)
+
+
+def test_figures_of_an_older_version_name_the_stage_to_run_again(one: Figures) -> None:
+    path = one.folder / "artifacts/quantize/1337/quantize.json"
+    older = json.loads(path.read_text())
+    del older["quantize_s"]
+    path.write_text(json.dumps(older))
+    with pytest.raises(UserError, match=r"quantize\.json: no quantize_s; run `python -m stages\.quantize 1337` again"):
+        one.facts()
+
+
+def test_dvc_shows_two_figures_of_times_and_not_the_ledger(one: Figures, tmp_path: Path) -> None:
+    experiment = Experiment(_folder(tmp_path / "run"))
+    (experiment.folder / "results").mkdir()
+    found = one.facts()
+    content = times(found) | {"ledger": time_table(found.runs)}
+    (experiment.folder / "results/times.json").write_text(json.dumps(content))
+    experiment.run("dvc", "init", "--no-scm", "--quiet")
+    shown = json.loads(experiment.run("dvc", "metrics", "show", "--json", "results/times.json").stdout)
+    assert shown[""]["data"]["results/times.json"]["data"] == times(found)
 
 
 def test_the_ladder_starts_every_evaluator_from_the_kept_weights(one: Figures) -> None:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -100,7 +100,15 @@ def test_a_tokenizer_without_byte_fallback_is_refused(tmp_path: Path) -> None:
         encode_batch(encoder, LineBatch("x", "train", 7, [b'{"text": "a"}', b'{"text": "ab"}']))
 
 
-def run_export(corpus: Path, model: Path, folder: Path, *, shard_tokens: int = 100_000, workers: int = 1) -> dict:
+def run_export(
+    corpus: Path,
+    model: Path,
+    folder: Path,
+    *,
+    shard_tokens: int = 100_000,
+    workers: int = 1,
+    limit: int | None = None,
+) -> dict[str, Any]:
     folder.mkdir()
     settings = TokenizeSettings(
         model=None,
@@ -108,6 +116,7 @@ def run_export(corpus: Path, model: Path, folder: Path, *, shard_tokens: int = 1
         transform="none",
         vocab_size=VOCAB_SIZE,
         val_documents=VAL_DOCUMENTS,
+        val_limit_documents=limit,
         shard_tokens=shard_tokens,
     )
     return export(corpus, model, folder, settings=settings, workers=workers)
@@ -128,6 +137,23 @@ def test_the_first_documents_validate_and_the_others_train(
     assert meta["train_tokens"] == sum(map(len, documents[VAL_DOCUMENTS:]))
     shards = [open_shard(path, vocab_size=None) for path in shard_paths(tmp_path / "out", "train")]
     assert {len(shard) for shard in shards[:-1]} == {1000}
+
+
+@pytest.mark.parametrize("batch_bytes", [300, 1 << 20])
+def test_of_what_is_held_out_a_limit_keeps_the_first_documents_alone(
+    batch_bytes: int,
+    corpus: Path,
+    model: Path,
+    encoder: PlainEncoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fairway.tokens.export.BATCH_BYTES", batch_bytes)
+    meta = run_export(corpus, model, tmp_path / "out", limit=2)
+    documents = [[1, *encoder.tokenizer.encode(text)] for text in read_texts(corpus)]
+    assert stream(tmp_path / "out", "val").tolist() == list(chain(*documents[:2]))
+    assert stream(tmp_path / "out", "train").tolist() == list(chain(*documents[VAL_DOCUMENTS:]))
+    assert (meta["val_documents"], meta["held_out_documents"]) == (2, VAL_DOCUMENTS)
 
 
 def test_the_number_of_processes_changes_nothing(

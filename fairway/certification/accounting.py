@@ -1,11 +1,9 @@
-"""What an experiment concludes, and what conclusions amount to.
+"""What an experiment concludes, what conclusions amount to, and the condition that is no experiment: accounting.
 
-What is counted: bytes, seconds, the size of the artifact; and what the artifact was made from.
-
-Weights trained or calibrated on the validation text already depend on what they are to predict, and no test of the
-artifact alone can show it; the stages that did it have written it down.
-
-What a certificate is about: an evaluation that has been made, and where its artifact comes from.
+Accounting is about an evaluation that has been made. Counted are bytes, seconds, the size of the artifact, and what a
+decoder must be told beside the artifact and the code; and it is looked up what the artifact was made from. Weights
+that were trained or calibrated on the validation text already depend on what they are to predict, and no test of the
+artifact alone can show it; but the stages that did it have written it down.
 """
 
 import math
@@ -13,14 +11,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fairway.runtime.errors import UserError
-from fairway.runtime.files import read_figures, require_file
+from fairway.runtime.files import read_array, read_figures
+from fairway.runtime.track import EVAL_S
 
 Verdict = Literal["pass", "fail", "unproven"]
 
@@ -52,8 +49,14 @@ def legal(findings: Iterable[Finding]) -> bool | Literal["unproven"]:
     return "unproven" if "unproven" in verdicts else True
 
 
-# The track's limit on an evaluation, on its own machine.
-EVAL_S = 600.0
+def places_bits(places: int, chosen: int) -> float:
+    """What it costs to tell which of so many places are the chosen ones: log2 of the binomial coefficient."""
+    return (math.lgamma(places + 1) - math.lgamma(chosen + 1) - math.lgamma(places - chosen + 1)) / math.log(2)
+
+
+def order_bits(things: int) -> float:
+    """What it costs to tell an arbitrary order of so many things: log2 of their factorial."""
+    return math.lgamma(things + 1) / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,16 @@ class Evaluation:
     provenance: Provenance
 
 
-def accounting(evaluation: Evaluation, bytes_N: Tensor, *, cap_bytes: int) -> Finding:
-    """The finding on an evaluation and the bytes (N,) of all targets; model.bin may have cap_bytes."""
+def accounting(evaluation: Evaluation, bytes_N: Tensor, told_N: Tensor, *, cap_bytes: int) -> Finding:
+    """The finding on an evaluation and the bytes (N,) of all targets; model.bin may have cap_bytes.
+
+    `told_N` (N,) bool marks the document starts that a decoder must be told before it begins. They need no code, since
+    it knows them then; but their places do, and no score holds those.
+    """
     metrics, nats_N, provenance = evaluation.metrics, evaluation.nats_N, evaluation.provenance
     bpb = float(nats_N.sum()) / (math.log(2) * int(bytes_N.sum()))
+    told_bits = places_bits(len(told_N), int(told_N.sum()))
+    told_bpb = (float(nats_N[~told_N].sum()) / math.log(2) + told_bits) / int(bytes_N.sum())
     eval_s = metrics["eval_s"] + (provenance.adapt_s if provenance.trained else 0.0)
     evidence = {
         "val_bpb": metrics["val_bpb"],
@@ -101,6 +110,9 @@ def accounting(evaluation: Evaluation, bytes_N: Tensor, *, cap_bytes: int) -> Fi
         "model_bytes": evaluation.model_bytes,
         "calibration": provenance.calibration,
         "adapt_split": provenance.adapt_split if provenance.adapt_epochs else None,
+        "told_starts": int(told_N.sum()),
+        "told_bits": round(told_bits),
+        "told_bpb": told_bpb,
     }
     once = metrics["scored"] == metrics["targets"]
     if once and (metrics["bytes"] != evidence["bytes"] or not abs(bpb - metrics["val_bpb"]) <= 1e-9):
@@ -109,6 +121,13 @@ def accounting(evaluation: Evaluation, bytes_N: Tensor, *, cap_bytes: int) -> Fi
         return Finding("fail", "bits per byte are not what the scores add up to", evidence)
     if evaluation.model_bytes > cap_bytes:
         return Finding("fail", f"model.bin alone has more than {cap_bytes} bytes", evidence)
+    if told_bpb > bpb and told_N.any():
+        why = (
+            f"by itself the score is no code length: a decoder must also be told where {evidence['told_starts']:,} "
+            f"documents start, which takes {told_bits:,.0f} bits that neither the artifact nor the score holds; with "
+            f"them, and without the code of those starts, the score is {told_bpb:.5f} bits per byte, not {bpb:.5f}"
+        )
+        return Finding("fail", why, evidence)
     if provenance.calibration == "text":
         return Finding("unproven", "calibrated on a text file, of which nothing is known", evidence)
     if eval_s > EVAL_S:
@@ -139,7 +158,7 @@ def load_evaluation(artifacts: Path, seed: int, name: str, targets: int) -> Eval
     folder, made_by = artifacts / f"evaluate/{seed}/{name}", f"python -m stages.evaluate {seed} {name}"
     metrics = read_figures(folder / "metrics.json", made_by, ("val_bpb", "targets", "scored", "bytes", "eval_s"))
     path = folder / "nats.npz"
-    nats_N = torch.from_numpy(read_nats(path, made_by))
+    nats_N = torch.from_numpy(read_array(path, "nats", made_by))
     if len(nats_N) != targets or metrics["targets"] != targets:
         raise UserError(f"{path}: {len(nats_N)} targets, expected {targets} as in {artifacts / 'tokens'}")
     model_bytes = (artifacts / f"compress/{seed}/model.bin").stat().st_size
@@ -159,13 +178,3 @@ def _provenance(artifacts: Path, seed: int) -> Provenance:
         adapt_s=adapt["adapt_s"],
         calibration=quantize["calibration"],
     )
-
-
-def read_nats(path: Path, made_by: str) -> np.ndarray:
-    """The nats (N,) float64 that evaluate wrote. Raises UserError as read_figures does."""
-    try:
-        with require_file(path, made_by).open("rb") as file, np.load(file) as arrays:
-            nats_N: np.ndarray = arrays["nats"]
-            return nats_N
-    except (OSError, EOFError, ValueError, KeyError, BadZipFile):
-        raise UserError(f"{path}: not the nats of an evaluation; run `{made_by}` again") from None

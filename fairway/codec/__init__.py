@@ -1,1 +1,1 @@
-"""Stage compress."""
+"""From integer codes to bytes and back: codecs, the container model.bin, and networks made of it."""

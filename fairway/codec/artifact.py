@@ -1,7 +1,7 @@
-"""From model.bin to a network that can be evaluated, and what model.bin weighs.
+"""From model.bin to a network that can be evaluated, and the bytes that count against the track's cap.
 
-Whatever is evaluated comes through here. Unpacking can keep all processors busy for a while (lrzip), so that nothing
-here unpacks a file twice, and weighing does not unpack it at all.
+Every evaluation and every certificate gets its network here. Unpacking can take a while on all processors (lrzip), so
+it is done once in a process group, and weighing a file does not unpack it at all.
 """
 
 from collections.abc import Callable
@@ -25,17 +25,11 @@ from fairway.runtime.settings import Section
 
 
 class CompressSettings(Section):
-    """Codes to bytes, and the program that ships beside them."""
+    """How codes become bytes, and which program ships beside them."""
 
     codec: Literal["ans", "brotli", "brotli_shuffled", "zstd", "lzma", "lrzip"]
     # The evaluator that the shipped train_gpt.py runs.
     evaluator: str
-
-
-class SizeCheckSettings(Section):
-    """The track's cap."""
-
-    cap_bytes: int = Field(gt=0)
 
 
 def load_artifact(path: Path, device: torch.device) -> GPT:
@@ -59,12 +53,12 @@ def load_artifact_once(path: Path, world: World) -> GPT:
     Raises UserError as load_artifact does, in rank 0; torchrun then ends the others.
     """
     model = load_artifact(path, world.device) if world.rank == 0 else None
-    # The others wait here until rank 0 has found the file good, and then believe what its header says.
+    # The others wait here until rank 0 has found the file good. Only then do they read its header, without checks.
     world.gather(torch.zeros(1, device=world.device))
     if model is None:
         model = GPT(read_header(path.read_bytes()).model).to_device(world.device).eval()
     for weight in model.state_dict().values():
-        # The sum of rank 0's weight and zeros.
+        # Summing rank 0's weight and the others' zeros gives every process rank 0's weight.
         world.sum(weight if world.rank == 0 else weight.zero_()).wait()
     return model
 
@@ -72,8 +66,9 @@ def load_artifact_once(path: Path, world: World) -> GPT:
 def snapshot(model: GPT) -> Callable[[], GPT]:
     """A function that makes networks with the weights that `model` has now, whatever becomes of `model` later.
 
-    The weights are kept as bytes, which Python lets nobody change. To a decoder that must know nothing but the artifact
-    a network made of them is as good as one read from the file again, and it costs no second unpacking.
+    A decoder must start from the artifact and know nothing else. A network made here serves it as well as one that is
+    read from the file again, since the weights are kept as bytes, which Python lets nobody change; and the file need
+    not be unpacked a second time.
     """
     config, device = model.config, next(model.parameters()).device
     frozen = save({name: weight.cpu() for name, weight in model.state_dict().items()})
@@ -88,7 +83,10 @@ def _network(config: ModelConfig, weights: dict[str, Tensor], device: torch.devi
 
 
 def _check_tensors(config: ModelConfig, weights: dict[str, Tensor]) -> None:
-    """Raises UserError unless these are the network's tensors. Takes no memory for it: a header can claim any shape."""
+    """Raise UserError unless these are the tensors of the network that the header describes.
+
+    The network is laid out on the meta device, where it takes no memory: a malicious header can claim any size.
+    """
     if config.layers > len(weights):
         raise UserError(f"{config.layers} layers in {len(weights)} tensors")
     try:
@@ -102,13 +100,22 @@ def _check_tensors(config: ModelConfig, weights: dict[str, Tensor]) -> None:
             raise UserError(f"tensor {name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}")
 
 
-def weigh(train_gpt: bytes, model: bytes, *, cap_bytes: int) -> dict[str, Any]:
-    """Bytes of the two files, of their sum and below the cap (negative: above); of model.bin also by class of tensor.
+class SizeCheckSettings(Section):
+    """The cap on the bytes of code and model: the track's, or a lower one of one's own."""
 
-    A class lists its weights, bytes (codes and scales) and bits per weight; quantize.json has the entropy of every
-    matrix, which these can be compared to. `parts` is one stacked bar: bytes by part, of which the sum is the total.
-    `would_fit`: weights more, at the present bits per weight, and bytes of code, either of which fills the rest.
-    All this stands in the file's header. Raises UserError if `model` is damaged.
+    cap_bytes: int = Field(gt=0)
+
+
+def weigh(train_gpt: bytes, model: bytes, *, cap_bytes: int) -> dict[str, Any]:
+    """Weigh the two files that ship: what size.json holds. Raises UserError if `model` is damaged.
+
+    - `total_bytes`, `headroom_bytes` below the cap (negative if above it), and the bytes of each file;
+    - `classes`: for each class of tensors its weights, the bytes of their codes and scales, and bits per weight, which
+      can be compared with the entropy of every matrix in quantize.json;
+    - `parts`: the same bytes as the parts of one stacked bar, which sum to the total;
+    - `would_fit`: how many more weights, at the present bits per weight, or bytes of code would fill the headroom.
+
+    Everything about model.bin is read from its header, so that nothing is unpacked.
     """
     header = read_header(model)
     classes = {group.kind: _weigh_group(group) for group in header.groups}
@@ -138,7 +145,7 @@ def weigh(train_gpt: bytes, model: bytes, *, cap_bytes: int) -> dict[str, Any]:
 
 
 def over_cap(size: dict[str, Any]) -> str:
-    """What is too large and what to lower, in one line."""
+    """One line that says by how much the files are too large, and which setting to lower."""
     kind, facts = max(size["classes"].items(), key=lambda item: item[1]["bytes"], default=("mlp", {"bytes": 0}))
     return (
         f"{size['total_bytes']:,} bytes (train_gpt.py {size['train_gpt_bytes']:,} + model.bin {size['model_bytes']:,}) "

@@ -1,6 +1,7 @@
-"""Bytes to fewer bytes and back, one small class per compressor.
+"""Compressors of bytes, each a small class with `encode` and `decode`.
 
-`decode` is told how many bytes to expect, never makes more, and raises ValueError on anything but exactly that many.
+`decode` is told how many bytes to expect. It never makes more than that, however much a malicious stream may hold, and
+it raises ValueError if the stream does not hold exactly that many.
 """
 
 import lzma
@@ -18,7 +19,7 @@ import zstandard
 
 from fairway.runtime.errors import UserError
 
-# What to do where the program lrzip is missing.
+# What to do if the program lrzip is missing.
 LRZIP_REMEDY = "apt-get install lrzip, or set compress.codec to ans, which packs smaller"
 
 
@@ -33,14 +34,17 @@ class ByteCodec(Protocol):
 
 
 class Brotli:
-    """RFC 7932 at quality 11 and its largest standard window, which holds 16 MB of codes (PR #1172, #1855)."""
+    """Brotli (RFC 7932) at quality 11; its largest standard window holds 16 MB of codes (PR #1172, #1855)."""
 
     def encode(self, data: bytes) -> bytes:
         """Compress."""
         return brotli.compress(data, quality=11, lgwin=24)
 
     def decode(self, data: bytes, size: int) -> bytes:
-        """Decompress to exactly `size` bytes, in steps, so that a bomb is met before it goes off."""
+        """Decompress to exactly `size` bytes, or raise ValueError.
+
+        It goes in steps and stops once there are too many bytes: a small stream can hold more than fits into memory.
+        """
         decoder = brotli.Decompressor()
         parts: list[bytes] = []
         made, rest = 0, data
@@ -58,7 +62,7 @@ class Brotli:
 
 
 class Zstd:
-    """RFC 8878 at level 22."""
+    """Zstandard (RFC 8878) at level 22."""
 
     def encode(self, data: bytes) -> bytes:
         """Compress."""
@@ -74,7 +78,7 @@ class Zstd:
 
 
 class Lzma:
-    """Raw LZMA2 at preset 6 (PR #1150 and #1488, less the header of their .xz)."""
+    """Raw LZMA2 at preset 6, as PR #1150 and #1488 used it, but without the header of their .xz files."""
 
     FILTERS: list[dict[str, Any]] = [{"id": lzma.FILTER_LZMA2, "preset": 6}]  # noqa: RUF012
 
@@ -97,10 +101,10 @@ class Lzma:
 class Lrzip:
     """The lrzip program with its ZPAQ back end at level 9 (PR #1855).
 
-    Each run has one thread, because what lrzip writes depends on how many it has. Callers run several at once instead.
+    What lrzip writes depends on its number of threads, so each run has one. Callers start several runs at once instead.
     """
 
-    # Every file of lrzip begins with this.
+    # The bytes that every file of lrzip begins with.
     MAGIC = b"LRZI"
 
     def encode(self, data: bytes) -> bytes:
@@ -113,7 +117,7 @@ class Lrzip:
 
 
 class Shuffled:
-    """Another codec on float16 data: all low bytes first, then all high bytes (PR #1172, stride 2)."""
+    """Reorders float16 data for another codec: all low bytes first, then all high bytes (PR #1172, stride 2)."""
 
     def __init__(self, inner: ByteCodec) -> None:
         self.inner = inner
@@ -131,12 +135,13 @@ class Shuffled:
 
 
 def _exactly(data: bytes, size: int) -> bytes:
+    """The same data. Raises ValueError if it has another size."""
     if len(data) != size:
         raise ValueError(f"expected {size} bytes, the stream holds {'more' if len(data) > size else len(data)}")
     return data
 
 
-# Each run of lrzip keeps a processor busy and takes 300 MB, so more runs than processors would only take memory.
+# Each run of lrzip keeps one processor busy and takes 300 MB. More runs than processors would only take memory.
 _FREE_PROCESSORS = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 
@@ -152,10 +157,11 @@ def lrzip_program() -> str:
 
 
 def _lrzip(data: bytes, options: list[str], *, largest: int) -> bytes:
-    """Run lrzip from file to file, when a processor is free.
+    """What lrzip makes of the data with these options. Waits until a processor is free. Raises ValueError if it fails.
 
-    What it reads may be a bomb, so the kernel stops it when it has written `largest` bytes, rounded up to the 512 of
-    ulimit. A shell sets that limit: Python code between fork and exec can hang in a program that has threads.
+    The kernel ends lrzip once it has written `largest` bytes, rounded up to the blocks of 512 bytes that ulimit counts
+    in, because a malicious stream can hold any amount. A shell sets the limit and not this process between fork and
+    exec, since Python code there can hang if the process has threads.
     """
     limited = ["sh", "-c", 'ulimit -f "$1" && shift && exec "$@"', "sh", str(-(-largest // 512)), lrzip_program()]
     with _FREE_PROCESSORS, tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
-"""Codes to bytes and back, by compressors of the name that params.yaml gives them.
+"""Compressors of integer codes, by the name that params.yaml gives them (CODECS).
 
-A codec takes a group of similar integer matrices at once. Decoding is for files that anyone may have written: it makes
-exactly what it is asked for, never more, and raises ValueError when that is not there.
+A codec takes a group of similar integer matrices at once. It must be able to read files that anyone may have written:
+decoding makes exactly the matrices that it is asked for, never more, and raises ValueError if the stream does not hold
+them.
 """
 
 import itertools
@@ -18,13 +19,16 @@ Result = TypeVar("Result")
 
 
 def in_parallel(function: Callable[..., Result], jobs: Iterable[tuple[Any, ...]]) -> list[Result]:
-    """The results for each tuple of arguments, computed in threads: compressors let other threads run meanwhile."""
+    """The results of a function for each tuple of arguments, in order.
+
+    They are computed in threads, which suffices because compressors let other Python threads run meanwhile.
+    """
     with ThreadPoolExecutor() as pool:
         return list(pool.map(function, *zip(*jobs, strict=True)))
 
 
 class Codec(Protocol):
-    """A lossless compressor of groups of matrices."""
+    """A lossless compressor of a group of matrices."""
 
     def encode(self, matrices: Sequence[np.ndarray]) -> bytes:
         """Compress int8 matrices."""
@@ -34,7 +38,7 @@ class Codec(Protocol):
 
 
 class Serialized:
-    """One byte a code, row by row, matrix by matrix, through a compressor of bytes."""
+    """One byte for each code, row by row and matrix by matrix, through a compressor of bytes."""
 
     def __init__(self, inner: ByteCodec) -> None:
         self.inner = inner
@@ -51,24 +55,27 @@ class Serialized:
         return [codes[start : start + r * c].reshape(r, c) for start, (r, c) in zip(starts, shapes, strict=False)]
 
 
-# A matrix joins the piece before it until that has so many codes. A piece more costs 500 bytes and saves seconds.
+# A matrix joins the piece before it until that piece has this many codes. Each further piece costs about 500 bytes and
+# saves seconds, since pieces are packed in parallel.
 PIECE_CODES = 2**22
-# A matrix is tall if it has more rows than so many times its columns: tables of tokens are, matrices of layers are not.
+# A matrix is tall if it has more than this many rows for each column. Tables of tokens are, matrices of layers are not.
 TALL = 4
-# The distances between all rows of a matrix of this many take a gigabyte.
+# Rows are ordered by all distances between them, and for this many rows those take a gigabyte.
 MOST_ORDERED_ROWS = 2**14
 
 
 class ColumnPieces:
-    """One byte a code, column by column, in pieces of a few matrices that are packed, and unpacked, in parallel.
+    """One byte for each code, column by column, in pieces of a few matrices that are packed and unpacked in parallel.
 
-    Steps in proportion to a row's deviation make rows alike but leave columns of different size, and a compressor that
-    reads column by column adapts to that (PR #1855). Rows of tall matrices are first put in an order in which each is
-    like the one before. PR #1855 orders more matrices, of which the orders cost more than they save. Layout:
+    Where steps are proportional to the deviation of a row, all rows have codes of about the same size, but columns
+    differ, and a compressor that reads column by column adapts to that (PR #1855). The rows of tall matrices are first
+    put in an order in which each row is similar to the one before it. PR #1855 orders the rows of more matrices, but
+    for those the order takes more bytes than it saves. Layout of the stream:
 
         bytes of the orders, bytes of each piece: u32 each | orders, u16 each, packed by Brotli | pieces
 
-    A stream that begins like a file of lrzip is one, with the layout of Serialized, as version 0.1.0 wrote it.
+    A stream that begins like a file of lrzip is such a file as a whole, in the layout of Serialized: version 0.1.0
+    wrote these.
     """
 
     def __init__(self, inner: ByteCodec) -> None:
@@ -95,7 +102,7 @@ class ColumnPieces:
         return [matrix.T[place] for matrix, place in zip(matrices, places, strict=True)]
 
     def _decode_piece(self, data: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
-        """The matrices of a piece, columns as rows."""
+        """The matrices of a piece, transposed, as they are stored."""
         return Serialized(self.inner).decode(data, [(columns, rows) for rows, columns in shapes])
 
 
@@ -106,13 +113,16 @@ def is_tall(shape: tuple[int, ...]) -> bool:
 
 
 def row_order(matrix: np.ndarray) -> np.ndarray:
-    """The order in which rows of int8 codes are stored, int64 (R,): of a tall matrix the first row, and from each on
-    the nearest of those that are left, by the sum of squared differences."""
+    """The order in which the rows of a matrix of int8 codes are stored, int64 (R,).
+
+    A tall matrix begins with its first row; after each row comes the nearest of those that are left, by the sum of
+    squared differences. Any other matrix keeps its order.
+    """
     order = np.arange(len(matrix))
     if not is_tall(matrix.shape):
         return order
     codes = matrix.astype(np.float32)
-    # Less the square of the row before, which is the same for all rows that may come next.
+    # Squared distances, but without the square of the row that they start from: it is the same for all candidates.
     distances = (-2 * codes) @ codes.T
     distances += np.square(codes).sum(axis=1)
     taken = np.zeros(len(matrix), np.float32)
@@ -123,7 +133,7 @@ def row_order(matrix: np.ndarray) -> np.ndarray:
 
 
 def _unpack_places(data: bytes, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """For each matrix, where each of its rows is stored. Raises ValueError if a row is stored nowhere."""
+    """For each matrix the place at which each of its rows is stored. Raises ValueError if a row has no place."""
     lengths = [rows if is_tall((rows, columns)) else 0 for rows, columns in shapes]
     orders = np.frombuffer(Brotli().decode(data, 2 * sum(lengths)), "<u2")
     places = []
@@ -135,14 +145,14 @@ def _unpack_places(data: bytes, shapes: Sequence[tuple[int, int]]) -> list[np.nd
 
 
 def _pieces(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    """Which matrices, by their number, make up each piece."""
+    """The pieces, each as the indices of its matrices."""
     starts = list(itertools.accumulate((rows * columns for rows, columns in shapes), initial=0))
     groups = itertools.groupby(range(len(shapes)), key=lambda i: starts[i] // PIECE_CODES)
     return [list(group) for _, group in groups]
 
 
 def _split(data: bytes, parts: int) -> list[bytes]:
-    """The parts of a stream that begins with their lengths. Raises ValueError if they do not add up to the rest."""
+    """The parts of a stream that begins with their lengths. Raises ValueError unless these add up to its length."""
     lengths = np.frombuffer(data[: 4 * parts], "<u4").astype(np.int64)
     ends = 4 * parts + np.cumsum(lengths)
     if len(lengths) < parts or ends[-1] != len(data):

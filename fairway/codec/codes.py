@@ -1,6 +1,8 @@
-"""Integer codes and row scales: what quantize makes, compress packs and evaluation runs.
+"""Quantized weights: integer codes, a scale for each row, and corrections of low rank. quantize makes them, compress
+packs them, and evaluation multiplies them out.
 
-Which class a tensor belongs to, and which tensors stay float16 (PR #1150, #1172 and #1488, by neutral names).
+Here also stands which class of tensors a parameter belongs to, and which parameters stay float16. Both are as in PR
+#1150, #1172 and #1488, told by the neutral names of parameters.
 """
 
 from dataclasses import dataclass
@@ -23,10 +25,10 @@ def largest_code(bits: int) -> int:
 
 @dataclass(frozen=True)
 class LowRank:
-    """A correction A·B of rank k to a matrix (R, C) (quantization/lqer.py).
+    """A correction A·B of rank k to a matrix (R, C), itself quantized (quantization/lqer.py).
 
-    A = a * a_scale: int8 (R, k) and float16 (1,). B = b, flattened, times b_scale of its group: int8 (k, C) and float16
-    (groups,), all groups equally long.
+    A is `a`, int8 (R, k), times `a_scale`, float16 (1,). B is `b`, int8 (k, C), which is flattened and cut into groups
+    of equal length, each times its scale in `b_scale`, float16 (groups,).
     """
 
     a: Tensor
@@ -42,9 +44,9 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix (R, C) as W_rc = codes_rc * scale_r: int8 within ±largest_code(bits), float16 (R,).
+    """A matrix (R, C) as codes times the scale of their row, plus the correction if there is one.
 
-    Where there is a correction it is added.
+    `codes` are int8 (R, C) within ±largest_code(bits), and `scale` is float16 (R,).
     """
 
     codes: Tensor
@@ -53,7 +55,7 @@ class Quantized:
     correction: LowRank | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError when shapes, types, code range or scales do not belong together."""
+        """Raise ValueError if shapes or dtypes do not fit, codes are too large, or a scale is not a positive number."""
         if self.codes.dtype != torch.int8 or self.codes.ndim != 2 or self.scale.dtype != torch.float16:
             raise ValueError("expected int8 codes of two dimensions and float16 scales")
         if self.scale.shape != self.codes.shape[:1]:
@@ -69,7 +71,7 @@ class Quantized:
         return rounded if self.correction is None else rounded + self.correction.product()
 
 
-# By parameter name. A plain tensor is float16 of any shape, stored as it is.
+# The quantized network by parameter name. A plain tensor is float16, has any shape, and is stored as it is.
 QuantizedState = dict[str, Quantized | Tensor]
 
 
@@ -86,15 +88,16 @@ def code_histogram(codes: Tensor) -> Tensor:
 
 
 def entropy_bits(histogram: Tensor) -> float:
-    """Order-0 entropy in bits per symbol: what a coder with this one histogram, and nothing else, needs."""
+    """The entropy of order 0 in bits per symbol: what a coder needs that knows this one histogram and nothing else."""
     p = histogram[histogram > 0].double() / histogram.sum()
     return float(-(p * p.log2()).sum())
 
 
 def save_codes(folder: Path, state: QuantizedState) -> None:
-    """Write codes.safetensors. A matrix is `name/codes`, `name/scale` and `name/bits` (0-D uint8).
+    """Write codes.safetensors.
 
-    A correction adds `name/a`, `name/b`, `name/a_scale` and `name/b_scale`.
+    A quantized matrix is written as `name/codes`, `name/scale` and `name/bits` (0-D uint8), its correction as `name/a`,
+    `name/b`, `name/a_scale` and `name/b_scale`. Other tensors are written under their names.
     """
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -109,7 +112,7 @@ def save_codes(folder: Path, state: QuantizedState) -> None:
 
 
 def load_codes(folder: Path) -> QuantizedState:
-    """Read what save_codes wrote. Raises UserError when the file is missing or its tensors do not belong together."""
+    """Read what save_codes wrote. Raises UserError if the file is missing or its tensors do not fit together."""
     path = folder / FILE_NAME
     made_by = f"python -m stages.quantize {folder.name}"
     tensors = load_tensors(path, made_by)
@@ -138,7 +141,7 @@ TENSOR_CLASSES: tuple[TensorClass, ...] = get_args(TensorClass)
 
 
 def tensor_class(name: str) -> TensorClass:
-    """The class of a parameter: the records count the projections of the bigram and value tables as attention."""
+    """The class of a parameter. The records count the projections of the bigram and value tables as attention."""
     if name == "embed.token":
         return "embed"
     if ".mlp." in name:
@@ -149,5 +152,5 @@ def tensor_class(name: str) -> TensorClass:
 
 
 def stays_float(weight: Tensor, passthrough_elements: int) -> bool:
-    """Whether a tensor is stored as float16: vectors, scalars, stacks, and matrices of at most so many elements."""
+    """Whether a tensor is stored as float16: all but matrices, and matrices of at most `passthrough_elements`."""
     return weight.ndim != 2 or weight.numel() <= passthrough_elements

@@ -2,13 +2,13 @@
 
     "FAIRWAY" | version u8 | bytes of the header, plain and packed, u32 each | header | streams | SHA-256 of all before
 
-Numbers are little-endian; the header (codec/header.py) is JSON packed by Brotli. Streams, in its order: each class
-of tensor has its codes (int8, by the codec), its scales (float16) and the codes of its low-rank corrections; tensors of
-float16 come last. Equal input gives equal bytes.
+Numbers are little-endian. The header (codec/header.py) is JSON packed by Brotli. The streams stand in the order of the
+header: for each class of tensors its codes (int8, packed by the codec), its scales (float16) and the codes of its
+low-rank corrections, then all float16 tensors. Equal input gives equal bytes.
 
-Reading trusts nothing. A checksum over everything finds damage; lengths are checked before anything is allocated; no
-stream grows beyond what the table says, nor the table beyond what a laptop can hold; nothing in the file is executed.
-Every fault is a UserError.
+Reading trusts nothing. A checksum over everything finds damage. Lengths are checked before memory is taken, no stream
+may grow beyond what the header says, and the header may not describe more than a laptop can hold. Nothing in the file
+is executed. Every fault is a UserError.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ PLAIN, FLOAT16 = Brotli(), Shuffled(Brotli())
 
 
 def pack(config: ModelConfig, state: QuantizedState, *, codec: str) -> bytes:
-    """The file's bytes. `codec` is a key of CODECS."""
+    """The bytes of the file. `codec` is a key of CODECS."""
     in_order = sorted(state.items(), key=_place)
     floats = {name: value for name, value in in_order if isinstance(value, Tensor)}
     classes = []
@@ -63,7 +63,7 @@ def pack(config: ModelConfig, state: QuantizedState, *, codec: str) -> bytes:
 
 
 def unpack(data: bytes) -> tuple[ModelConfig, QuantizedState]:
-    """What pack was given, bit for bit. Raises UserError on a file that is damaged, of another kind, or malicious."""
+    """What pack was given, bit for bit. Raises UserError if the file is damaged, of another kind, or malicious."""
     header, position = _read_header(data)
     state: QuantizedState = {}
 
@@ -87,7 +87,7 @@ def unpack(data: bytes) -> tuple[ModelConfig, QuantizedState]:
 
 
 def check_round_trip(data: bytes, config: ModelConfig, state: QuantizedState) -> None:
-    """Raises AssertionError unless unpacking `data` gives back exactly what was packed."""
+    """Raise AssertionError unless unpacking `data` gives back exactly what was packed."""
     found_config, found = unpack(data)
     assert found_config == config, "the configuration changed on its way through the container"
     assert found.keys() == state.keys(), "the container lost a tensor"
@@ -101,7 +101,7 @@ def read_header(data: bytes) -> Header:
 
 
 def _read_header(data: bytes) -> tuple[Header, int]:
-    """The header and where the streams begin."""
+    """The checked header, and the place where the streams begin."""
     if len(data) < PREFIX.size + DIGEST_BYTES or not data.startswith(MAGIC):
         raise UserError("not a Fairway model file")
     _, version, plain_bytes, packed_bytes = PREFIX.unpack_from(data)
@@ -123,7 +123,7 @@ def _read_header(data: bytes) -> tuple[Header, int]:
 
 
 def _pack_group(kind: TensorClass, matrices: dict[str, Quantized], codec: str) -> tuple[Group, list[bytes]]:
-    """The matrices of a class: their part of the header and their three streams."""
+    """Pack the matrices of a class: their part of the header, and their three streams."""
     corrections = [matrix.correction for matrix in matrices.values() if matrix.correction]
     factors = [_array(factor) for correction in corrections for factor in (correction.a, correction.b)]
     scales = [part for matrix in matrices.values() for part in _scales(matrix)]
@@ -143,7 +143,7 @@ def _pack_group(kind: TensorClass, matrices: dict[str, Quantized], codec: str) -
 
 
 def _unpack_group(group: Group, streams: tuple[bytes, bytes, bytes], codec: str) -> QuantizedState:
-    """The inverse. Raises ValueError if the streams do not hold exactly these matrices."""
+    """The inverse of _pack_group. Raises ValueError if the streams do not hold exactly these matrices."""
     entries = group.matrices
     codes = CODECS[codec].decode(streams[0], [(entry.shape[0], entry.shape[1]) for entry in entries])
     scales = iter(_unpack_float16(streams[1], [count for entry in entries for count in entry.scale_counts]))
@@ -167,7 +167,7 @@ def _entry(name: str, matrix: Quantized) -> Entry:
 
 
 def _scales(matrix: Quantized) -> list[Tensor]:
-    """In the order of Entry.scale_counts."""
+    """The float16 scales of a matrix, in the order of Entry.scale_counts."""
     correction = matrix.correction
     return [matrix.scale, *([correction.a_scale, correction.b_scale] if correction else [])]
 
@@ -190,7 +190,7 @@ def _tensors(matrix: Quantized) -> list[Tensor]:
 
 
 def _place(item: tuple[str, object]) -> tuple[str, int]:
-    """Sorts the same matrix of all layers side by side, layers ascending: compressors like their neighbours alike."""
+    """A key for sorting that puts the same matrix of all layers together: compressors like similar neighbours."""
     match = re.fullmatch(r"layer(\d+)\.(.*)", item[0])
     return (match[2], int(match[1])) if match else (item[0], -1)
 
@@ -204,7 +204,7 @@ def _pack_float16(tensors: Iterable[Tensor]) -> bytes:
 
 
 def _unpack_float16(data: bytes, counts: list[int]) -> list[Tensor]:
-    """Float16 tensors of so many numbers each. Raises ValueError if `data` holds others, or one that is not finite."""
+    """Float16 tensors of these lengths. Raises ValueError if `data` has another length or holds a number not finite."""
     values = torch.from_numpy(np.frombuffer(FLOAT16.decode(data, 2 * sum(counts)), "<f2").astype(np.float16))
     if not bool(values.isfinite().all()):
         raise ValueError("a number is not finite")

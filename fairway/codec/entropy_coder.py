@@ -1,19 +1,20 @@
-"""An entropy coder made for integer codes of weights: a scale for each row and each column, a histogram for each scale.
+"""An entropy coder for integer codes of weights: a scale for each row and each column, a histogram for each scale.
 
-Codes are noise to a dictionary coder; all that can be known about one is how large it is likely to be. That is taken as
-a product of its row's and its column's scale, both stored on a grid of logarithms. The sum of the two grid indices is
-the code's bucket, and each bucket of a group of matrices has a histogram of its own: no assumption is made about shape,
-and tails are what they are. Codes are then written bucket by bucket by an asymmetric numeral system, which spends what
-the histogram says to a fraction of a percent.
+To a dictionary coder codes are noise. All that can be known about a code beforehand is how large it is likely to be,
+and that is taken to be the product of a scale of its row and a scale of its column. Both are stored as indices on a
+grid of logarithms. The sum of the two indices is the code's bucket, and each bucket of a group of matrices has its own
+histogram of codes, so that nothing is assumed about the shape of the distribution or of its tails. The codes are then
+written bucket by bucket by an asymmetric numeral system (ANS), which needs only a fraction of a percent more than the
+entropy of the histograms.
 
-Before all this, a row that is like an earlier row of its matrix is replaced by the difference of the two. The matrices
-of layers have no such rows. Tables have: tokens that never occur in training are all pushed the same way, and their
-rows end up nearly equal.
+Before all this, a row that is similar to an earlier row of its matrix is replaced by the difference of the two. The
+matrices of layers have no such rows, but tables do: tokens that never occur in training are all pushed the same way,
+and their rows end up nearly equal.
 
     buckets u8 | lowest, highest code i8 | bytes of the packed model u32 | model | ANS words, u32 each
 
-The model, packed by Brotli: references of rows (u16), row indices, column indices (u8), each matrix by matrix, and the
-histograms (u8 logarithms).
+The model is packed by Brotli. It holds the references of rows (u16) of all matrices, then their row indices (u8), then
+their column indices (u8), and at last the histograms as logarithms (u8).
 
 Method: ANS (arXiv:1311.2540) by the constriction library. Legend: R rows, C columns, K buckets, S symbols.
 """
@@ -27,22 +28,24 @@ import numpy as np
 
 from fairway.codec.byte_codecs import Brotli
 
-# constriction's Categorical; the library has no types.
+# constriction's class Categorical. The library declares no types.
 Distribution = Any
 
 PREFIX = struct.Struct("<BbbI")
-# Step of the grid in units of the logarithm. A tenth is where an index shared by ~500 codes costs what it saves.
+# The step of the grid in units of the natural logarithm. With a finer grid, an index that some 500 codes share would
+# cost more than it saves.
 LOG_STEP = 0.1
 MAX_BUCKETS = 128
-# A scale is a mean magnitude; rows of zeros get this one.
+# A scale is a mean magnitude. This is the smallest, and that of a row of zeros.
 SMALLEST_MAGNITUDE = 0.02
-# Histograms are kept as logarithms of counts, 16 steps an octave, down from 255 for the largest count of the bucket.
+# Histograms are stored as logarithms of counts: 255 for the largest count of the bucket, and 16 less for half of it.
+# MANTISSAS are the powers of two between one octave and the next, times 4096 and rounded.
 OCTAVE = 16
 MANTISSAS = np.rint(2.0 ** (np.arange(OCTAVE) / OCTAVE + 12)).astype(np.int64)
 
 
 class RowColumnAns:
-    """Codec of groups of integer matrices (codecs.py). Decodes with integers alone: the same on every machine."""
+    """A codec of groups of integer matrices (codecs.py). It decodes by integers alone, alike on every machine."""
 
     def encode(self, matrices: Sequence[np.ndarray]) -> bytes:
         """Compress int8 matrices."""
@@ -76,12 +79,12 @@ class RowColumnAns:
         return [restore(matrix, part.view("<u2")) for matrix, part in zip(differences, parts[:n], strict=True)]
 
 
-# Row indices and column indices of one matrix, uint8 (R,) and (C,).
+# The row indices and the column indices of one matrix, uint8 (R,) and (C,).
 Indices = tuple[np.ndarray, np.ndarray]
 
 
 def _scale_indices(matrix: np.ndarray) -> Indices:
-    """The grid indices of a matrix: |code| is about exp(LOG_STEP · (row + column)) times SMALLEST_MAGNITUDE."""
+    """The grid indices of a matrix, such that |code| is about SMALLEST_MAGNITUDE · exp(LOG_STEP · (row + column))."""
     magnitude = np.abs(matrix.astype(np.float32))
     row_scale, column_scale = np.ones(len(matrix), np.float32), np.ones(matrix.shape[1], np.float32)
     for _ in range(4):
@@ -95,7 +98,10 @@ def _scale_indices(matrix: np.ndarray) -> Indices:
 
 
 def _on_grid(scale: np.ndarray) -> np.ndarray:
-    """Steps from 1 on the grid of logarithms, int64. Rounds towards 1: most of a small difference is chance."""
+    """The place of scales on the grid, in steps from a scale of 1, int64.
+
+    A fraction of a step is rounded up from 0.7 on, because a small difference from 1 is mostly chance.
+    """
     steps = np.log(scale) / LOG_STEP
     return (np.sign(steps) * np.floor(np.abs(steps) + 0.3)).astype(np.int64)
 
@@ -118,14 +124,14 @@ def _counts(matrices: Sequence[np.ndarray], indices: Sequence[Indices], lowest: 
 
 
 def _logarithms(counts_KS: np.ndarray) -> np.ndarray:
-    """Counts as uint8 (K, S): 0 for none, 255 for the largest of the bucket, OCTAVE less for each halving."""
+    """Counts as logarithms, uint8 (K, S): 0 for none, 255 for the bucket's largest, OCTAVE less for each halving."""
     largest_K1 = np.maximum(counts_KS.max(axis=1, keepdims=True), 1)
     steps = np.rint(OCTAVE * np.log2(largest_K1 / np.maximum(counts_KS, 1)))
     return np.where(counts_KS > 0, (255 - steps).clip(1, 255), 0).astype(np.uint8)
 
 
 def _distributions(histograms_KS: np.ndarray) -> list[Distribution | None]:
-    """A distribution over the symbols for each bucket; None for a bucket without any."""
+    """The distribution over symbols of each bucket; None for a bucket without symbols."""
     exponents, steps = np.divmod(histograms_KS.astype(np.int64), OCTAVE)
     weights_KS = np.where(histograms_KS > 0, MANTISSAS[steps] << exponents, 0).astype(np.float64)
     return [
@@ -135,7 +141,7 @@ def _distributions(histograms_KS: np.ndarray) -> list[Distribution | None]:
 
 
 def _runs(indices: Indices, buckets: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Each bucket that occurs in a matrix, with the positions (n,) of its codes, in the order of decoding."""
+    """Each bucket that occurs in a matrix with the positions (n,) of its codes, in the order of decoding."""
     bucket = _buckets(*indices, buckets)
     order = np.argsort(bucket, kind="stable")
     counts = np.bincount(bucket, minlength=buckets)
@@ -145,7 +151,7 @@ def _runs(indices: Indices, buckets: int) -> Iterator[tuple[int, np.ndarray]]:
 def _encode_words(
     matrices: Sequence[np.ndarray], indices: Sequence[Indices], distributions: list[Distribution | None], lowest: int
 ) -> bytes:
-    """The words of a stack: what is decoded first is encoded last."""
+    """The ANS words. They are a stack: what is decoded first is encoded last."""
     coder = constriction.stream.stack.AnsCoder()
     for matrix, scales in reversed(list(zip(matrices, indices, strict=True))):
         symbols = matrix.ravel().astype(np.int32) - lowest
@@ -157,7 +163,7 @@ def _encode_words(
 def _decode_words(
     words: bytes, indices: Sequence[Indices], distributions: list[Distribution | None], lowest: int
 ) -> list[np.ndarray]:
-    """The matrices. Raises ValueError unless the words hold exactly these."""
+    """The matrices that the words hold. Raises ValueError unless they hold exactly these."""
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
     matrices = []
     for rows, columns in indices:
@@ -172,16 +178,18 @@ def _decode_words(
     return matrices
 
 
-# A difference is taken if it is this much smaller than the row, in mean magnitude: less would hardly pay for saying so.
+# A row is replaced by a difference whose mean magnitude is below this share of the row's own. A difference that is
+# hardly smaller would not pay for the reference.
 WORTHWHILE = 0.85
-# Rows compared at a time.
+# How many rows are compared with all earlier ones at a time.
 BLOCK = 512
 
 
 def find_references(matrix: np.ndarray) -> np.ndarray:
     """For each row of int8 codes the earlier row that points most nearly the same way, uint16 (R,).
 
-    0 stands for none, i for row i - 1. Matrices of 65,536 rows or more have none: uint16 could not name all of those.
+    0 stands for no row and i for row i - 1. A matrix of 65,536 rows or more has no references, because uint16 could not
+    name all of its rows.
     """
     if len(matrix) >= 2**16:
         return np.zeros(len(matrix), np.uint16)
@@ -190,7 +198,7 @@ def find_references(matrix: np.ndarray) -> np.ndarray:
     nearest = np.zeros(len(matrix), np.int64)
     for start in range(0, len(matrix), BLOCK):
         cosines = codes[start : start + BLOCK] @ codes[: start + BLOCK].T
-        # Raised above the zeros that tril leaves for the row itself and those behind it.
+        # Adding 2 raises every cosine above the zeros that tril puts for the row itself and for later rows.
         nearest[start : start + BLOCK] = np.tril(cosines + 2.0, k=start - 1).argmax(axis=1)
     plain = matrix.astype(np.int16)
     difference = np.abs(plain - plain[nearest])
@@ -200,7 +208,7 @@ def find_references(matrix: np.ndarray) -> np.ndarray:
 
 
 def subtract(matrix: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """The int8 matrix with each row that has a reference less that row."""
+    """The int8 matrix in which the row that it refers to is subtracted from each row with a reference."""
     rows = np.flatnonzero(references)
     differences = matrix.copy()
     differences[rows] -= matrix[references[rows] - 1]
@@ -208,7 +216,7 @@ def subtract(matrix: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def restore(differences: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """The inverse. Raises ValueError if a row refers to one that is not before it, or codes do not fit int8."""
+    """The inverse of subtract. Raises ValueError if a row refers to one not before it, or if codes do not fit int8."""
     rows = np.flatnonzero(references)
     if np.any(references[rows] > rows):
         raise ValueError("a row that refers to a later one")

@@ -1,4 +1,4 @@
-"""What a model file says about itself: a table of tensors with the length of every stream, and what may be believed."""
+"""The header of a model file: a table of its tensors with the length of every stream, and the checks on it."""
 
 import math
 
@@ -9,19 +9,19 @@ from fairway.codec.codes import TensorClass
 from fairway.model.config import ModelConfig
 from fairway.runtime.settings import Section
 
-# Far above any network that fits 16 MB, far below what a laptop can hold.
+# The most numbers that a file may claim: far above any network that fits 16 MB, far below what a laptop can hold.
 MAX_VALUES = 2**28
 
 
 class Correction(Section):
-    """The low-rank correction of a matrix: its rank, and how many scales its second factor has."""
+    """The low-rank correction of a matrix: its rank, and the number of scales of its second factor."""
 
     rank: int = Field(gt=0)
     scales: int = Field(gt=0)
 
 
 class Entry(Section):
-    """A tensor of the table. `bits` of a matrix of codes, 16 of a float16 tensor."""
+    """A tensor of the table. `bits` are those of a code, or 16 for a float16 tensor."""
 
     name: str
     shape: list[int]
@@ -30,23 +30,23 @@ class Entry(Section):
 
     @property
     def values(self) -> int:
-        """How many numbers it holds."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
     @property
     def scale_counts(self) -> list[int]:
-        """Numbers of float16 scales of a matrix: of its rows, and of the two factors of its correction."""
+        """How many float16 scales a matrix has: for its rows, then for each of the two factors of its correction."""
         return [self.shape[0], *([1, self.correction.scales] if self.correction else [])]
 
     @property
     def factor_shapes(self) -> list[tuple[int, int]]:
-        """Shapes of the factors of a matrix's correction, none if it has none."""
+        """The shapes of the two factors of a matrix's correction; empty if it has none."""
         rows, columns = self.shape
         return [(rows, self.correction.rank), (self.correction.rank, columns)] if self.correction else []
 
 
 class Group(Section):
-    """The matrices of one class, and the lengths of their streams: codes, scales, codes of corrections."""
+    """The matrices of one class, and the bytes of their streams: codes, scales, and codes of their corrections."""
 
     kind: TensorClass
     matrices: list[Entry] = Field(min_length=1)
@@ -56,12 +56,12 @@ class Group(Section):
 
     @property
     def stream_bytes(self) -> int:
-        """Of all its streams."""
+        """The bytes of all its streams."""
         return self.codes_bytes + self.scales_bytes + self.factors_bytes
 
 
 class Header(Section):
-    """What the file holds and where."""
+    """What the file holds, in the order of its streams, with their lengths."""
 
     model: ModelConfig
     codec: str
@@ -71,7 +71,7 @@ class Header(Section):
 
 
 def check_table(header: Header, stream_bytes: int) -> None:
-    """Raises ValueError unless names are unique, shapes plausible and streams as long as the bytes that there are."""
+    """Raise ValueError unless names are unique, shapes plausible, and streams together as long as `stream_bytes`."""
     matrices = [entry for group in header.groups for entry in group.matrices]
     entries = matrices + header.floats
     if header.codec not in CODECS:

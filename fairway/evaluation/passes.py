@@ -27,6 +27,14 @@ class Pass(ABC):
 
     chunks: int
 
+    @property
+    def updates(self) -> int:
+        """How many times this pass, up to its last prediction, adapts something that it keeps for later ones.
+
+        What is fitted inside a prediction and then forgotten does not count.
+        """
+        return 0
+
     @abstractmethod
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Iterator[Prediction]:
         """This process's predictions of a chunk, a batch at a time.

@@ -73,6 +73,11 @@ class CarriedPass(WindowPass):
             total_GV = self.world.sum(gamma_GV).wait()
             self.offsets.step(self.model, total_GV, step_lr(self.settings, step))
 
+    @property
+    def updates(self) -> int:
+        """The chunks whose fit a later chunk is scored with."""
+        return self.chunks - 1 if self.settings.steps else 0
+
     def state(self) -> State:
         """The offset and its moments."""
         o = self.offsets

@@ -136,6 +136,11 @@ class TttPass(WindowPass):
             for rows in rows_2RT.split(size, 1):
                 self._step(rows)
 
+    @property
+    def updates(self) -> int:
+        """The chunks that are trained on."""
+        return self.chunks - 1 if self.settings.epochs else 0
+
     def _step(self, rows_2RT: Tensor) -> None:
         """One step on the mean loss of all rows, of which each process takes its share of lanes."""
         parameters = list(self.free.values())

@@ -1,6 +1,7 @@
-"""The page's line charts: each a drawing, a sentence that says what it shows, and its numbers as a table.
+"""The page's charts: lines along training and along the stream, and bars for bits per byte by stage and for seconds.
 
-The page's bars: where each begins and ends, in percent of its track.
+A line chart is a drawing with a sentence that says what it shows and its numbers as a table, for readers who cannot see
+it. A bar says where it begins and ends, in percent of the width that it is drawn in.
 """
 
 from collections.abc import Callable
@@ -8,21 +9,20 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from fairway.certification.accounting import EVAL_S
-from fairway.reporting.budgets import TRAIN_S
-from fairway.reporting.certificates import Standing
+from fairway.reporting.budgets import eval_s, train_s
 from fairway.reporting.facts import Facts
 from fairway.reporting.plot import Line, Plot, plot, signed
-from fairway.reporting.runs import Run, share
+from fairway.reporting.runs import Run, Standing, share
 from fairway.reporting.scores import Rung, Score
+from fairway.runtime.track import EVAL_S, TRAIN_S
 
-# The page has so many hues; more lines begin again.
+# The number of hues that the page's style sheet defines. Further lines use them again from the first one on.
 HUES = 7
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its names: `x_label` and `y_label` say what the axes are; rows of text stand under `columns`."""
+    """A drawing with its titles and its numbers: `rows` of text under the headings `columns`."""
 
     name: str
     title: str
@@ -35,13 +35,16 @@ class Chart:
 
 
 def charts(facts: Facts) -> list[Chart]:
-    """Training (bits per byte, loss) and the course along the stream (itself, and apart by evaluator)."""
+    """Bits per byte and loss while training, the loss along the stream, and how the evaluators differ along it.
+
+    The last one needs two evaluators.
+    """
     found = [_curve(facts.runs), _loss(facts.runs), _stream(facts)]
     return [*found, _apart(facts)] if len(facts.scores) > 1 else found
 
 
 def hue(index: int) -> int:
-    """The hue of the index-th series: 1 ... HUES."""
+    """The hue of the series with that index: 1 to HUES."""
     return index % HUES + 1
 
 
@@ -77,12 +80,13 @@ def _loss(runs: list[Run]) -> Chart:
 
 
 def _course(name: str, lines: list[Line], unit: str) -> str:
-    """Where the seeds begin and end, in a sentence."""
+    """A sentence on where the seeds' lines begin and end."""
     begin, end = ([line.points[place] for line in lines] for place in (0, -1))
     return f"{name}: {_span(begin)} {unit} at step {begin[0][0]:,}, {_span(end)} at step {max(end)[0]:,}."
 
 
 def _span(points: list[tuple[float, float]]) -> str:
+    """The lowest and the highest y of some points, or the one y that all of them have."""
     low, high = (pick(f"{y:.3f}" for _, y in points) for pick in (min, max))
     return low if low == high else f"{low} to {high}"
 
@@ -104,7 +108,7 @@ def _stream(facts: Facts) -> Chart:
 
 
 def _apart(facts: Facts) -> Chart:
-    """The other evaluators less the first: where along the stream they gain."""
+    """The loss of every other evaluator minus that of the first, to see where along the stream it gains."""
     first, *others = [_profile(facts, i, score) for i, score in enumerate(facts.scores)]
     lines = [
         Line(line.name, [(x, y - base) for (x, y), (_, base) in zip(line.points, first.points, strict=True)], line.hue,
@@ -124,14 +128,14 @@ def _apart(facts: Facts) -> Chart:
 
 
 def _profile(facts: Facts, index: int, score: Score) -> Line:
-    """The mean over seeds of an evaluator's course; dashed where the figure is not legal."""
+    """The loss of an evaluator along the stream, the mean over seeds. Dashed unless the score is legal."""
     means = [mean(seeds) for seeds in zip(*(run.profiles[score.name] for run in facts.runs), strict=True)]
     points = [(share(part, len(means)), nats) for part, nats in enumerate(means)]
     return Line(score.label, points, hue(index), "solid" if score.standing == "legal" else "dashed")
 
 
 def _numbers(x_name: str, lines: list[Line], x_form: str, y_form: str) -> dict[str, Any]:
-    """The lines as a table: a row for each x, a column for each line, empty where it has no point."""
+    """The lines as a table: a row for each x and a column for each line, with an empty cell where it has no point."""
     places = sorted({x for line in lines for x, _ in line.points})
     known = [dict(line.points) for line in lines]
     rows = [[x_form.format(x), *(signed(y_form.format(ys[x])) if x in ys else "" for ys in known)] for x in places]
@@ -140,18 +144,19 @@ def _numbers(x_name: str, lines: list[Line], x_form: str, y_form: str) -> dict[s
 
 @dataclass(frozen=True)
 class Bar:
-    """A labelled bar; `mark` is a limit or a published figure on the same scale, in percent."""
+    """A labelled bar. `start`, `width` and `mark` are percentages of the width that it is drawn in."""
 
     label: str
     detail: str
     value: str
-    # From the level before, where there was one.
+    # The difference to the level before as text, empty if there was none.
     change: str
     start: float
     width: float
-    # improved, worsened or level; of time, within or over.
+    # The look of the bar: improved, worsened or level for bits per byte, within or over for seconds.
     tone: str
     standing: Standing | None
+    # Where a limit or a published figure is marked, if there is one.
     mark: float | None
 
 
@@ -163,7 +168,7 @@ def ladder_range(rungs: list[Rung]) -> tuple[float, float]:
 
 
 def ladder_bars(rungs: list[Rung]) -> list[Bar]:
-    """From the level before to the level reached."""
+    """One bar for each level, from the level before it to the level itself."""
     low, high = ladder_range(rungs)
     return [_rung_bar(rung, lambda level: round(100 * (level - low) / (high - low), 2)) for rung in rungs]
 
@@ -186,34 +191,23 @@ def _rung_bar(rung: Rung, place: Callable[[float], float]) -> Bar:
 
 
 def time_bars(facts: Facts) -> list[Bar]:
-    """Seconds of the worst seed by stage, against the limit of those that have one."""
-    times = stage_times(facts.runs)
-    scale = max(TRAIN_S, EVAL_S, *(max(seconds) for _, seconds in times)) * 1.02
-    limits = {"train": TRAIN_S, f"evaluate {facts.shipped.name}": EVAL_S}
-    return [_time_bar(name, max(seconds), limits.get(name), scale) for name, seconds in times]
+    """What the slowest seed used of the track's budgets of time: training, and evaluation by each evaluator."""
+    used = [("training", max(train_s(run) for run in facts.runs), TRAIN_S)]
+    for score in facts.scores:
+        used.append((f"evaluation, {score.name}", max(eval_s(run, score.name) for run in facts.runs), EVAL_S))
+    scale = 1.02 * max(TRAIN_S, EVAL_S, *(seconds for _, seconds, _ in used))
+    return [_time_bar(name, seconds, limit, scale) for name, seconds, limit in used]
 
 
-def stage_times(runs: list[Run]) -> list[tuple[str, list[float]]]:
-    """Each stage that times itself, with its seconds by seed."""
-    names = list(runs[0].scores)
-    return [
-        ("train", [run.train["wall_s"] for run in runs]),
-        *([("adapt", [run.adapt["adapt_s"] for run in runs])] if runs[0].adapt["epochs"] else []),
-        *((f"evaluate {name}", [run.scores[name]["eval_s"] for run in runs]) for name in names),
-        *((f"certify {name}", [run.certificates[name].certify_s for run in runs]) for name in names),
-    ]
-
-
-def _time_bar(name: str, seconds: float, limit: float | None, scale: float) -> Bar:
-    over = limit is not None and seconds > limit
+def _time_bar(name: str, seconds: float, limit: float, scale: float) -> Bar:
     return Bar(
         label=name,
-        detail="" if limit is None else f"limit {limit:.0f} s",
+        detail=f"limit {limit:.0f} s",
         value=f"{seconds:,.1f} s",
         change="",
         start=0.0,
         width=round(100 * seconds / scale, 2),
-        tone="over" if over else "within",
+        tone="over" if seconds > limit else "within",
         standing=None,
-        mark=round(100 * limit / scale, 2) if limit is not None else None,
+        mark=round(100 * limit / scale, 2),
     )

@@ -1,25 +1,24 @@
-"""Everything the report says, worked out once; the summary, the table, the plots and the page only write it down."""
+"""All that the report says, worked out once. The summary, the table, the plots and the page only write it down."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from fairway.reporting.budgets import Budget, budgets
-from fairway.reporting.comparison import Comparison, compare
+from fairway.reporting.comparison import Comparison, Reproduction, compare, reproduction
 from fairway.reporting.published import Published, ReportSettings, named_record
-from fairway.reporting.reproduction import Reproduction, reproduction
 from fairway.reporting.runs import Run
 from fairway.reporting.scores import Rung, Score, ladder, scores
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The runs of all seeds and what follows from them."""
+    """The runs of all seeds, and what follows from them."""
 
     runs: list[Run]
     # Bits per byte of general-purpose compressors on the same text.
     compressors: dict[str, float]
     scores: list[Score]
-    # The one that train_gpt.py runs, or the first if that was not scored.
+    # The score of the evaluator that train_gpt.py runs, or the first score if that evaluator was not run.
     shipped: Score
     rungs: list[Rung]
     budgets: list[Budget]
@@ -36,10 +35,10 @@ def facts(
     kept: str,
     shipped: str,
 ) -> Facts:
-    """Work out the report; `shipped` is the name of the evaluator that ships, `kept` the kind of weights that
-    went on after training.
+    """Work out the report.
 
-    Raises UserError if params.yaml names a record that was not published.
+    `meta` is the tokens' meta.json, `kept` the kind of weights that went on after training, and `shipped` the name of
+    the evaluator that ships. Raises UserError if params.yaml names a record that was not published.
     """
     record = named_record(published, "record", report.record)
     baseline = named_record(published, "baseline", report.baseline)

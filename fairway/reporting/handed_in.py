@@ -1,22 +1,22 @@
 """The texts of the folder that is handed in, made of what the stages found out about each seed.
 
-`submission_json` has the keys of the challenge's submission.json, `readme` says what the record is, what it scored,
-whether that is a code length and how to run it, `requirements` lists the packages that the shipped program imports, as
-they are installed here, and `train_log` tells the training of a seed in the lines that the challenge's readers and
-scripts know. Nothing is logged twice: those lines are made of dvclive's curves and of what the later stages wrote.
+`submission_json` has the keys of the challenge's submission.json. `readme` says what the record is, what it scored,
+whether that is a code length, and how to run it. `train_log` tells the training of a seed in the lines that the
+challenge's readers and scripts know. No stage writes such a log: its lines are made afterwards, of dvclive's curves and
+of what the later stages wrote.
 """
 
 from typing import Any
 
-from fairway.reporting.budgets import LIMIT_BYTES, budgets, eval_s, train_s
-from fairway.reporting.certificates import Standing, standing
-from fairway.reporting.runs import Run
-from fairway.reporting.significance import spread
+from fairway.reporting.budgets import budgets, eval_s, train_s
+from fairway.reporting.runs import Run, Standing
+from fairway.reporting.scores import spread, standing
 from fairway.runtime.settings import Section
+from fairway.runtime.track import CAP_BYTES, TRACK
 
 
 class SubmissionSettings(Section):
-    """What a person has to say of a submission (reporting/handed_in.py has the rest)."""
+    """What only a person can say of a submission. Everything else in it is made of the stages' output."""
 
     author: str | None
     github_id: str | None
@@ -24,13 +24,11 @@ class SubmissionSettings(Section):
     blurb: str
 
 
-TRACK = "track_10min_16mb"
-
-
 def submission_json(person: SubmissionSettings, evaluator: str, runs: list[Run], *, date: str) -> dict[str, Any]:
-    """The keys of the challenge's submission.json; bytes are those of the largest seed, deviations those of a sample.
+    """The keys of the challenge's submission.json, and two of our own.
 
-    `certificate` and `compliance` are ours: the verdict of stage certify on the evaluator that ships, and the budgets.
+    Bytes are those of the largest seed, and deviations are sample deviations. Ours are `certificate`, the verdict of
+    stage certify on the evaluator that ships, and `compliance`, which says of each rule whether it is kept.
     """
     environment = runs[0].train["environment"]
     verdict = standing([run.certificates[evaluator] for run in runs])
@@ -66,7 +64,7 @@ def submission_json(person: SubmissionSettings, evaluator: str, runs: list[Run],
         "compliance": {
             "train_under_600s": training.within,
             "eval_under_600s": evaluation.within,
-            "artifact_under_16mb": size.used <= LIMIT_BYTES,
+            "artifact_under_16mb": size.used <= CAP_BYTES,
             "three_seeds": len(runs) >= 3,
             "certified_legal": verdict == "legal",
         },
@@ -85,12 +83,12 @@ def _result(run: Run, evaluator: str) -> dict[str, Any]:
     }
 
 
-# Figures by step.
+# A logged figure by step.
 Curve = dict[float, float]
 
 
 def train_log(run: Run, evaluator: str, *, max_steps: int) -> str:
-    """One line a logged step or validation, then why training stopped, what came out, its bytes and its score."""
+    """A line for each logged step and validation, then lines on the end of training, its result, bytes and score."""
     train, environment, score = run.train, run.train["environment"], run.scores[evaluator]
     curves: dict[str, Curve] = {name: dict(rows) for name, rows in run.curves.items()}
     curves["clock_s"] |= {0: 0.0, train["steps"]: train["wall_s"]}
@@ -118,7 +116,7 @@ def train_log(run: Run, evaluator: str, *, max_steps: int) -> str:
 
 
 def _step(step: int, max_steps: int, curves: dict[str, Curve]) -> list[str]:
-    """The lines of a step. Where the step was validated but not logged, its time is not known and left out."""
+    """The lines of one step. If it was validated but not logged, its time is not known and is left out."""
     time = ""
     if (clock_s := curves["clock_s"].get(step)) is not None:
         time = f" train_time:{_ms(clock_s)}ms step_avg:{1000 * clock_s / max(step, 1):.2f}ms"
@@ -150,7 +148,7 @@ VERDICTS: dict[Standing, str] = {
 
 
 def readme(submission: dict[str, Any], runs: list[Run]) -> str:
-    """README.md of the submission, in Markdown."""
+    """The submission's README.md. `submission` is what submission_json made of the same runs."""
     certificate = submission["certificate"]
     missing = [key for key in ("author", "github_id") if submission[key] is None]
     parts = [
@@ -169,7 +167,7 @@ def readme(submission: dict[str, Any], runs: list[Run]) -> str:
 
 
 def _verdict(verdict: Standing, evaluator: str, runs: list[Run]) -> str:
-    """The verdict, and for each condition that did not pass the first seed's reason."""
+    """The verdict, and for each condition that did not pass the reason given by the first seed of which it is so."""
     reasons: dict[str, str] = {}
     for run in runs:
         for name, found in run.certificates[evaluator].conditions.items():
@@ -192,7 +190,7 @@ def _table(submission: dict[str, Any], runs: list[Run]) -> str:
 
 
 def _broken(submission: dict[str, Any]) -> list[str]:
-    # Of the verdict the text speaks already.
+    """The rules that are not kept, except legality, which the text has told already."""
     return [key for key, kept in submission["compliance"].items() if not kept and key != "certified_legal"]
 
 

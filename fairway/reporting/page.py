@@ -1,20 +1,29 @@
-"""The report as one HTML page that needs nothing else: no network, no script, no second file."""
+"""The report as one HTML page that needs nothing else: no network, no script, no second file.
 
+The template is filled with the facts and with what is made for the page alone: charts, and the audits below, which
+spread the certificates out as a table of conditions by evaluators.
+"""
+
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fairway.reporting.audits import audits
-from fairway.reporting.charts import charts, hue, ladder_bars, ladder_range, stage_times, time_bars
+from fairway.reporting.budgets import ledger
+from fairway.reporting.charts import charts, hue, ladder_bars, ladder_range, time_bars
+from fairway.reporting.comparison import MARGIN_NATS, SIGNIFICANCE
 from fairway.reporting.facts import Facts
 from fairway.reporting.plot import signed
-from fairway.reporting.significance import MARGIN_NATS, SIGNIFICANCE, spread
+from fairway.reporting.runs import Condition, Run
+from fairway.reporting.scores import Score, spread, worst
 from fairway.reporting.tables import size_parts
+from fairway.runtime.track import EVAL_S, TRAIN_S
 
 
 def page(facts: Facts, meta: dict[str, Any]) -> str:
-    """HTML of the report; `meta` is the tokens' meta.json. Every text is escaped by the template engine."""
+    """The HTML of the report; `meta` is the tokens' meta.json. The template engine escapes every text."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -30,7 +39,8 @@ def page(facts: Facts, meta: dict[str, Any]) -> str:
         ladder=ladder_bars(facts.rungs),
         ladder_range=ladder_range(facts.rungs),
         times=time_bars(facts),
-        stage_times=stage_times(facts.runs),
+        ledger=ledger(facts.runs),
+        limits_s={"training": TRAIN_S, "evaluation": EVAL_S},
         audits=audits(facts.runs, facts.scores),
         parts=[size_parts(run.size) for run in facts.runs],
         size=facts.runs[0].size,
@@ -38,3 +48,56 @@ def page(facts: Facts, meta: dict[str, Any]) -> str:
         margin_nats=MARGIN_NATS,
         significance=SIGNIFICANCE,
     )
+
+
+# What each condition of a certificate asks for, in the order in which the page lists them.
+MEANINGS = {
+    "causality": "no earlier score depends on a later token",
+    "normalisation": "the probabilities of a place sum to one",
+    "score_first": "nothing is learnt from a token before its score",
+    "single_pass": "each token once, in one pass from left to right",
+    "decoder": "a decoder can follow, from the code alone",
+    "accounting": "bytes, score and size add up",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One condition of one evaluator, with the finding of the seed that decides about it."""
+
+    name: str
+    meaning: str
+    # None if no certificate names the condition.
+    condition: Condition | None
+    # Keys and values as text.
+    evidence: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The findings on one evaluator: those of MEANINGS in their order, then any other that the certificates hold."""
+
+    score: Score
+    findings: list[Finding]
+
+
+def audits(runs: list[Run], scores: list[Score]) -> list[Audit]:
+    """One audit for each evaluator. All of them list the same conditions."""
+    certificates = [certificate for run in runs for certificate in run.certificates.values()]
+    names = list(dict.fromkeys([*MEANINGS, *(name for found in certificates for name in found.conditions)]))
+    return [Audit(score, [_finding(runs, score, name) for name in names]) for score in scores]
+
+
+def _finding(runs: list[Run], score: Score, name: str) -> Finding:
+    condition = worst([run.certificates[score.name] for run in runs], name)
+    evidence = [(key, _text(value)) for key, value in condition.evidence.items()] if condition else []
+    return Finding(name.replace("_", " "), MEANINGS.get(name, ""), condition, evidence)
+
+
+def _text(value: Any) -> str:
+    """A value of a certificate as people read it: text as it is, numbers in short, lists and maps as JSON."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value)

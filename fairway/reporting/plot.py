@@ -1,8 +1,7 @@
-"""The geometry of a line chart: where ticks, lines and dots go. The page's template draws it.
+"""The geometry of a line chart: where ticks, lines and dots go, and how their numbers are written.
 
-Across, places are percentages, so that a chart fills any width with its text unscaled; down, they are pixels.
-
-How numbers are written.
+The page's template draws it. Horizontal places are percentages, so that a chart fills any width without scaling its
+text; vertical places are pixels.
 """
 
 import math
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-# Pixels from the top of the drawing to its highest and lowest value.
+# Pixels from the top edge of the drawing to its highest and to its lowest value.
 TOP, BOTTOM = 10, 230
 
 Look = Literal["solid", "faint", "dashed"]
@@ -18,7 +17,7 @@ Look = Literal["solid", "faint", "dashed"]
 
 @dataclass(frozen=True)
 class Line:
-    """A named series of (x, y), in one of the page's hues (1 ... 7); `dots` marks its points."""
+    """A named series of points (x, y) in one of the page's hues, 1 to 7. If `dots` is true, its points are marked."""
 
     name: str
     points: list[tuple[float, float]]
@@ -29,7 +28,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Dot:
-    """A marked point: percent, pixels, and what it stands for."""
+    """A marked point: its place in percent and pixels, and the text that names it."""
 
     x: float
     y: float
@@ -38,7 +37,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Stroke:
-    """A line as drawn: `path` in units of percent and pixels."""
+    """A line as it is drawn; `path` lists its points in percent and pixels, as an SVG polyline wants them."""
 
     line: Line
     path: str
@@ -47,7 +46,10 @@ class Stroke:
 
 @dataclass(frozen=True)
 class Plot:
-    """Everything drawn: (place, text) of each tick, and the strokes. `zero` is the place of y = 0 if that is marked."""
+    """Everything that is drawn: place and text of each tick, and the strokes.
+
+    `zero` is the place of y = 0 if that is marked, None otherwise.
+    """
 
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
@@ -58,7 +60,11 @@ class Plot:
 def plot(
     lines: list[Line], *, x_unit: str = "", x_range: tuple[float, float] | None = None, mark_zero: bool = False
 ) -> Plot:
-    """Lay out lines that share their axes; `mark_zero` brings y = 0 in. At least one line has a point."""
+    """Lay out lines that share their axes. At least one line must have a point.
+
+    `x_unit` is written behind every x, and `x_range` is the range of the axis if it is not that of the points.
+    `mark_zero` extends the vertical axis to y = 0 and marks it.
+    """
     xs = list(x_range) if x_range else [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points] + [0.0] * mark_zero
     x_scale, y_scale = _Scale(min(xs), max(xs), 0, 100), _Scale(*_padded(min(ys), max(ys)), BOTTOM, TOP)
@@ -72,7 +78,7 @@ def plot(
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """At most `most` round values (1, 2 or 5 times a power of ten apart) between low and high, and at least one."""
+    """Round values between low and high, 1, 2 or 5 times a power of ten apart: at least one and at most `most`."""
     if high <= low:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / most))
@@ -85,7 +91,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 @dataclass(frozen=True)
 class _Scale:
-    """A linear map of [low, high] to [start, end]; of a single value to the middle."""
+    """A linear map of [low, high] to [start, end]. If low and high are the same, it maps to the middle."""
 
     low: float
     high: float
@@ -98,13 +104,13 @@ class _Scale:
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    """A little room above and below, also where there is a single value."""
+    """The range with a little room above and below, even if it is a single value."""
     room = 0.06 * (high - low) or abs(high) * 0.01 or 1.0
     return low - room, high + room
 
 
 def _decimals(values: list[float]) -> int:
-    """Digits behind the point that tell the values apart."""
+    """How many digits after the point it takes to tell the values apart."""
     gap = min((b - a for a, b in pairwise(values)), default=1.0)
     return max(0, -math.floor(math.log10(gap) + 1e-9))
 
@@ -117,5 +123,5 @@ def _stroke(line: Line, x_scale: _Scale, y_scale: _Scale, x_unit: str) -> Stroke
 
 
 def signed(text: str) -> str:
-    """A formatted number with a true minus sign (U+2212), as wide as the plus."""
+    """A formatted number with a true minus sign (U+2212), which is as wide as a plus sign."""
     return text.replace("-", "\N{MINUS SIGN}")

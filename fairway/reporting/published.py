@@ -1,4 +1,4 @@
-"""What others published: records/published.yaml, typed and strict."""
+"""The published figures of records, read from records/published.yaml, and which of them params.yaml asks to see."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,22 +10,23 @@ from fairway.runtime.settings import Section, load_section
 
 
 class ReportSettings(Section):
-    """Names in records/published.yaml: whose figures to show beside these, and whom to be tested against."""
+    """Two names in records/published.yaml, or null: the record whose figures are shown beside ours, and the record
+    that our score is tested against."""
 
     record: str | None
     baseline: str | None
 
 
-# Weights that are scored on the way to an evaluator.
+# The kinds of weights that are scored on the way to an evaluator.
 WEIGHTS = ("trained", "averaged", "adapted", "quantized")
-# What a figure belongs to: one of these weights, or an evaluator by a name that params.yaml could give it, such as
-# sliding_64, the second stride of PR #1488. That there is such an evaluator is for a test to see: the report shall not
-# run again whenever the code of an evaluator changes, as it would if it imported them.
+# What a figure belongs to: one of these kinds of weights, or an evaluator, by a name that params.yaml could give it,
+# such as sliding_64, the second stride of PR #1488. A test checks that there is such an evaluator. The code cannot: it
+# would have to import all evaluators, and the report would then run again whenever one of them changes.
 Pass = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(_[a-z0-9]+)*$")]
 
 
 class PublishedSeed(Section):
-    """The figures of one seed; keys and units are explained on top of the file."""
+    """The figures of one seed. Their meaning and units are explained at the top of the file."""
 
     val_bpb: float = Field(gt=0)
     val_loss: float = Field(gt=0)
@@ -36,7 +37,7 @@ class PublishedSeed(Section):
     train_s: float = Field(gt=0)
     step_ms: float = Field(gt=0)
     bpb: dict[Pass, float]
-    # Of those passes, and under "adapt" of the training on validation tokens.
+    # Seconds of the same passes, and under "adapt" the seconds of training on validation tokens.
     eval_s: dict[Pass, float]
     other_s: dict[Literal["calibration", "pack", "unpack"], float]
 
@@ -48,7 +49,7 @@ class PublishedSeed(Section):
 
 
 class PublishedRecord(Section):
-    """One record: what it is, and its seeds."""
+    """One record: where it comes from, what was scored how, and the figures of its seeds."""
 
     pull_request: int = Field(gt=0)
     date: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
@@ -60,14 +61,14 @@ class PublishedRecord(Section):
     seeds: dict[int, PublishedSeed] = Field(min_length=1)
 
     def bpb(self, name: str) -> list[float]:
-        """Bits per byte of every seed, of a pass or of the reported evaluator; empty where none was published."""
+        """Bits per byte by seed of a kind of weights or of an evaluator; empty if none was published."""
         if name == self.evaluator:
             return [seed.val_bpb for seed in self.seeds.values()]
         return [bpb for seed in self.seeds.values() for key, bpb in seed.bpb.items() if key == name]
 
 
 class Published(Section):
-    """The whole file."""
+    """The whole file: records by name."""
 
     records: dict[str, PublishedRecord]
 
@@ -78,7 +79,10 @@ def load_published(path: Path) -> Published:
 
 
 def named_record(published: Published, key: str, name: str | None) -> tuple[str, PublishedRecord] | None:
-    """What params.yaml names under `report.<key>`, with its record. Raises UserError if that is not in the file."""
+    """The name that params.yaml gives under `report.<key>`, with the record of that name; None if it gives none.
+
+    Raises UserError if there is no such record.
+    """
     if name is None:
         return None
     if name not in published.records:

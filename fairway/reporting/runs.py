@@ -1,38 +1,70 @@
-"""What the stages left behind, gathered per seed.
+"""What the stages left behind, gathered by seed: figures, certificates, and the course of every score along the stream.
 
-How the loss goes along the validation stream: what test-time training gains, and where.
+Nothing is judged here. What follows from the figures of all seeds together is worked out in the other files.
 """
 
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fairway.certification.accounting import read_nats
-from fairway.reporting.certificates import Certificate, load_certificate
 from fairway.runtime.errors import UserError
-from fairway.runtime.files import read_figures, require_file
+from fairway.runtime.files import read_array, read_figures, require_file
 
-# Of what training logged, what is drawn or submitted.
+# The curves that training logged and that are drawn or submitted.
 CURVES = ("val_bpb", "val_loss", "train_loss", "clock_s")
+
+# The verdicts on a condition, the one that outweighs the others first.
+VERDICTS = ("fail", "unproven", "pass")
+Standing = Literal["legal", "illegal", "unproven"]
+
+
+class Condition(BaseModel):
+    """One condition of a meaningful score: the verdict on it, the reason, and what was measured to reach it."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    verdict: Literal["fail", "unproven", "pass"]
+    why: str
+    evidence: dict[str, Any]
+
+
+class Certificate(BaseModel):
+    """What certify found out about one evaluator on one seed. Keys of the file beyond these are not read here."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    evaluator: str
+    legal: bool | Literal["unproven"]
+    conditions: dict[str, Condition] = Field(min_length=1)
+    certify_s: float
+
+    @property
+    def standing(self) -> Standing:
+        """What the certificate says of the score, in one word."""
+        if isinstance(self.legal, bool):
+            return "legal" if self.legal else "illegal"
+        return "unproven"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The figures of one seed: what each stage wrote down, with a score and a certificate per evaluator."""
+    """The figures of one seed: what each stage wrote down, with a score and a certificate for each evaluator."""
 
     seed: int
     train: dict[str, Any]
     adapt: dict[str, Any]
     quantize: dict[str, Any]
+    compress: dict[str, Any]
     size: dict[str, Any]
     scores: dict[str, dict[str, Any]]
     certificates: dict[str, Certificate]
-    # Rows of (step, figure) while training, by the names of CURVES.
+    # Pairs of step and figure that were logged while training, by the names of CURVES.
     curves: dict[str, list[tuple[float, float]]]
-    # Mean nats along the stream, by evaluator (positions.py).
+    # The course of the loss along the validation stream (see profile), by evaluator.
     profiles: dict[str, list[float]]
 
     def kept_bpb(self, kept: str) -> float:
@@ -52,30 +84,50 @@ def collect(artifacts: Path, seeds: list[int], evaluators: list[str]) -> list[Ru
 
 
 def _run(artifacts: Path, seed: int, evaluators: list[str]) -> Run:
+    def figures(stage: str, file: str, *keys: str) -> dict[str, Any]:
+        return read_figures(artifacts / f"{stage}/{seed}/{file}", f"python -m stages.{stage} {seed}", keys)
+
     logged = artifacts / f"train/{seed}/live/plots/metrics"
     return Run(
         seed=seed,
-        train=read_figures(artifacts / f"train/{seed}/train.json", f"python -m stages.train {seed}"),
-        adapt=read_figures(artifacts / f"adapt/{seed}/adapt.json", f"python -m stages.adapt {seed}"),
-        quantize=read_figures(artifacts / f"quantize/{seed}/quantize.json", f"python -m stages.quantize {seed}"),
-        size=read_figures(artifacts / f"size_check/{seed}/size.json", f"python -m stages.size_check {seed}"),
-        scores={name: read_figures(*_made(artifacts, "evaluate", seed, name, "metrics.json")) for name in evaluators},
+        train=figures("train", "train.json", "start_s", "compile_s", "wall_s"),
+        adapt=figures("adapt", "adapt.json", "adapt_s"),
+        quantize=figures("quantize", "quantize.json", "calibration_s", "quantize_s"),
+        compress=figures("compress", "compress.json", "pack_s", "trial_s"),
+        size=figures("size_check", "size.json"),
+        scores={name: _score(artifacts, seed, name) for name in evaluators},
         certificates={name: _certificate(artifacts, seed, name) for name in evaluators},
         curves={name: _curve(logged / f"{name}.tsv", name, f"python -m stages.train {seed}") for name in CURVES},
-        profiles={
-            name: profile(read_nats(*_made(artifacts, "evaluate", seed, name, "nats.npz"))) for name in evaluators
-        },
+        profiles={name: _profile(artifacts, seed, name) for name in evaluators},
     )
 
 
 def _made(artifacts: Path, stage: str, seed: int, evaluator: str, file: str) -> tuple[Path, str]:
-    """A file of a stage by evaluator, and the command that makes it."""
+    """A file of a stage that runs once for each evaluator, and the command that makes it."""
     return artifacts / f"{stage}/{seed}/{evaluator}/{file}", f"python -m stages.{stage} {seed} {evaluator}"
+
+
+def _score(artifacts: Path, seed: int, evaluator: str) -> dict[str, Any]:
+    path, made_by = _made(artifacts, "evaluate", seed, evaluator, "metrics.json")
+    return read_figures(path, made_by, ("updates", "load_s", "eval_s"))
 
 
 def _certificate(artifacts: Path, seed: int, evaluator: str) -> Certificate:
     path, made_by = _made(artifacts, "certify", seed, evaluator, "certificate.json")
     return load_certificate(path, evaluator, made_by)
+
+
+def load_certificate(path: Path, evaluator: str, made_by: str) -> Certificate:
+    """Read a certificate.json. Raises UserError if it is missing, is not one, or belongs to another evaluator."""
+    try:
+        certificate = Certificate.model_validate_json(require_file(path, made_by).read_bytes())
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise UserError(f"{path}: not a certificate: {key}: {fault['msg']}; `{made_by}` makes it anew") from None
+    if certificate.evaluator != evaluator:
+        raise UserError(f"{path}: a certificate of {certificate.evaluator!r}, expected {evaluator!r}")
+    return certificate
 
 
 def _curve(path: Path, name: str, made_by: str) -> list[tuple[float, float]]:
@@ -86,12 +138,20 @@ def _curve(path: Path, name: str, made_by: str) -> list[tuple[float, float]]:
             raise UserError(f"{path}: not a table of step and {name}; run `{made_by}` again") from None
 
 
-# Parts of the stream that a mean is taken over: enough to see a course, few enough to be steady.
+def _profile(artifacts: Path, seed: int, evaluator: str) -> list[float]:
+    path, made_by = _made(artifacts, "evaluate", seed, evaluator, "nats.npz")
+    return profile(read_array(path, "nats", made_by))
+
+
+# The number of parts of the stream over which means are taken: enough to show a course, few enough for steady means.
 PARTS = 48
 
 
 def profile(nats_N: np.ndarray) -> list[float]:
-    """Mean nats of each of PARTS equal parts of the stream (of each target where there are fewer), in order."""
+    """The mean loss in nats of each of PARTS equal parts of the stream, in order; nats (N,) float64 of its targets.
+
+    Where there are fewer targets than PARTS, each is a part.
+    """
     parts = min(PARTS, len(nats_N))
     bounds = np.linspace(0, len(nats_N), parts + 1).astype(np.int64)
     sums = np.add.reduceat(nats_N.astype(np.float64, copy=False), bounds[:-1])
@@ -100,5 +160,5 @@ def profile(nats_N: np.ndarray) -> list[float]:
 
 
 def share(part: int, parts: int) -> float:
-    """The middle of a part, in percent of the stream."""
+    """Where the middle of a part of the stream lies, in percent of the stream."""
     return 100 * (part + 0.5) / parts

@@ -1,22 +1,26 @@
 """The report as text and tables: what stands in results/ beside the page.
 
-`markdown` is the table that README shows, `summarize` the figures that `dvc metrics diff` and `dvc exp show` print, and
-`curve`, `positions` and `sizes` are what `dvc plots` draws: small tables, one line a point, the series in a column of
+`markdown` is the table that README shows, `summarize` the figures that `dvc metrics diff` and `dvc exp show` print.
+`curve`, `positions` and `sizes` are small tables for `dvc plots`: a line for each point, with the series in a column of
 its own. git tracks all of these, so that they hold scores and bytes alone: whoever gets the same scores gets the same
-files. Seconds, which differ from run to run, are in `times` and `timing`.
+files. Seconds differ from run to run; `timing`, `times` and `time_table` have them, which git ignores.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+from fairway.reporting.budgets import ledger
+from fairway.reporting.comparison import MARGIN_NATS, SIGNIFICANCE
 from fairway.reporting.facts import Facts
-from fairway.reporting.runs import share
-from fairway.reporting.scores import Score
-from fairway.reporting.significance import MARGIN_NATS, SIGNIFICANCE, spread
+from fairway.reporting.runs import Run, share
+from fairway.reporting.scores import Score, spread
 
 
 def markdown(facts: Facts) -> str:
-    """One row per figure: bits per byte, lower is better; then the size. Several seeds get a column each."""
+    """A table of bits per byte with a row for each figure, then sentences on the size and on the test of the score.
+
+    If there are several seeds, each has a column, and so have mean and deviation.
+    """
     runs = facts.runs
     several = len(runs) > 1
     head = ["bits per byte of validation text", *(f"seed {run.seed}" for run in runs), *["mean ± std"] * several]
@@ -32,13 +36,14 @@ def _row(cells: list[str]) -> str:
 
 
 def _cells(bpb: list[float]) -> list[str]:
+    """The figures by seed; of several also their mean and deviation."""
     cells = [f"{value:.4f}" for value in bpb]
     found = spread(bpb)
     return cells if found.std is None else [*cells, f"{found.mean:.4f} ± {found.std:.4f}"]
 
 
 def _score_row(score: Score) -> list[str]:
-    """Illegal figures are struck, unproven ones labelled."""
+    """The row of a score. Illegal figures are struck out, and unproven ones are labelled."""
     label = f"`{score.name}`: compressed model, {score.title}"
     if score.standing == "illegal":
         return [f"{label} *({score.remark})*", *(f"~~{cell}~~" for cell in _cells(score.bpb))]
@@ -53,14 +58,8 @@ def _sentence(facts: Facts) -> str:
     )
 
 
-def timing(facts: Facts) -> str:
-    """A sentence on the seconds of `times`."""
-    _, training, evaluation = facts.budgets
-    return f"Training took {training.used:.0f} s, evaluation with `{facts.shipped.name}` {evaluation.used:.0f} s."
-
-
 def _verdict(facts: Facts) -> list[str]:
-    """What the test against the baseline came to, if there is one."""
+    """A sentence on the outcome of the test against the baseline; none if params.yaml names no baseline."""
     found = facts.comparison
     if found is None:
         return []
@@ -76,9 +75,9 @@ def _verdict(facts: Facts) -> list[str]:
 
 
 def summarize(facts: Facts) -> dict[str, float]:
-    """Mean bpb over the seeds, their deviation and the test of it; the worst seed's bytes.
+    """The mean bpb over seeds by evaluator, the shipped one's deviation and test, and the bytes of the largest seed.
 
-    A score that its certificate does not call legal says so in its name, lest it be taken for the best one.
+    A score that its certificate does not call legal says so in its name, so that nobody takes it for the best one.
     """
     figures = {"trained_bpb": round(facts.rungs[0].bpb, 6)}
     figures |= {metric(score): round(score.spread.mean, 6) for score in facts.scores}
@@ -92,25 +91,44 @@ def summarize(facts: Facts) -> dict[str, float]:
     return figures | {"artifact_bytes": int(size.used)}
 
 
+def metric(score: Score) -> str:
+    """The name of a score among the figures: slot_bpb, or slot_bpb_illegal."""
+    return f"{score.name}_bpb" if score.standing == "legal" else f"{score.name}_bpb_{score.standing}"
+
+
+def timing(facts: Facts) -> str:
+    """A sentence on the seconds of `times`."""
+    _, training, evaluation = facts.budgets
+    return f"Training took {training.used:.0f} s, evaluation with `{facts.shipped.name}` {evaluation.used:.0f} s."
+
+
 def times(facts: Facts) -> dict[str, float]:
-    """Seconds of training and of the evaluation that ships, of the slowest seed, as the track counts them."""
+    """Seconds of training and of the evaluation that ships, as the track counts them, each of the slowest seed."""
     _, training, evaluation = facts.budgets
     return {"train_s": round(training.used, 1), "eval_s": round(evaluation.used, 1)}
 
 
-def metric(score: Score) -> str:
-    """What a score is called: slot_bpb, or slot_bpb_illegal."""
-    return f"{score.name}_bpb" if score.standing == "legal" else f"{score.name}_bpb_{score.standing}"
+def time_table(runs: list[Run]) -> list[dict[str, Any]]:
+    """The ledger of time, fit for JSON: work, evaluator, budget, and seconds by seed. DVC shows no lists as metrics."""
+    return [
+        {
+            "work": entry.work,
+            "evaluator": entry.evaluator,
+            "budget": entry.budget,
+            "seconds": {str(run.seed): seconds for run, seconds in zip(runs, entry.seconds, strict=True)},
+        }
+        for entry in ledger(runs)
+    ]
 
 
 def curve(facts: Facts) -> str:
-    """CSV of validation bits per byte by step, a series a seed."""
+    """CSV of validation bits per byte by step, with a series for each seed."""
     rows = [f"seed {run.seed},{step},{bpb:.6f}" for run in facts.runs for step, bpb in run.curves["val_bpb"]]
     return "\n".join(["series,step,val_bpb", *rows]) + "\n"
 
 
 def positions(facts: Facts) -> str:
-    """CSV of mean nats a token along the validation stream (percent), a series an evaluator, of the first seed."""
+    """CSV of the first seed's mean nats a token along the validation stream (percent), with a series by evaluator."""
     profiles = [(score.label, facts.runs[0].profiles[score.name]) for score in facts.scores]
     rows = [
         f"{label},{share(part, len(means)):.2f},{nats:.6f}"
@@ -121,12 +139,12 @@ def positions(facts: Facts) -> str:
 
 
 def sizes(facts: Facts) -> str:
-    """CSV of the bytes of each part of the artifact, of the first seed."""
+    """CSV of the bytes of each part of the first seed's artifact."""
     rows = [f"{part.name},{part.size_bytes}" for part in size_parts(facts.runs[0].size)]
     return "\n".join(["part,bytes", *rows]) + "\n"
 
 
-# What the classes of tensors and the other parts hold.
+# The parts of an artifact in words, by their names in size.json.
 NAMES = {
     "attn": "attention",
     "mlp": "MLP",
@@ -140,7 +158,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes of one part, and bits per weight where it holds weights."""
+    """The bytes of one part, and their bits per weight if it is a class of tensors."""
 
     name: str
     size_bytes: int
@@ -148,7 +166,7 @@ class Part:
 
 
 def size_parts(size: dict[str, Any]) -> list[Part]:
-    """The parts of size.json, which sum to its total_bytes: classes of tensors, floats, header, code."""
+    """The parts in size.json, which sum to its total_bytes: classes of tensors, float16 tensors, header, code."""
     classes = size["classes"]
     parts = [
         Part(NAMES.get(kind, kind), size_bytes, classes[kind]["bits_per_weight"] if kind in classes else None)

@@ -1,8 +1,9 @@
 """Files that appear whole or not at all, and the reading of what a stage wrote.
 
 Every artifact is written under a temporary name beside its place, flushed to disk and then renamed, so that a killed
-stage leaves either its old output or none. Sets of tensors are safetensors files, figures are JSON objects. A file that
-is missing or damaged is a UserError that names the command which makes it.
+stage leaves either its old output or none. Sets of tensors are safetensors files, figures are JSON objects, and the
+scores of single tokens are an array in an .npz file. A file that is missing or damaged is a UserError that names the
+command which makes it.
 """
 
 import json
@@ -12,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
 import safetensors
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -102,3 +105,16 @@ def read_figures(path: Path, made_by: str, keys: tuple[str, ...] = ()) -> dict[s
     if missing := [key for key in keys if key not in found]:
         raise UserError(f"{path}: no {missing[0]}; run `{made_by}` again")
     return found
+
+
+def read_array(path: Path, name: str, made_by: str) -> np.ndarray:
+    """Read the array of that name from the .npz file that a stage wrote.
+
+    Raises UserError naming the command `made_by` if the file is missing or damaged or holds no such array.
+    """
+    try:
+        with require_file(path, made_by).open("rb") as file, np.load(file) as arrays:
+            array: np.ndarray = arrays[name]
+            return array
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile):
+        raise UserError(f"{path}: not an .npz file with an array {name!r}; run `{made_by}` again") from None

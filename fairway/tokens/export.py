@@ -1,6 +1,7 @@
 """From documents to everything in artifacts/tokens: the tokenizer, the token shards, and figures about them.
 
-The first tokenize.val_documents documents of the file validate, all others train, and no shard holds both. Beside the
+The first tokenize.val_documents documents of the file are held out for validation, and tokenize.val_limit_documents may
+keep the first few of these alone. All others train, and no shard holds both. Beside the
 counts stands how small general-purpose compressors make the validation text: a yardstick for a model's bits per byte.
 """
 
@@ -72,7 +73,7 @@ def tokenize_documents(documents: Path, folder: Path, settings: TokenizeSettings
         model = train_tokenizer(texts, vocab_size=settings.vocab_size, trainer=trainer, transform=transform)
         tokenizer.write_bytes(model)
     meta = export(documents, tokenizer, folder, settings=settings, workers=len(os.sched_getaffinity(0)))
-    validation = islice(read_texts(documents), settings.val_documents)
+    validation = islice(read_texts(documents), settings.scored_documents)
     return meta | {"compressed_val_bytes": compressed_bytes(validation)}
 
 
@@ -96,7 +97,7 @@ def export(
         sidecar = stack.enter_context(ShardWriter(folder, "val_bytes", settings.shard_tokens))
         lines, file = stack.enter_context(open_lines(documents))
         progress = stack.enter_context(Progress("tokenize", documents.stat().st_size, unit="B"))
-        batches = _batches(lines, str(documents), settings.val_documents)
+        batches = _batches(lines, str(documents), settings)
         for batch, encoded in _encode_all(batches, (tokenizer, settings.vocab_size, settings.transform), workers):
             totals[batch.split].add(batch, encoded)
             writers[batch.split].append(encoded.tokens)
@@ -107,6 +108,7 @@ def export(
         "vocab_size": settings.vocab_size,
         "transform": settings.transform,
         "val_bytes": totals["val"].counted_bytes,
+        "held_out_documents": settings.val_documents,
         **{
             f"{split}_{name}": getattr(count, name)
             for split, count in totals.items()
@@ -133,18 +135,25 @@ class Totals:
         self.counted_bytes += encoded.counted_bytes
 
 
-def _batches(lines: Iterator[bytes], source: str, val_documents: int) -> Iterator[LineBatch]:
-    """The lines in batches of about BATCH_BYTES, none of which holds documents of both splits."""
+def _batches(lines: Iterator[bytes], source: str, settings: TokenizeSettings) -> Iterator[LineBatch]:
+    """The lines in batches of about BATCH_BYTES, none of which holds documents of both splits.
+
+    Documents that are held out but beyond the limit are in none.
+    """
+    scored, held_out = settings.scored_documents, settings.val_documents
     held: list[bytes] = []
     first, held_bytes = 1, 0
     for number, line in enumerate(lines, start=1):
+        if scored < number <= held_out:
+            first = number + 1
+            continue
         held.append(line)
         held_bytes += len(line)
-        if held_bytes >= BATCH_BYTES or number == val_documents:
-            yield LineBatch(source, "val" if first <= val_documents else "train", first, held)
+        if held_bytes >= BATCH_BYTES or number == scored:
+            yield LineBatch(source, "val" if first <= scored else "train", first, held)
             held, first, held_bytes = [], number + 1, 0
     if held:
-        yield LineBatch(source, "val" if first <= val_documents else "train", first, held)
+        yield LineBatch(source, "val" if first <= scored else "train", first, held)
 
 
 def _encode_all(

@@ -28,7 +28,7 @@ from fairway.runtime.progress import Progress
 from fairway.runtime.settings import Section
 from fairway.tokens.shards import open_shard, shard_paths
 from fairway.tokens.tokenizer import BOS, RESERVED, TokenizeSettings, byte_table, check_tokenizer
-from fairway.tokens.validation import open_sidecars
+from fairway.tokens.validation import cut_validation, open_sidecars
 
 
 class FetchHub(Section):
@@ -211,16 +211,21 @@ def adopt_export(fetched: Path, folder: Path, settings: TokenizeSettings) -> dic
         raise UserError(
             f"{fetched}: the validation shards hold {counts['val']} (documents, tokens), the manifest says {promised}"
         )
+    cut: dict[str, str] = {}
+    if settings.scored_documents < about["val_documents"]:
+        cut = cut_validation(folder, settings.scored_documents)
+        counts["val"] = _count(folder, "val", settings.vocab_size)
     return {
         "vocab_size": settings.vocab_size,
         "transform": settings.transform,
         "source": {key: about[key] for key in ("repository", "revision", "variant")},
         "val_bytes": _validation_bytes(folder, settings),
+        "held_out_documents": about["val_documents"],
         **{f"{split}_documents": documents for split, (documents, _) in counts.items()},
         **{f"{split}_tokens": tokens for split, (_, tokens) in counts.items()},
         **{f"{split}_text_bytes": None for split in counts},
         "compressed_val_bytes": {},
-        "sha256": about["sha256"],
+        "sha256": {name: cut.get(name, digest) for name, digest in about["sha256"].items() if (folder / name).exists()},
     }
 
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fairway.runtime.errors import UserError
 from fairway.runtime.settings import Section
@@ -47,7 +47,22 @@ class TokenizeSettings(Section):
     transform: Literal["none", "caseops"]
     vocab_size: int = Field(gt=259, le=65536)
     val_documents: int = Field(gt=0)
+    # Of these, only the first so many are scored; null: all.
+    val_limit_documents: int | None = Field(gt=0)
     shard_tokens: int = Field(gt=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _limit(self) -> "TokenizeSettings":
+        if self.val_limit_documents is not None and self.val_limit_documents > self.val_documents:
+            raise ValueError(
+                f"val_limit_documents ({self.val_limit_documents}) exceeds val_documents ({self.val_documents})"
+            )
+        return self
+
+    @property
+    def scored_documents(self) -> int:
+        """How many documents the validation shards hold."""
+        return self.val_limit_documents or self.val_documents
 
 
 # How SentencePiece writes a space.

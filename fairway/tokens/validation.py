@@ -17,8 +17,8 @@ from torch import Tensor
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import require_file
 from fairway.runtime.fingerprint import file_sha256
-from fairway.tokens.shards import open_shard, shard_paths, sidecar_paths
-from fairway.tokens.tokenizer import byte_table
+from fairway.tokens.shards import open_shard, shard_paths, sidecar_paths, write_shard
+from fairway.tokens.tokenizer import BOS, byte_table
 
 # The command that errors about a token folder name.
 MADE_BY = "python -m stages.tokenize"
@@ -68,6 +68,28 @@ def open_sidecars(folder: Path) -> list[np.ndarray]:
         if len(sidecar) != (tokens := len(open_shard(shard, vocab_size=None))):
             raise UserError(f"{path}: {len(sidecar)} entries, expected {tokens} as {shard} has tokens")
     return sidecars
+
+
+def cut_validation(folder: Path, documents: int) -> dict[str, str]:
+    """Leave the first so many documents in the validation shards and their sidecars; the files' new SHA-256 by name.
+
+    The files are written anew, since a linked one is another folder's too. Files of which nothing is left are removed.
+    """
+    left, sidecars = documents, {path.name: path for path in sidecar_paths(folder)}
+    digests = {}
+    for path in shard_paths(folder, "val"):
+        tokens = open_shard(path, vocab_size=None)
+        begins = np.flatnonzero(tokens == BOS)
+        end = int(begins[left]) if left < len(begins) else len(tokens) if left else 0
+        left = max(left - len(begins), 0)
+        for file in (path, sidecars.get(path.name.replace("val_", "val_bytes_", 1))):
+            if file is not None:
+                kept = open_shard(file, vocab_size=None)[:end].copy()
+                file.unlink()
+                if end:
+                    write_shard(file, kept)
+                    digests[file.name] = file_sha256(file)
+    return digests
 
 
 def verify_tokens(folder: Path, *, vocab_size: int) -> None:

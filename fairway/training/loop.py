@@ -6,6 +6,7 @@ that they use the same learning rate, switch depth recurrence on together and st
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -36,7 +37,8 @@ FIRST_STEPS = 10
 class Trained:
     """What training leaves: weights by kind ("last", "ema_<decay>", "swa" if collected), their bpb, and figures.
 
-    `clock_s` are the seconds of the training clock until the device had done the last step.
+    `clock_s` are the seconds of the training clock until the device had done the last step, and `compile_s` those of
+    compiling and warming up before this process started the clock.
     """
 
     weights: dict[str, dict[str, Tensor]]
@@ -45,6 +47,7 @@ class Trained:
     train_loss: float
     steps: int
     clock_s: float
+    compile_s: float
     stopped_by: str
 
 
@@ -66,8 +69,7 @@ def train(
     every rank. Raises UserError after the first step whose loss or gradient is not finite.
     """
     run = Run.begin(model, loader, settings, world)
-    if settings.compile:
-        _warm_up(run)
+    compile_s = _warm_up(run) if settings.compile else 0.0
     if points and (point := points.load()):
         run.restore(*point)
         for step, figures in run.history:
@@ -102,7 +104,7 @@ def train(
 
     weights = run.weights()
     bpb = {"last": val_bpb} | _averages_bpb(run, weights, validation)
-    return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, clock_s, stopped_by)
+    return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, clock_s, compile_s, stopped_by)
 
 
 def _averages_bpb(run: Run, weights: dict[str, dict[str, Tensor]], validation: Validation) -> dict[str, float]:
@@ -198,11 +200,12 @@ def _validate(run: Run, validation: Validation) -> tuple[float, float]:
     )
 
 
-def _warm_up(run: Run) -> None:
-    """Compile every graph that the run will use by running warmup_steps steps with each, before the clock starts.
+def _warm_up(run: Run) -> float:
+    """Compile every graph that the run will use by running warmup_steps steps with each; the seconds that this took.
 
     The weights, the optimizer and the position in the data are put back afterwards (training.md 2.4).
     """
+    started_at = time.monotonic()
     before, position = run.weights()["last"], run.loader.state_dict()
     depths = (False, True) if run.settings.schedule.loop_from else (True,)
     forwards = [run.forwards.plain] + ([run.forwards.rounded_at(0)] if run.settings.qat else [])
@@ -213,3 +216,5 @@ def _warm_up(run: Run) -> None:
     run.load_weights(before)
     run.optimizer.reset()
     run.loader.load_state_dict(position)
+    run.world.synchronize()
+    return time.monotonic() - started_at

@@ -23,11 +23,23 @@ from fairway.training.train_settings import TrainSettings
 
 
 def write_outputs(
-    folder: Path, trained: Trained, config: ModelConfig, settings: TrainSettings, world: World, *, live: Path
+    folder: Path,
+    trained: Trained,
+    config: ModelConfig,
+    settings: TrainSettings,
+    world: World,
+    *,
+    live: Path,
+    start_s: float,
 ) -> None:
-    """Write a safetensors file for each kind of weights, train.json, and a copy of the curves in the folder `live`."""
+    """Write a safetensors file for each kind of weights, train.json, and a copy of the curves in the folder `live`.
+
+    `start_s` are the seconds from the start of the stage to the call of train.
+    """
     report = {
         "steps": trained.steps,
+        "start_s": round(start_s, 3),
+        "compile_s": round(trained.compile_s, 3),
         "wall_s": round(trained.clock_s, 3),
         "stopped_by": trained.stopped_by,
         "train_tokens": trained.steps * settings.batch_tokens,
