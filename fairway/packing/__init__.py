@@ -1,1 +1,1 @@
-"""From modules to one short program, step by step: link, fold, sweep, shorten."""
+"""From modules to the one program that ships: link, drop what nothing reaches, minify, compress, and try it out."""

@@ -1,10 +1,11 @@
 """train_gpt.py: the whole record in one self-extracting file.
 
-The modules that the entry needs are linked to one text (packing/link.py), into which the record's settings are written
-(packing/schema.py). What nothing then reaches falls away (packing/sweep.py). The rest is minified
+The modules that the entry needs are linked to one text (packing/link.py), and the record's settings are written into it
+(packing/schema.py). Statements that nothing then reaches are dropped (packing/sweep.py). The rest is minified
 (packing/shorten.py), compressed, and put as a string behind a stub of a few lines, in which the seed stands. The file
-needs the installed packages and nothing of the repository. Same repository, same settings, same bytes.
-Source: PR #1172 and #1493 ship LZMA2-raw + base85 of one minified script; #1958 measures Brotli instead. Ours: PPMd
+needs the installed packages and nothing of the repository. The same repository and settings give the same bytes.
+
+Source: PR #1172 and #1493 ship one minified script as raw LZMA2 in base85; #1958 measures Brotli instead. Ours: PPMd
 (Shkarin 2002, variant I), which takes 8 % fewer bytes than Brotli for programs of this size.
 """
 
@@ -25,10 +26,11 @@ from fairway.packing.schema import NAMESPACE, Settings
 from fairway.packing.shorten import shorten, strip
 from fairway.packing.sweep import Parts
 
-# The module of the whole record, and its function that a started program calls.
+# The module of the whole record, and the function of it that the program calls when it is started.
 RECORD, ENTRY = "fairway.whole_record", "run_shipped"
-# Makes of its own string the program's text, tells linecache of it (tracebacks, inspect, Triton) and runs it. It reads
-# the string as bytes; to Python it is a raw one, which bears everything but a zero: two letters stand for that.
+# The stub unpacks the program's text from the string at its end and runs it. Before that it registers the text with
+# linecache, where tracebacks, inspect and Triton look for it. It reads the string as bytes from its own file. To Python
+# it is a raw string, which may hold every byte but zero, so two letters stand for a zero.
 STUB = """#coding:latin1
 {late}import linecache,pyppmd
 s=pyppmd.decompress_str(open(__file__,"rb").read().split(b{quote}*3)[1][:-1].replace(b"{zero}",b"\\0"),max_order=16)
@@ -48,12 +50,12 @@ def program_text(
     late: Sequence[str] = (),
     chosen: Mapping[str, str] | None = None,
 ) -> str:
-    """The minified program of `entry` (a module under `root`, say "fairway.whole_record") and what it needs of `root`.
+    """The minified program of the module `entry`, such as "fairway.whole_record", with all that it needs under `root`.
 
-    Started as a program it calls run_shipped(*arguments, *late) of the entry module. Arguments are JSON values,
-    settings (pydantic objects), or classes, whose modules are linked too: the evaluator's, which no module imports.
-    `late` are names that the stub sets. `chosen`, {"module.TABLE": key}, tells of which tables at module level only one
-    entry is ever looked up. Raises ValueError on code that cannot be packed.
+    Started as a program, it calls run_shipped(*arguments, *late) of that module. Arguments are JSON values, settings
+    (pydantic objects), or classes. The modules of classes are linked as well, because no module imports the
+    evaluator's. `late` are names that the stub sets. `chosen`, {"module.TABLE": key}, names tables at module level of
+    which only the entry of one key is ever looked up. Raises ValueError on code that cannot be packed.
     """
     linked = link(root, entry, *(argument.__module__ for argument in arguments if isinstance(argument, type)))
     for table, key in (chosen or {}).items():
@@ -70,7 +72,7 @@ def program_text(
 
 
 def _keep_entry(linked: Linked, table: str, key: str) -> None:
-    """Leave a table, a dict at module level, the entry of one key. Raises ValueError if there is no such entry."""
+    """Drop all entries but that of one key from a dict at module level. Raises ValueError if there is no such entry."""
     module, _, name = table.rpartition(".")
     for statement in linked.tree.body:
         value = statement.value if isinstance(statement, ast.Assign | ast.AnnAssign) else None
@@ -87,9 +89,9 @@ def _is(node: ast.expr | None, value: str) -> bool:
 
 
 def self_extracting(text: str, **late: int) -> bytes:
-    """A program behind the stub that unpacks it and sets the names `late`.
+    """The file that ships: the stub, which sets the names `late`, and the compressed program.
 
-    Raises ValueError if PPMd does not give the same text back, or puts out what no string holds (see quoted).
+    Raises ValueError if PPMd does not give the same text back, or if no string can hold its output (see quoted).
     """
     packed = pyppmd.compress(text, max_order=16)
     if pyppmd.decompress_str(packed, max_order=16) != text:
@@ -98,7 +100,7 @@ def self_extracting(text: str, **late: int) -> bytes:
 
 
 def quoted(packed: bytes, **late: int) -> bytes:
-    """The stub with these bytes as its string. Raises ValueError if they hold both kinds of quotes in threes."""
+    """The stub with these bytes as its string. Raises ValueError if they hold both kinds of triple quotes."""
     text = packed.decode("latin1")
     pairs = map("".join, permutations(string.ascii_lowercase, 2))
     zero = next(pair for pair in pairs if pair not in text)
@@ -111,23 +113,23 @@ def quoted(packed: bytes, **late: int) -> bytes:
 
 
 def requirements(text: str) -> str:
-    """Lines `package==version` for what a program imports, and for what the stub that unpacks it does.
+    """Lines `package==version` for the packages that a program and its stub import, in the versions installed here.
 
-    Packages that the program imports only if they are there, and that are not here, are left out.
+    A package that the program can do without, and that is not installed here, is left out.
     """
     distributions = packages_distributions()
     packages = {name for top in outside_imports(text) for name in distributions.get(top, [])}
-    # Without a build's own suffix (2.13.0+cpu), which no index knows.
+    # Without a build's own suffix, as in 2.13.0+cpu, which no package index knows.
     return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in sorted(packages, key=str.lower))
 
 
 def outside_imports(text: str) -> set[str]:
-    """Top-level names of the modules that a program and its stub import, but for Python's own."""
+    """Top-level names of the modules that a program and its stub import, without those of Python itself."""
     return _imported(ast.parse(quoted(b""))) | _imported(ast.parse(text))
 
 
 def _imported(tree: ast.Module) -> set[str]:
-    """Top-level names that import statements anywhere in the text name, but for Python's own."""
+    """Top-level names in the import statements anywhere in the text, without those of Python itself."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

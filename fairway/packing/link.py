@@ -1,6 +1,6 @@
-"""All modules of a program as one text: imports among them resolved, every module-level name made unique.
+"""All modules of a program as one text, in which imports among them are resolved and module-level names are unique.
 
-Python that would mean something else in one text is refused with a ValueError that names the module: see Linker.
+Python code that would mean something else in one text is refused with a ValueError that names the module (see Linker).
 """
 
 import ast
@@ -12,33 +12,33 @@ from pathlib import Path
 from fairway.packing.names import GlobalNames, binds, bound_names, imported_names, own_nodes, parameters
 
 Import = ast.Import | ast.ImportFrom
-# What the linker puts behind a name to make it unique. No name of the program may end so.
+# What the linker appends to a name to make it unique. No name of the program may end like this.
 SUFFIX = re.compile(r"__\d+i?$")
 
 
 @dataclass
 class Linked:
-    """One text, and what there is to know of it."""
+    """The one text of a program, and what later steps need to know of it."""
 
     tree: ast.Module
     # What the module-level names of each module are called in the text: {(module, name): new name}.
     names: dict[tuple[str, str], str]
-    # The blocks at the end of the text that hold modules which are imported inside functions alone.
+    # The blocks at the end of the text. They hold the modules that are imported only inside functions.
     late: list[ast.Try]
-    # Names of imports that nothing in the text mentions: they are there for what importing does.
+    # Names of imports that nothing in the text mentions. Such an import is there for what importing itself does.
     unmentioned: set[str]
 
 
-# What a name of a module means: another's new name, or a module of the program (`None` in front of its name).
+# What a name in a module means: a name of the text, or a module of the program, as None and the module's name.
 Meaning = str | tuple[None, str]
 
 
 @dataclass
 class _Module:
-    """A module's text, and what its names mean once that has been asked for."""
+    """The statements of a module, and what its names mean, which is worked out when it is first needed."""
 
     statements: list[ast.stmt]
-    # Names that functions set by `global`.
+    # Names of the module that its functions set by `global`.
     set_anew: set[str]
     meanings: dict[str, Meaning] | None = None
 
@@ -46,8 +46,8 @@ class _Module:
 def link(root: Path, *entries: str) -> Linked:
     """These modules under `root` and every module of `root` that they need, as one text.
 
-    Modules imported inside functions alone run at the end of the text, each in a `try` that ends quietly if a package
-    is not installed: Triton's kernels are what this is for. Raises ValueError on what one text cannot express.
+    Modules that are imported only inside functions stand at the end of the text, each in a `try` that ends quietly if a
+    package is not installed. This is made for Triton's kernels. Raises ValueError on what one text cannot express.
     """
     linker, lazy = Linker(root), list[str]()
     eager = linker.closure(list(entries))
@@ -61,30 +61,35 @@ def link(root: Path, *entries: str) -> Linked:
 
 
 def _if_installed(statements: list[ast.stmt]) -> ast.Try:
-    """A module imported inside functions: without a package, it and what needs it stay undefined."""
+    """A module that is imported inside functions. If its package is missing, its names stay undefined."""
     errors = ast.Tuple([ast.Name("ImportError", ast.Load()), ast.Name("NameError", ast.Load())], ast.Load())
     return ast.Try(statements or [ast.Pass()], [ast.ExceptHandler(errors, None, [ast.Pass()])], [], [])
 
 
 class Linker:
-    """The modules of a program: what they import, and their texts for one namespace.
+    """The modules of a program: what they import, and their statements with names for one namespace.
 
-    Refused are: relative and starred imports, those of __future__, dotted ones without `as`; a name that is imported
-    and bound otherwise too; imports among the program's modules behind other statements, inside blocks at module level,
-    or of whole modules inside functions; a module as a value, or with its names set from outside; `from` with a name
-    that its module sets anew by `global`; class bodies that read a global of the name of their own.
+    It refuses what would mean something else in one text:
+
+    - imports that are relative or starred, of __future__, or of a dotted name without `as`;
+    - a name that is imported and also bound in another way;
+    - imports among the program's modules that stand after other statements or inside blocks at module level, and
+      imports of whole modules inside functions;
+    - a module used as a value, or whose names are set from outside;
+    - `from` with a name that its module sets by `global`;
+    - a class body that reads a global and binds the same name itself.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.modules: dict[str, _Module] = {}
         self.names: dict[tuple[str, str], str] = {}
-        # New names of imports from outside by the text of the import, and the texts that stand in the program so far.
+        # The new names of imports from outside, by the text of the import; and the import texts written so far.
         self.imports: dict[str, str] = {}
         self.seen: set[str] = set()
 
     def module(self, name: str) -> _Module:
-        """The module, read once."""
+        """The module of that name, which is read once."""
         if name not in self.modules:
             path = _module_file(self.root, name)
             text = path.read_text(encoding="utf-8") if path and path.is_file() else ""
@@ -94,7 +99,7 @@ class Linker:
         return self.modules[name]
 
     def closure(self, wanted: list[str], done: list[str] | None = None) -> list[str]:
-        """These modules and all they import at module level, in the order in which they run, less those `done`."""
+        """These modules and all that they import at module level, except those `done`, in the order of running."""
         order: list[str] = list(done or [])
         under_way: set[str] = set(order)
 
@@ -115,7 +120,7 @@ class Linker:
         return _module_file(self.root, name) is not None
 
     def imported(self, statements: list[ast.stmt]) -> Iterator[str]:
-        """Modules of the program that these statements import themselves."""
+        """Names of the modules that these import statements may mean; some of them may be names inside a module."""
         for statement in statements:
             if isinstance(statement, ast.Import):
                 yield from (alias.name for alias in statement.names)
@@ -131,9 +136,9 @@ class Linker:
                 yield from (other for other in self.imported(inside) if self.is_ours(other))
 
     def text(self, name: str, seen: set[str]) -> list[ast.stmt]:
-        """The module's statements with every module-level name replaced; modules it imports must come before.
+        """The module's statements with every module-level name replaced. The modules that it imports must come before.
 
-        `seen`: imports from outside that need not be written again, to which those of the module are added.
+        `seen` holds the imports from outside that need not be written again. Those of the module are added to it.
         """
         replace = _Replace(self, name)
         kept: list[ast.stmt] = []
@@ -142,7 +147,7 @@ class Linker:
         return [new for statement in kept for new in _listed(replace.visit(statement))]
 
     def _from_outside(self, statement: Import, seen: set[str]) -> Iterator[ast.stmt]:
-        """The imports of single names that are not written yet."""
+        """The imports from outside the program, one for each name, that have not been written yet."""
         for alias in statement.names:
             text = ast.unparse(_alone(statement, alias))
             if not self.meaning(_source(statement, alias)) and text not in seen:
@@ -167,7 +172,7 @@ class Linker:
         return isinstance(statement, Import) and any(map(self.is_ours, self.imported([statement])))
 
     def _import(self, module: str, statement: Import, meanings: dict[str, Meaning]) -> None:
-        """Note what the imported names mean."""
+        """Add to `meanings` what the names that a statement imports mean."""
         for alias in statement.names:
             bound = alias.asname or alias.name
             if isinstance(statement, ast.Import) and "." in bound:
@@ -182,7 +187,7 @@ class Linker:
         return self.names.setdefault((module, name), f"{_stem(name)}__{len(self.names)}")
 
     def meaning(self, source: str) -> Meaning | None:
-        """What a dotted name of the program means; None of anybody else's."""
+        """What a dotted name means if it is the program's; None if it is from outside."""
         if self.is_ours(source):
             return None, source
         module, _, name = source.rpartition(".")
@@ -196,7 +201,7 @@ class Linker:
 
 
 class _Replace(GlobalNames):
-    """Puts the meaning of a module's names in their place."""
+    """Replaces the names of a module by what they mean."""
 
     def __init__(self, linker: Linker, name: str) -> None:
         super().__init__(self._new)
@@ -209,7 +214,7 @@ class _Replace(GlobalNames):
         return meaning
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        """`module.name` of a module of the program is a name of the program."""
+        """Replace `module.name`, if that is a module of the program, by the name that it means."""
         of = self.meanings.get(node.value.id) if isinstance(node.value, ast.Name) else None
         if not isinstance(of, tuple) or (isinstance(node.value, ast.Name) and self.is_local(node.value.id)):
             return self.generic_visit(node)
@@ -219,20 +224,20 @@ class _Replace(GlobalNames):
         return ast.Name(meaning, node.ctx)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        """A class body that reads a name before it binds it means the global of that name."""
+        """Refuse a class body that reads a global and binds the same name: which is meant depends on the order."""
         read = {name.id for name in _read_in_body(node)}
         if clash := sorted(read & bound_names(node.body) & self.meanings.keys()):
             raise ValueError(f"{self.module}: class {node.name} has its own {clash[0]}, and reads the global one")
         return super().visit_ClassDef(node)
 
     def visit_Import(self, node: ast.Import) -> ast.AST:
-        """Inside functions and blocks, from outside the program."""
+        """Leave an import inside a function or block as it is if it is from outside the program; refuse any other."""
         if any(self.linker.meaning(alias.name) for alias in node.names):
             raise ValueError(f"{self.module}: {ast.unparse(node)}: import names of it, with `from`")
         return self.generic_visit(node)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.stmt]:
-        """Inside functions; what comes from the program becomes a local name for it."""
+        """Turn an import from the program inside a function into assignments of local names."""
         values = [self.linker.meaning(f"{node.module}.{alias.name}") for alias in node.names]
         if not any(values):
             return self.generic_visit(node)
@@ -247,7 +252,7 @@ class _Replace(GlobalNames):
 
 
 def _refuse(name: str, statements: list[ast.stmt]) -> None:
-    """Raise ValueError on imports that the text cannot express, and on names that could be taken for its own."""
+    """Raise ValueError on imports that one text cannot express, and on names like those that the linker makes."""
     for node in (node for statement in statements for node in ast.walk(statement)):
         starred = isinstance(node, Import) and any(alias.name == "*" for alias in node.names)
         relative = isinstance(node, ast.ImportFrom) and (node.level or node.module == "__future__")
@@ -259,7 +264,7 @@ def _refuse(name: str, statements: list[ast.stmt]) -> None:
 
 
 def _leading_imports(statements: list[ast.stmt]) -> int:
-    """How many statements are imports, or constants such as the docstring, before anything else is done."""
+    """How many statements at the start of a module are imports or constants such as its docstring."""
     others = (i for i, s in enumerate(statements) if not isinstance(s, Import) and not _is_constant(s))
     return next(others, len(statements))
 
@@ -269,13 +274,13 @@ def _is_constant(statement: ast.stmt) -> bool:
 
 
 def _set_anew(statements: list[ast.stmt]) -> set[str]:
-    """Names that functions set in the module."""
+    """Names of the module that its functions declare as `global`."""
     nodes = [node for statement in statements for node in ast.walk(statement)]
     return {name for node in nodes if isinstance(node, ast.Global) for name in node.names}
 
 
 def _read_in_body(node: ast.ClassDef) -> Iterator[ast.Name]:
-    """Names that a class body reads itself, defaults and decorators of its methods included."""
+    """Names that a class body reads when it runs, including those in defaults and decorators of its methods."""
     for part in (part for statement in node.body for part in own_nodes(statement)):
         if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
             outside = [*part.decorator_list, *part.args.defaults, *filter(None, part.args.kw_defaults)]
@@ -285,12 +290,12 @@ def _read_in_body(node: ast.ClassDef) -> Iterator[ast.Name]:
 
 
 def _source(statement: Import, alias: ast.alias) -> str:
-    """The dotted name of what is imported."""
+    """The dotted name of what a statement imports under an alias."""
     return f"{statement.module}.{alias.name}" if isinstance(statement, ast.ImportFrom) else alias.name
 
 
 def _alone(statement: Import, alias: ast.alias) -> ast.stmt:
-    """The import of one name."""
+    """An import statement for this one name."""
     if isinstance(statement, ast.Import):
         return ast.Import([alias])
     return ast.ImportFrom(statement.module, [alias], 0)
@@ -301,7 +306,7 @@ def _listed(new: ast.stmt | list[ast.stmt]) -> list[ast.stmt]:
 
 
 def _stem(name: str) -> str:
-    """Without leading underscores, which would make a name private to the classes that use it."""
+    """The name without leading underscores, which would make it private to any class that uses it."""
     return name.lstrip("_") or "x"
 
 
@@ -315,7 +320,7 @@ def _parents(name: str) -> list[str]:
 
 
 def _module_file(root: Path, name: str) -> Path | None:
-    """The file of a module of `root`; the folder of a package without __init__.py; None for anybody else's module."""
+    """The file of a module under `root`, or the folder of a package without __init__.py; None if it is elsewhere."""
     path = root / name.replace(".", "/")
     if path.with_suffix(".py").is_file():
         return path.with_suffix(".py")

@@ -1,4 +1,4 @@
-"""Which names of a Python text mean something at module level, by the scope rules of the language."""
+"""Which names in a Python text are those of its module, by the scope rules of the language."""
 
 import ast
 from collections.abc import Callable, Iterable, Iterator
@@ -11,23 +11,24 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 @dataclass
 class _Scope:
-    """The names of one function: those that are its own, and those that it declares to be the module's."""
+    """The names of one function: its local names, and those that it declares as `global`."""
 
     local: set[str]
     of_module: set[str] = field(default_factory=set)
 
 
 class GlobalNames(ast.NodeTransformer):
-    """Replaces every module-level name by what `rename` makes of it; names local to a function or class stay."""
+    """Replaces every module-level name by what `rename` makes of it. Names local to a function or class stay."""
 
     def __init__(self, rename: Callable[[str], str]) -> None:
         self.rename = rename
-        # The functions around the node that is visited, the innermost last, and names bound by the class around it.
+        # The functions around the node that is being visited, the innermost last, and the names that a class around
+        # it binds.
         self.functions: list[_Scope] = []
         self.class_body: set[str] = set()
 
     def is_local(self, name: str) -> bool:
-        """Whether the name, at the node that is visited, belongs to a function or class around it."""
+        """Whether a name at the node that is being visited belongs to a function or class around it."""
         if name in self.class_body:
             return True
         for scope in reversed(self.functions):
@@ -41,17 +42,17 @@ class GlobalNames(ast.NodeTransformer):
         return name if self.is_local(name) else self.rename(name)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
-        """A name that is read, set or deleted."""
+        """Replace a name that is read, set or deleted."""
         node.id = self._name(node.id)
         return node
 
     def visit_Global(self, node: ast.Global) -> ast.AST:
-        """Names that a function takes from the module."""
+        """Replace the names that a function declares as the module's."""
         node.names = [self.rename(name) for name in node.names]
         return node
 
     def visit_alias(self, node: ast.alias) -> ast.AST:
-        """A name that an import binds. Raises ValueError where a dotted import would have to bind another name."""
+        """Replace the name that an import binds. Raises ValueError for a dotted import: it can bind no other name."""
         bound = node.asname or node.name.split(".")[0]
         new = self._name(bound)
         if new != bound:
@@ -64,16 +65,16 @@ class GlobalNames(ast.NodeTransformer):
         node.name = node.name and self._name(node.name)
         return self.generic_visit(node)
 
-    # A caught exception, and what patterns of `match` bind.
+    # The name of a caught exception, and names that patterns of `match` bind.
     visit_ExceptHandler = visit_MatchAs = visit_MatchStar = _named
 
     def visit_MatchMapping(self, node: ast.MatchMapping) -> ast.AST:
-        """The rest of a mapping."""
+        """Replace the name that a pattern binds to the rest of a mapping."""
         node.rest = node.rest and self._name(node.rest)
         return self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
-        """Decorators, defaults and annotations are read outside the function, its body inside."""
+        """Visit decorators, defaults and annotations as outside the function, and its body as inside."""
         node.name = self._name(node.name)
         node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
         node.returns = node.returns and self.visit(node.returns)
@@ -83,7 +84,7 @@ class GlobalNames(ast.NodeTransformer):
     visit_AsyncFunctionDef = visit_FunctionDef
 
     def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
-        """A function of one expression."""
+        """Visit a function that consists of one expression."""
         self._function(node, [node.body])
         return node
 
@@ -109,7 +110,7 @@ class GlobalNames(ast.NodeTransformer):
         return new
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        """Names bound in a class body are seen by the body alone, not by its methods."""
+        """Visit a class. Only its body sees the names that the body binds; its methods do not."""
         node.name = self._name(node.name)
         for part in ("bases", "keywords", "decorator_list"):
             setattr(node, part, [self.visit(child) for child in getattr(node, part)])
@@ -120,7 +121,7 @@ class GlobalNames(ast.NodeTransformer):
 
     def _comprehension(self, node: Any) -> ast.AST:
         first = node.generators[0]
-        # The first iterable is read outside the comprehension, all else inside.
+        # The first iterable is evaluated outside the comprehension, and everything else inside.
         first.iter = self.visit(first.iter)
         scope = _Scope(bound_names([generator.target for generator in node.generators]))
         parts: list[tuple[Any, str]] = [(g, name) for g in node.generators for name in ("target", "iter", "ifs")]
@@ -143,7 +144,7 @@ def parameters(arguments: ast.arguments) -> list[ast.arg]:
 
 
 def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """The node and what belongs to its scope, in order; of functions and classes inside only the definition itself."""
+    """The node and all nodes of its scope, in order. Of a function or class in it, that is only the definition."""
     waiting = [node]
     while waiting:
         node = waiting.pop()
@@ -152,7 +153,7 @@ def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
             continue
         children = list(ast.iter_child_nodes(node))
         if isinstance(node, COMPREHENSIONS):
-            # Only `:=` reaches out of a comprehension.
+            # Of the names that a comprehension binds, only those of `:=` belong to the scope around it.
             inside = (part for child in children for part in ast.walk(child))
             children = [part.target for part in inside if isinstance(part, ast.NamedExpr)]
         waiting += reversed(children)
@@ -164,12 +165,12 @@ def scope_nodes(body: Iterable[ast.AST]) -> list[ast.AST]:
 
 
 def bound_names(body: Iterable[ast.AST]) -> set[str]:
-    """Names that these statements or targets bind in their own scope."""
+    """Names that these statements or targets bind in the scope that they stand in."""
     return {name for node in scope_nodes(body) for name in binds(node)}
 
 
 def declared_global(body: Iterable[ast.AST]) -> set[str]:
-    """Names of the `global` statements of a scope."""
+    """Names in the `global` statements of a scope."""
     return {name for node in scope_nodes(body) if isinstance(node, ast.Global) for name in node.names}
 
 
@@ -186,7 +187,7 @@ def global_names(node: ast.AST) -> set[str]:
 
 
 def binds(node: ast.AST) -> list[str]:
-    """Names that this very node binds."""
+    """Names that this node itself binds, without those of the nodes in it."""
     if isinstance(node, ast.Name):
         return [] if isinstance(node.ctx, ast.Load) else [node.id]
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -199,7 +200,7 @@ def binds(node: ast.AST) -> list[str]:
 
 
 def imported_names(tree: ast.Module) -> dict[str, str]:
-    """What the imports of a text bind at module level, {name: dotted name of what it is}."""
+    """The names that imports bind at module level, each with the dotted name of what is imported."""
     imports = [node for node in scope_nodes(tree.body) if isinstance(node, ast.Import | ast.ImportFrom)]
     of = {id(node): f"{node.module}." if isinstance(node, ast.ImportFrom) else "" for node in imports}
     return {binds(alias)[0]: of[id(node)] + alias.name for node in imports for alias in node.names}

@@ -1,7 +1,7 @@
-"""The settings inside a packed program: namespaces without a schema, since the pipeline has checked them.
+"""The settings inside a packed program: plain namespaces, since the pipeline has already checked them.
 
-An object stays one of its own class where that can matter: if the class has methods that the program may call, or if
-the program makes objects of it, reads data into it, or asks for it (isinstance, match).
+An object keeps its own class only if that can matter: if the class has methods that the program may call, or if the
+program makes objects of the class, reads data into it, or asks for it (isinstance, match).
 """
 
 import ast
@@ -16,24 +16,26 @@ from fairway.packing.names import global_names
 from fairway.packing.sweep import Parts, Quiet
 
 NAMESPACE = "SimpleNamespace"
-# Decorators whose functions have done their work once an object is made.
+# Decorators of functions that are called only while an object is made.
 CHECKS = re.compile(r"pydantic\.(field|model)_(validator|serializer)$")
 
 
 class Settings:
-    """Writes the call that starts a program: with settings, and with all else that JSON knows."""
+    """Writes the call that starts a program, whose arguments are settings, classes and values of JSON."""
 
     def __init__(self, linked: Linked, parts: Parts) -> None:
         self.parts, self.names, self.quiet = parts, linked.names, Quiet(linked.tree)
         self.classes = {node.name: node for node in linked.tree.body if isinstance(node, ast.ClassDef)}
-        # Names of classes that the program uses as such, and names of attributes that it may read.
+        # Names that the program mentions other than as a base of a class, and names of attributes that it may read.
         self.used: set[str] = set()
         self.read: set[str] = set()
 
     def call(self, start: str, values: Sequence[Any], late: Sequence[str]) -> ast.Call:
-        """The call of `start` with the values, and behind them names that whoever runs the text will set.
+        """The call of `start` with the values, followed by the names `late`, which whoever runs the text has to set.
 
-        Raises ValueError on a value that is neither of JSON nor of a class of the program, or that cannot be made anew.
+        Which classes are needed depends on what the program reaches, and that depends on the classes in this call. So
+        the call is written again until no new class or attribute turns up. Raises ValueError on a value that is neither
+        one of JSON nor of a class of the program, or that cannot be made again from its data.
         """
         while True:
             arguments = [*map(self._written, values), *(ast.Name(name, ast.Load()) for name in late)]
@@ -63,7 +65,7 @@ class Settings:
         return ast.Call(ast.Name(self._name(type(value)), ast.Load()), [], [ast.keyword(None, _literal(data))])
 
     def _properties(self, kind: type[BaseModel]) -> list[str]:
-        """Properties that the program may read. Settings never change, so that each is written as one more field."""
+        """Properties that the program may read. Settings never change, so a property is written as one more field."""
         own = [base for base in kind.__mro__ if base not in (BaseModel, object)]
         found = {name for base in own for name, part in vars(base).items() if isinstance(part, property)}
         return sorted(found & self.read)
@@ -75,13 +77,13 @@ class Settings:
         return name
 
     def _is_whole(self, kind: type[BaseModel]) -> bool:
-        """Whether an object has to be of its class."""
+        """Whether an object must keep its class."""
         classes = {self._name(base) for base in kind.__mro__ if base not in (BaseModel, object)}
         pydantic = any(self.quiet.origins.get(name) == "pydantic.BaseModel" for name in self.used)
         return pydantic or bool(classes & self.used) or any(self._does_more(self.classes[name]) for name in classes)
 
     def _does_more(self, node: ast.ClassDef) -> bool:
-        """Whether a class has more than fields, a configuration, checks, and methods that nothing calls."""
+        """Whether a class has anything besides fields, a configuration, checks, and methods that nothing calls."""
         return not all(map(self._is_passive, node.body))
 
     def _is_passive(self, part: ast.stmt) -> bool:
@@ -91,15 +93,15 @@ class Settings:
             names = [self.quiet.decorator_name(decorator) for decorator in part.decorator_list]
             if any(map(CHECKS.match, names)) or "property" in map(ast.unparse, part.decorator_list):
                 return True
-            # Python itself calls methods such as __len__.
+            # A method such as __len__ is called by Python itself.
             return part.name not in self.read and not part.name.startswith("__")
         return isinstance(part, ast.Expr | ast.Pass) or ast.unparse(part).startswith("model_config =")
 
 
 def attributes_read(tree: ast.AST) -> Iterator[str]:
-    """Names that stand behind a dot, in a pattern of `match`, or in a string, which getattr could be given.
+    """Names of attributes that may be read: behind a dot, in a pattern of `match`, or in a string that getattr may get.
 
-    Docstrings are strings that nobody reads.
+    Docstrings do not count, since no code reads them.
     """
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -123,7 +125,7 @@ def _literal(value: Any) -> ast.expr:
 
 
 def _used(statement: ast.stmt) -> Iterator[str]:
-    """Names that a statement mentions, but for bases of classes."""
+    """Names that a statement mentions, except as bases of classes."""
     classes = [node for node in ast.walk(statement) if isinstance(node, ast.ClassDef)]
     bases = {id(part) for node in classes for base in node.bases for part in ast.walk(base)}
     yield from (node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and id(node) not in bases)

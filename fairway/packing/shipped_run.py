@@ -1,8 +1,8 @@
-"""What ships is run: beside model.bin and alone, train_gpt.py has to score a short stream as the repository does.
+"""The trial of what ships: alone beside model.bin, train_gpt.py must score a short stream as the repository does.
 
-The stream is the beginning of the validation stream, as far as the shipped evaluator needs to learn something on the
-way (short_stream). Not run are: how the program makes a model.bin where there is none; the phases of lora_ttt, which
-take hundreds of documents; and on a CPU, with a network as large as the records', learning between chunks.
+The stream is the beginning of the validation stream, long enough for the shipped evaluator to learn something on the
+way (short_stream). The trial leaves out how the program makes a model.bin if there is none, the phases of lora_ttt,
+which take hundreds of documents, and, on a CPU with a network as large as the records', learning between chunks.
 """
 
 import re
@@ -29,7 +29,7 @@ from fairway.runtime.errors import UserError
 from fairway.tokens.shards import sidecar_paths, write_shard
 from fairway.tokens.validation import Validation, load_validation
 
-# By how much the figures may differ: the same computation on the same device, printed to eight digits.
+# By how much the figures may differ. Both come from the same computation on the same device, printed to eight digits.
 TOLERANCE = 1e-6
 UNITS = {"val_loss": "nats per token", "val_bpb": "bits per byte"}
 # The longest stream in tokens, and the most work for a CPU in weights times tokens; but one row is always tried.
@@ -39,7 +39,7 @@ MOST_WORK_ON_CPU = 10**10
 
 @dataclass(frozen=True)
 class ShippedRun:
-    """What came of it: the repository's figures, which are the program's too, for the first so many targets."""
+    """The outcome: the number of targets, and the repository's figures for them, which the program gave as well."""
 
     targets: int
     figures: dict[str, float]
@@ -48,10 +48,11 @@ class ShippedRun:
 def check_shipped_run(
     program: bytes, model: bytes, name: str, settings: EvaluatorSettings, tokens: Path, device: torch.device
 ) -> ShippedRun:
-    """Score the beginning of the folder `tokens` with the repository's code on `device`, and with train_gpt.py
-    (`program`) in a process of its own, which chooses its device itself; both read model.bin (`model`).
+    """Score the beginning of the stream in the folder `tokens` with the repository's code and with the program.
 
-    Raises UserError naming the evaluator and both figures if they differ, or if the program ends without any.
+    `program` and `model` are the bytes of train_gpt.py and model.bin. The repository's code runs on `device`; the
+    program runs in a process of its own, in a folder with nothing else, and chooses its device itself. Raises UserError
+    naming the evaluator and both figures if they differ, or if the program ends without any.
     """
     make_deterministic()
     with TemporaryDirectory() as folder_name:
@@ -74,10 +75,10 @@ def check_shipped_run(
 
 
 def short_stream(evaluator: Evaluator, network: GPT, tokens_N1: Tensor) -> int:
-    """How many targets to try of the stream (N+1,): whole rows, as the validation stream is read.
+    """How many targets at the beginning of a stream (N+1,) the trial scores: whole rows, as the stream is read.
 
-    That is the shortest beginning of at least two rows that has more than one chunk, between which an evaluator learns.
-    If that is too long to be tried, it is the shortest that the evaluator takes.
+    It is the shortest beginning of at least two rows in which the evaluator has more than one chunk, since it learns
+    between chunks. If that is too long for a trial, it is the shortest beginning that the evaluator accepts.
     """
     seq_len, world = network.config.seq_len, alone(tokens_N1.device)
     most, last = MOST_TOKENS // seq_len, (len(tokens_N1) - 1) // seq_len
@@ -109,10 +110,10 @@ def _beginning(tokens: Path, network: GPT, evaluator: Evaluator) -> Validation:
 
 
 def _write_stream(folder: Path, validation: Validation, tokens: Path) -> None:
-    """The stream as a folder of tokens: a shard, and what its bytes are known from."""
+    """Write the stream as a folder of tokens: a shard, and the sidecar or tokenizer that its bytes are known from."""
     write_shard(folder / "val_000000.bin", validation.tokens.cpu().numpy().astype(np.uint16))
     if sidecar_paths(tokens):
-        # The first token is no target.
+        # The first token is no target, so it has no bytes.
         write_shard(folder / "val_bytes_000000.bin", np.insert(validation.bytes.numpy(), 0, 0).astype(np.uint16))
     else:
         shutil.copyfile(tokens / "tokenizer.model", folder / "tokenizer.model")
@@ -126,7 +127,7 @@ def _own_figures(evaluator: Evaluator, network: GPT, validation: Validation) -> 
 
 
 def _shipped_figures(folder: Path) -> tuple[dict[str, float], str]:
-    """What the program in the folder prints (not a number where it prints none), and what it complains of."""
+    """The figures that the program in the folder prints, NaN for those it does not, and its complaint if it fails."""
     command = [sys.executable, "-I", "train_gpt.py"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     printed = dict(re.findall(r"^(val_\w+): (\d+\.\d+)$", done.stdout, flags=re.MULTILINE))

@@ -1,4 +1,4 @@
-"""The same program in fewer bytes: without annotations that nobody reads, and with short names (python-minifier)."""
+"""The same program in fewer bytes: without annotations that no code reads, and with short names (python-minifier)."""
 
 import ast
 import builtins
@@ -11,27 +11,27 @@ from fairway.packing.schema import CHECKS
 from fairway.packing.sweep import Quiet
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# To a dataclass these annotations say what kind of field there is; of others it wants to know that there is one.
+# Annotations that tell a dataclass what kind of field there is. Of any other it only matters that there is one.
 KINDS_OF_FIELD = ("ClassVar", "InitVar", "KW_ONLY")
 
 
 def strip(tree: ast.Module) -> None:
-    """Take annotations away from functions, and from the fields of dataclasses.
+    """Remove the annotations of functions and of the fields of dataclasses.
 
-    They stay where a decorator could read them: Triton's, those that make operators, and any that Quiet does not know.
-    Classes that are no dataclasses keep theirs, which are for their bases to read (pydantic's, above all).
+    They stay if a decorator may read them: Triton's decorators, those that make operators, and any that Quiet does not
+    know. Classes other than dataclasses keep their annotations, because their bases may read them (pydantic does).
     """
     _Strip(Quiet(tree)).visit(tree)
 
 
 class _Strip(ast.NodeTransformer):
-    """Annotations of local variables, parameters and dataclasses."""
+    """Removes the annotations of local variables, parameters and dataclasses."""
 
     def __init__(self, quiet: Quiet) -> None:
         self.quiet = quiet
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
-        """A function without decorators, or with such as do not read it."""
+        """Strip a function, unless it has a decorator that reads annotations."""
         if any(map(self._reads, node.decorator_list)):
             return node
         node.returns = None
@@ -48,7 +48,7 @@ class _Strip(ast.NodeTransformer):
         return name.startswith("triton.") or not self.quiet.decorator(decorator)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        """Its methods, and its fields if it is a dataclass."""
+        """Strip the methods of a class, and its fields if it is a dataclass."""
         is_dataclass = "dataclasses.dataclass" in map(self.quiet.decorator_name, node.decorator_list)
         for index, part in enumerate(node.body):
             if not isinstance(part, ast.AnnAssign):
@@ -58,12 +58,12 @@ class _Strip(ast.NodeTransformer):
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        """An assignment to a variable."""
+        """Turn an annotated assignment to a variable into a plain one."""
         return ast.copy_location(ast.Assign([node.target], node.value), node) if node.value else node
 
 
 def shorten(tree: ast.Module) -> str:
-    """The text of a program; its tree is used up."""
+    """The minified text of a program. The tree is changed on the way and is of no use afterwards."""
     kernels = _kernels(tree)
     imports = _spell_out_imports(tree, kernels)
     given = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg}
@@ -72,12 +72,12 @@ def shorten(tree: ast.Module) -> str:
         ast.unparse(ast.fix_missing_locations(tree)),
         remove_annotations=False,
         remove_literal_statements=True,
-        # Repeated words cost little once compressed: less than names of their own for literals and builtins.
+        # Once compressed, repeated words cost less than names for repeated literals and builtins would.
         hoist_literals=False,
         preserve_locals=sorted(local),
         rename_globals=True,
         preserve_globals=sorted({*dir(builtins), *imports}),
-        # A parameter that is given by place only may share its name with a key of `**options`.
+        # A positional-only parameter may have the same name as a key of `**options`, so it must stay positional-only.
         convert_posargs_to_args=False,
     )
     short = ast.parse(text)
@@ -87,7 +87,7 @@ def shorten(tree: ast.Module) -> str:
 
 
 def _kernels(tree: ast.Module) -> list[ast.FunctionDef]:
-    """Functions whose text Triton's compiler reads."""
+    """The functions whose text Triton's compiler reads."""
     quiet = Quiet(tree)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     names = [map(quiet.decorator_name, function.decorator_list) for function in functions]
@@ -95,9 +95,9 @@ def _kernels(tree: ast.Module) -> list[ast.FunctionDef]:
 
 
 def _spell_out_imports(tree: ast.Module, kernels: list[ast.FunctionDef]) -> set[str]:
-    """Give the imports in annotations of kernels the names back that they had before linking; these names.
+    """Give imports that annotate parameters of kernels their names from before linking back; returns these names.
 
-    Triton's interpreter looks for "tl.constexpr".
+    Triton's interpreter looks for the literal text "tl.constexpr".
     """
     arguments = [argument for kernel in kernels for argument in parameters(kernel.args) if argument.annotation]
     names = {node.id for argument in arguments for node in ast.walk(argument) if isinstance(node, ast.Name)}
@@ -107,10 +107,10 @@ def _spell_out_imports(tree: ast.Module, kernels: list[ast.FunctionDef]) -> set[
 
 
 def _rename_locals(function: ast.FunctionDef, given: set[str]) -> set[str]:
-    """Give the local names of a kernel short ones by frequency, and return all its local names.
+    """Give the local names of a kernel short ones, the shortest to the most frequent, and return all its local names.
 
-    The minifier must leave them alone, since it would put `A = argument` at the start. `given`: names of arguments in
-    calls, which stay; so do those of annotated parameters, which calls may compute.
+    The minifier must leave kernels alone, since it would begin them with assignments such as `A = argument`. Two kinds
+    of parameters keep their names: those in `given`, which calls name, and annotated ones, whose names calls may make.
     """
     arguments = parameters(function.args)
     kept = {argument.arg for argument in arguments if argument.annotation or argument.arg in given}
@@ -125,7 +125,7 @@ def _rename_locals(function: ast.FunctionDef, given: set[str]) -> set[str]:
 
 
 def _rename(function: ast.FunctionDef, new: dict[str, str]) -> None:
-    """Give names of a function new ones, wherever they stand in it."""
+    """Replace names of a function by new ones wherever they stand in it."""
     for node in ast.walk(function):
         if isinstance(node, ast.Name):
             node.id = new.get(node.id, node.id)
@@ -134,9 +134,10 @@ def _rename(function: ast.FunctionDef, new: dict[str, str]) -> None:
 
 
 def _keep_apart(tree: ast.Module) -> None:
-    """Rename locals of kernels that a branch asks for an attribute, where a global has their name.
+    """Rename locals of kernels that have the name of a global and whose attributes are read inside a branch.
 
-    Looking for `return` in a branch, Triton's compiler takes such a local for the global, which has no such attribute.
+    Where Triton's compiler looks for `return` in a branch, it takes such a local for the global, which has no such
+    attribute.
     """
     taken = bound_names(tree.body)
     for kernel in _kernels(tree):

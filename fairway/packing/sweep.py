@@ -1,7 +1,8 @@
-"""Mark and sweep: what stays of a program are the statements that its start reaches by name, or that do something.
+"""Mark and sweep: of a program only those statements stay that its start reaches by name, or that do something.
 
-A statement at module level is dropped only if nothing that stays mentions a name that it binds, and if all that running
-it does is to bind these names (see Quiet). Classes stay or fall whole: names of methods may be made at run time.
+A statement at module level is dropped only if nothing that stays mentions a name that it binds, and if running it does
+nothing but bind these names (see Quiet). A class stays or goes as a whole, because names of methods may be made at run
+time.
 """
 
 import ast
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 from fairway.packing.link import Linked
 from fairway.packing.names import bound_names, global_names, imported_names
 
-# Packages whose functions, decorators and bases give back what they make and leave all else as it was; and builtins.
+# Packages whose functions, decorators and base classes only return what they make and change nothing else, and builtins
+# of which the same is true.
 QUIET_PACKAGES = {
     *("abc", "collections", "contextlib", "dataclasses", "enum", "pathlib", "pydantic", "re", "struct", "types"),
     *("functools.cache", "functools.lru_cache", "functools.partial", "torch.Tensor", "torch.autograd", "torch.device"),
@@ -24,17 +26,17 @@ QUIET_BUILTINS = {
     *("staticmethod", "str", "tuple"),
     *(name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)),
 }
-# Builtins and attributes with which a program finds its own text, names or annotations: packing changes them.
+# Builtins and attributes with which a program reads its own text, names or annotations, all of which packing changes.
 OWN_BUILTINS = {"__file__", "__import__", "__name__", "eval", "exec", "globals", "locals"}
 OWN_ATTRIBUTES = {"__annotations__", "__module__", "__name__", "__qualname__", "get_annotations", "get_type_hints"}
 IMPORT_ERRORS = {"ImportError", "ModuleNotFoundError"}
-# An attribute that is private to a class bears the name of the class.
+# Names that are private to a class. Python puts the name of the class in front of them, and packing changes that.
 PRIVATE = re.compile(r"__\w*(?<!__)$")
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A statement, the module-level names that it binds and mentions, and whether it only binds its own."""
+    """A statement, the module-level names that it binds and mentions, and whether it does nothing but bind them."""
 
     statement: ast.stmt
     bound: set[str]
@@ -43,7 +45,7 @@ class _Part:
 
 
 class Parts:
-    """The statements of a linked text, and which of them some names reach."""
+    """The statements of a linked text, which finds out which of them some names reach."""
 
     def __init__(self, linked: Linked) -> None:
         self.tree, self.late = linked.tree, linked.late
@@ -53,7 +55,11 @@ class Parts:
         self.parts = [_Part(s, bound_names([s]), global_names(s), quiet.statement(s)) for s in statements]
 
     def reached(self, names: set[str]) -> list[ast.stmt]:
-        """Statements that bind one of the names or what reached statements mention, and those that are not quiet."""
+        """The statements that stay.
+
+        They are those that are not quiet, and those that bind one of the names or a name that a statement mentions that
+        stays.
+        """
         waiting, live, found = self.parts, names, list[ast.stmt]()
         while new := [part for part in waiting if not part.quiet or part.bound & live]:
             waiting = [part for part in waiting if part.quiet and not part.bound & live]
@@ -62,10 +68,10 @@ class Parts:
         return found
 
     def sweep(self, names: set[str]) -> None:
-        """Drop from the text what the names do not reach.
+        """Drop from the text whatever the names do not reach.
 
-        Raises ValueError if what stays looks at its own text, names or annotations, or if it catches an ImportError
-        where a module that is imported inside a function may be missing: using that then is a NameError.
+        Raises ValueError if what stays reads its own text, names or annotations, or if it catches ImportError and also
+        imports modules of its own inside functions: if such a module is missing, using it is a NameError instead.
         """
         kept = {id(statement) for statement in self.reached(names)}
         for block in self.late:
@@ -79,20 +85,20 @@ class Parts:
 
 
 class Quiet:
-    """Tells which statements at module level do nothing but bind names, as far as that is certain.
+    """Tells which statements at module level certainly do nothing but bind names; they are called quiet.
 
-    Those are imports that somebody uses, functions, classes and assignments, if what they call at once (decorators,
-    bases, defaults, values) is listed above. Classes that say what happens when others are derived from them are not
-    quiet, nor are those others.
+    They are imports that something uses, and functions, classes and assignments of which everything that is called at
+    once (decorators, bases, defaults, values) is listed above. A class that has a say when others are derived from it
+    is not quiet, and neither are those others.
     """
 
     def __init__(self, tree: ast.Module, unmentioned: Collection[str] = ()) -> None:
-        """`unmentioned`: names of imports for nobody's use, which are there for what importing does."""
+        """`unmentioned` are names of imports that nothing mentions, which are there for what importing itself does."""
         self.unmentioned, self.origins = unmentioned, imported_names(tree)
         self.classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
     def statement(self, node: ast.stmt) -> bool:
-        """Whether it only binds names."""
+        """Whether a statement does nothing but bind names."""
         if isinstance(node, ast.Import | ast.ImportFrom):
             return not bound_names([node]) & set(self.unmentioned)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -123,11 +129,11 @@ class Quiet:
         return self.value(node) if isinstance(node, ast.Call) else self.is_known(node)
 
     def decorator_name(self, node: ast.expr) -> str:
-        """The dotted name of a decorator from outside the program."""
+        """The dotted name of a decorator; empty if it is the program's own."""
         return self.origin(node.func if isinstance(node, ast.Call) else node)
 
     def value(self, node: ast.expr | None) -> bool:
-        """Whether working out an expression changes nothing. What a lambda does, it does later."""
+        """Whether evaluating an expression changes nothing. The body of a lambda does not count: it runs later."""
         if node is None:
             return True
         if isinstance(node, ast.Lambda):
@@ -139,14 +145,14 @@ class Quiet:
         return all(map(self.value, ast.iter_child_nodes(node)))  # type: ignore[arg-type]
 
     def is_known(self, node: ast.expr) -> bool:
-        """Whether this names something that is quiet."""
+        """Whether an expression names something that is listed above."""
         if isinstance(node, ast.Name) and node.id in QUIET_BUILTINS:
             return True
         parts = self.origin(node).split(".")
         return any(".".join(parts[:end]) in QUIET_PACKAGES for end in range(1, len(parts) + 1))
 
     def origin(self, node: ast.expr) -> str:
-        """The dotted name that something has outside the program; empty if it is no such name."""
+        """The dotted name of what an expression names outside the program; empty if it names nothing there."""
         if isinstance(node, ast.Attribute):
             return f"{self.origin(node.value)}.{node.attr}"
         return self.origins.get(node.id, "") if isinstance(node, ast.Name) else ""
@@ -167,6 +173,6 @@ def _regards_itself(node: ast.AST) -> bool:
         return node.name in OWN_ATTRIBUTES
     if isinstance(node, ast.Call):
         return not node.args and getattr(node.func, "id", "") in ("dir", "vars")
-    # An annotation in quotes is looked up by name.
+    # An annotation in quotes is a name that is looked up at run time.
     annotations = getattr(node, "annotation", None), getattr(node, "returns", None)
     return any(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in annotations)
