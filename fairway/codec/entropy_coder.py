@@ -124,7 +124,7 @@ def _counts(matrices: Sequence[np.ndarray], indices: Sequence[Indices], lowest: 
 
 
 def _logarithms(counts_KS: np.ndarray) -> np.ndarray:
-    """Counts as logarithms, uint8 (K, S): 0 for no count, 255 for the bucket's largest, OCTAVE less for each halving."""
+    """Counts as logarithms, uint8 (K, S): 0 for none, 255 for the bucket's largest, OCTAVE less for each halving."""
     largest_K1 = np.maximum(counts_KS.max(axis=1, keepdims=True), 1)
     steps = np.rint(OCTAVE * np.log2(largest_K1 / np.maximum(counts_KS, 1)))
     return np.where(counts_KS > 0, (255 - steps).clip(1, 255), 0).astype(np.uint8)
