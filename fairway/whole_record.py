@@ -52,7 +52,8 @@ def chosen_options(params: Params) -> dict[str, str]:
         "fairway.training.training_inputs.ORDERS": params.train.loader.kind,
     }
     gptq = params.quantize.gptq
-    return chosen | ({"fairway.quantization.calibrate.TEXTS": gptq.calibration} if gptq else {})
+    texts = {"fairway.quantization.calibrate.TEXTS": gptq.calibration} if gptq else {}
+    return chosen | texts | params.evaluator_settings(params.compress.evaluator).looked_up()
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from fairway.model.gpt import GPT
 
 # Of an evaluator's settings, what most tests leave as the simplest form has it.
 PLAIN_FIT: dict[str, Any] = {"lr_end": None, "fitted_on": "batch", "bias": False}
+PLAIN_WINDOWS: dict[str, Any] = {"published_window_list": False, "within_documents": False}
 PLAIN_TTT: dict[str, Any] = {"freeze": "blocks", "fake_quantize": "none", "slot": None}
 
 
@@ -58,7 +59,7 @@ def random_stream(seed: int, targets: int) -> Tensor:
 
 def sliding(*, stride: int, batch_windows: int) -> SlidingEvaluator:
     """The evaluator by sliding windows that scores each target once."""
-    return SlidingEvaluator(SlidingSettings(stride=stride, batch_windows=batch_windows, published_window_list=False))
+    return SlidingEvaluator(SlidingSettings(stride=stride, batch_windows=batch_windows, **PLAIN_WINDOWS))
 
 
 def checksums(model: GPT, start: dict[str, Tensor], names: list[str]) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from streams import PLAIN_FIT, PLAIN_TTT, random_stream
+from streams import PLAIN_FIT, PLAIN_TTT, PLAIN_WINDOWS, random_stream
 from test_model import R1150, SMALL
 from torch import Tensor
 
@@ -21,19 +21,20 @@ from fairway.certification.stepping import Follower
 from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
 from fairway.evaluation.passes import Pass, Prediction
-from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, plain_head, stream_windows
+from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, plain_head
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.slot import OffsetHead, Places, SlotEvaluator, context_places
 from fairway.evaluation.slot_offsets import SlotFitSettings, SlotSettings
 from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
 from fairway.evaluation.ttt import TttEvaluator, TttSettings
+from fairway.evaluation.windows import scored_once
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
 from fairway.tokens.tokenizer import BOS
 
-SLIDING: dict[str, Any] = {"stride": 8, "batch_windows": 6, "published_window_list": False}
+SLIDING: dict[str, Any] = {"stride": 8, "batch_windows": 6} | PLAIN_WINDOWS
 TTT = SLIDING | {"chunk_tokens": 160, "epochs": 2, "lr": 0.05, "momentum": 0.9, "grad_clip": 1.0}
 TTT |= PLAIN_TTT | {"batch_rows": 32, "freeze_blocks": 0}
 SLOT = SLIDING | PLAIN_FIT | {"steps": 3, "lr": 0.02, "carried": False}
@@ -50,7 +51,7 @@ def _slot(**changes: Any) -> Make:
 
 LEGAL: dict[str, Make] = {
     "sliding": lambda: SlidingEvaluator(SlidingSettings(**SLIDING)),
-    "streaming": lambda: StreamingEvaluator(StreamingSettings(block_tokens=32, lanes=2)),
+    "streaming": lambda: StreamingEvaluator(StreamingSettings(block_tokens=32, lanes=2, within_documents=False)),
     "ttt": lambda: TttEvaluator(TttSettings(**TTT)),
     "lora_ttt": lambda: LoraTttEvaluator(LoraTttSettings(**LORA)),
     "slot, carried": _slot(carried=True),
@@ -133,7 +134,7 @@ class SharedContext(Evaluator):
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         fit = SlotFitSettings(**(PLAIN_FIT | {"steps": 3, "lr": 0.02, "fitted_on": "context"}))
         head = OffsetHead(fit, tokens_N1.device, self._places)
-        windows = stream_windows(model, len(tokens_N1) - 1, stride=8, as_published=False)
+        windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=8)
         return _Headed(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6, head=head)
 
     def _places(self, batch: Batch) -> Places:
@@ -182,7 +183,7 @@ class Peeking(SlidingEvaluator):
     ahead: int
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        windows = stream_windows(model, len(tokens_N1) - 1, stride=8, as_published=False)
+        windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=8)
 
         def head(model: GPT, batch: Batch, hid: Tensor) -> Tensor:
             probs_MV = plain_head(model, batch, hid).softmax(-1)
@@ -256,7 +257,7 @@ class BetterOfTwo(SlidingEvaluator):
     """Scores twice and keeps the better."""
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        windows = stream_windows(model, len(tokens_N1) - 1, stride=8, as_published=False)
+        windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=8)
         return Twice(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6)
 
     def score(self, model: GPT, tokens_N1: Tensor, progress: Callable[[int], None]) -> Tensor:
@@ -276,7 +277,7 @@ class Omitting(SlidingEvaluator):
     """Never scores the last windows, as a batch that does not come out even (evaluate.md 2.2)."""
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        windows = stream_windows(model, len(tokens_N1) - 1, stride=8, as_published=False)
+        windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=8)
         return WindowPass(model, tokens_N1, in_chunks(windows[:-2], 6), world, batch_windows=6)
 
 
@@ -314,7 +315,7 @@ def test_nothing_is_proven_about_learning_where_nothing_is_learned() -> None:
 
 
 def test_a_piece_too_short_for_the_evaluator_is_told() -> None:
-    evaluator = StreamingEvaluator(StreamingSettings(block_tokens=32, lanes=20))
+    evaluator = StreamingEvaluator(StreamingSettings(block_tokens=32, lanes=20, within_documents=False))
     settings = CertifySettings(tokens=40, stream_tokens=64)
     with pytest.raises(UserError, match=r"certify.stream_tokens \(64\): too few for this evaluator"):
         certify(lambda: evaluator, _network(), _network, _stream(600), settings, lambda _: None)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from forks import ranks
-from streams import PLAIN_FIT, PLAIN_TTT, random_stream, shallow_network
+from streams import PLAIN_FIT, PLAIN_TTT, PLAIN_WINDOWS, random_stream, shallow_network
 from torch import Tensor
 
 from fairway.evaluation.collect import Scores, Tally, collect, measure
@@ -27,10 +27,11 @@ from fairway.runtime.resume import ResumePoints
 from fairway.tokens.tokenizer import BOS
 
 CPU = torch.device("cpu")
-WINDOWS: dict[str, Any] = {"stride": 4, "batch_windows": 2, "published_window_list": False}
+WINDOWS: dict[str, Any] = {"stride": 4, "batch_windows": 2} | PLAIN_WINDOWS
 TTT = WINDOWS | {"chunk_tokens": 32, "epochs": 2, "lr": 0.05, "momentum": 0.9, "grad_clip": 1.0, "batch_rows": 32}
 TTT |= PLAIN_TTT | {"freeze_blocks": 1}
 SLOT = WINDOWS | PLAIN_FIT | {"steps": 3, "lr": 0.01, "carried": False}
+APART: dict[str, Any] = {"within_documents": True}
 LORA: dict[str, Any] = {"chunk_tokens": 4, "batch_documents": 2, "rank": 2, "alpha": 4.0, "lr": 0.01, "beta2": 0.99}
 LORA |= {"weight_decay": 0.5, "prefix_documents": 8, "phases": 2, "global_chunk_tokens": 64, "global_lr": 0.02}
 LORA |= {"global_momentum": 0.9, "grad_clip": 1.0, "lanes": 4, "seed": 0}
@@ -42,8 +43,13 @@ EVALUATORS: dict[str, Evaluator] = {
     "ttt_slot": TttEvaluator(TttSettings(**(TTT | {"slot": SlotFitSettings(**PLAIN_FIT, steps=2, lr=0.01)}))),
     "slot": SlotEvaluator(SlotSettings(**SLOT)),
     "carried": SlotEvaluator(SlotSettings(**(SLOT | {"bias": True, "carried": True}))),
-    "streaming": StreamingEvaluator(StreamingSettings(block_tokens=4, lanes=4)),
+    "streaming": StreamingEvaluator(StreamingSettings(block_tokens=4, lanes=4, within_documents=False)),
     "lora_ttt": LoraTttEvaluator(LoraTttSettings(**LORA)),
+    "documents": SlidingEvaluator(SlidingSettings(**(WINDOWS | APART))),
+    "ttt_documents": TttEvaluator(TttSettings(**(TTT | APART))),
+    "slot_documents": SlotEvaluator(SlotSettings(**(SLOT | APART | {"fitted_on": "context"}))),
+    "carried_documents": SlotEvaluator(SlotSettings(**(SLOT | APART | {"bias": True, "carried": True}))),
+    "streaming_documents": StreamingEvaluator(StreamingSettings(block_tokens=4, lanes=4, **APART)),
 }
 EVERY = pytest.mark.parametrize("name", EVALUATORS)
 

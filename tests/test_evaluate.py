@@ -46,7 +46,7 @@ def _outcome(experiment: Experiment, name: str) -> tuple[np.ndarray, dict[str, A
 
 # Sections that the default params have no need of.
 SECTIONS: dict[str, dict[str, Any]] = {
-    "streaming": {"block_tokens": 128, "lanes": 4},
+    "streaming": {"block_tokens": 128, "lanes": 4, "within_documents": False},
     "lora_ttt": {
         "chunk_tokens": 64,
         "batch_documents": 2,

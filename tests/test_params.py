@@ -22,7 +22,7 @@ from fairway.runtime.errors import UserError
 from fairway.runtime.settings import Section, parse_section
 from fairway.training.schedule import ScheduleSettings
 
-SLIDING = {"stride": 8, "batch_windows": 2, "published_window_list": False}
+SLIDING = {"stride": 8, "batch_windows": 2, "published_window_list": False, "within_documents": False}
 LORA = yaml.safe_load((REPOSITORY / "records/r1958-lora-ttt.yaml").read_text())["lora_ttt"]
 
 
@@ -72,6 +72,11 @@ def test_the_laptop_default_loads() -> None:
         ("slide_8", {}, "slide_8: unknown key; expected tokenize, model, train, average, adapt, quantize, compress,"),
         ("slide_8", {}, "submission, or an evaluator: one of lora_ttt, sliding, slot, streaming, ttt, or one of these"),
         ("sliding_8", {"stride": 8, "batch_windows": 2}, "sliding_8.published_window_list: missing key"),
+        (
+            "sliding_8",
+            SLIDING | {"published_window_list": True, "within_documents": True},
+            "sliding_8.published_window_list: expected false with within_documents (found true)",
+        ),
         ("sliding_8", SLIDING | {"stride": 128}, "sliding_8.stride (128) exceeds model.seq_len (64)"),
         ("sliding_8", SLIDING | {"strides": 8}, "sliding_8.strides: unknown key (found 8)"),
         (
@@ -107,7 +112,10 @@ def test_a_fault_is_one_line_naming_file_and_key(tmp_path: Path, key: str, value
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"streaming": {"block_tokens": 8, "lanes": 1}}, "streaming.lanes (1) is less than the 2 processes"),
+        (
+            {"streaming": {"block_tokens": 8, "lanes": 1, "within_documents": False}},
+            "streaming.lanes (1) is less than the 2 processes",
+        ),
         ({"adapt.epochs": 1}, "adapt.lanes (1) is less than the 2 processes"),
         ({"adapt.epochs": 1, "adapt.lanes": 2}, None),
         ({}, None),

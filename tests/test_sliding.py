@@ -16,7 +16,7 @@ from torch import Tensor
 from fairway.evaluation.collect import bpb, collect, measure
 from fairway.evaluation.overlapping import overlapping_hidden
 from fairway.evaluation.registry import make_evaluator
-from fairway.evaluation.scoring import WindowPass, stream_windows
+from fairway.evaluation.scoring import WindowPass
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.windows import Windows, published, scored_once
 from fairway.model.gpt import GPT
@@ -106,16 +106,17 @@ def test_batches_give_the_nats_of_windows_alone(
 def test_only_the_windows_of_the_ends_share_no_batch_with_others(
     targets: int, stride: int, batch_windows: int, published_list: bool
 ) -> None:
-    chosen = SlidingSettings(stride=stride, batch_windows=batch_windows, published_window_list=published_list)
+    chosen = SlidingSettings(
+        stride=stride, batch_windows=batch_windows, published_window_list=published_list, within_documents=False
+    )
     evaluation = SlidingEvaluator(chosen).begin(lively_network("r1150"), random_stream(3, targets), alone(CPU))
     assert isinstance(evaluation, WindowPass)
     usual = [(chunk.first == 16 - stride) & (chunk.length == 16) for chunk in evaluation.windows]
     assert all(bool(marks.all()) or not marks.any() for marks in usual)
     starts = torch.cat([chunk.start for chunk in evaluation.windows])
     assert torch.equal(starts, starts.sort().values)
-    assert torch.equal(
-        starts, stream_windows(evaluation.model, targets, stride=stride, as_published=published_list).start
-    )
+    listed = published if published_list else scored_once
+    assert torch.equal(starts, listed(targets, seq_len=16, stride=stride).start)
 
 
 @pytest.mark.gpu
@@ -138,7 +139,7 @@ def test_stride_of_a_whole_window_is_plain_evaluation() -> None:
 
 def test_with_the_published_list_figures_count_repeats_as_the_record_did() -> None:
     arrays, tokens = golden("sliding"), golden_tokens("sliding", "stream")
-    settings = SlidingSettings(stride=16, batch_windows=4, published_window_list=True)
+    settings = SlidingSettings(stride=16, batch_windows=4, published_window_list=True, within_documents=False)
     evaluation = SlidingEvaluator(settings).begin(golden_network("r1150", 64), tokens, alone(CPU))
     scores = collect(evaluation, tokens, alone(CPU), scored=lambda positions, nats: None)
     target_bytes = torch.zeros(960, dtype=torch.int64)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import (
     PLAIN_FIT,
+    PLAIN_WINDOWS,
     golden,
     golden_network,
     golden_tokens,
@@ -35,7 +36,7 @@ RECORDS = {
     "r1488": SlotFitSettings(steps=24, lr=0.012, lr_end=1e-3, fitted_on="scored", bias=True),
 }
 SLOT: dict[str, Any] = {"stride": 4, "batch_windows": 3, "steps": 5, "lr": 0.05}
-SLOT |= PLAIN_FIT | {"published_window_list": False, "carried": False}
+SLOT |= PLAIN_FIT | PLAIN_WINDOWS | {"carried": False}
 
 
 def _evaluator(**changes: Any) -> SlotEvaluator:

@@ -23,7 +23,9 @@ ROW = 16
 
 
 def _evaluator(**changes: Any) -> StreamingEvaluator:
-    return StreamingEvaluator(StreamingSettings(**({"block_tokens": 8, "lanes": 1} | changes)))
+    return StreamingEvaluator(
+        StreamingSettings(**({"block_tokens": 8, "lanes": 1, "within_documents": False} | changes))
+    )
 
 
 def _silent(_: int) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from streams import (
     PLAIN_FIT,
     PLAIN_TTT,
+    PLAIN_WINDOWS,
     checksums,
     golden,
     golden_network,
@@ -30,7 +31,7 @@ from fairway.runtime.distributed import alone
 
 SETTINGS: dict[str, Any] = {"stride": 4, "batch_windows": 3, "chunk_tokens": 32, "epochs": 2, "lr": 0.05}
 SETTINGS |= {"momentum": 0.9, "grad_clip": 1.0, "batch_rows": 32, "freeze_blocks": 0}
-SETTINGS |= PLAIN_TTT | {"published_window_list": False}
+SETTINGS |= PLAIN_TTT | PLAIN_WINDOWS
 GOLDEN = SETTINGS | {"stride": 16, "batch_windows": 5, "chunk_tokens": 128, "epochs": 3, "published_window_list": True}
 
 

@@ -32,11 +32,12 @@ def trainable(
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+# Of inputs and targets (R, T), and, where documents are kept apart, their segments (GPT.forward).
+Loss = Callable[..., Tensor]
 
 
 def loss_with(model: GPT, matrices: Literal["none", "side", "all"]) -> Loss:
-    """The model's loss of inputs (R, T) and targets (R, T) with some matrices rounded to 6 bits, as quantization will.
+    """The model's loss with some matrices rounded to 6 bits, as quantization will.
 
     Gradients pass the rounding unchanged. "side" rounds the projections of the bigram and value tables, "all" the
     layers' matrices as well. PR #1150 and #1488 did this when they adapted: their flag for quantization-aware training
@@ -47,10 +48,10 @@ def loss_with(model: GPT, matrices: Literal["none", "side", "all"]) -> Loss:
     if not names:
         return model
 
-    def loss(inputs_RT: Tensor, targets_RT: Tensor) -> Tensor:
+    def loss(inputs_RT: Tensor, targets_RT: Tensor, **kept_apart: Tensor | None) -> Tensor:
         # As in the records, a row is scaled as if its largest weight were at least 1; most rows have smaller ones.
         rounded = {name: straight_through(model.get_parameter(name), bits=6, min_clip=1.0) for name in names}
-        value: Tensor = torch.func.functional_call(model, rounded, (inputs_RT, targets_RT))
+        value: Tensor = torch.func.functional_call(model, rounded, (inputs_RT, targets_RT), kept_apart)
         return value
 
     return loss

@@ -109,7 +109,8 @@ class OffsetStepper(Stepper):
 
         The fit depends on the weights, because the optimizer's eps is not scale-free.
         """
-        share = max(self._fitted(window), 1) / max(self._fitted(group), 1)
+        # Within documents, the weight is the same in every batch.
+        share = 1.0 if self.windows.stretch else max(self._fitted(window), 1) / max(self._fitted(group), 1)
 
         def places(batch: Batch) -> Places:
             found = self.head.places(batch)

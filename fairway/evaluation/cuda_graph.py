@@ -11,56 +11,58 @@ from torch import Tensor
 
 
 class CudaGraph:
-    """A function of one CUDA tensor, recorded when a shape is met for the first time and replayed from then on.
+    """A function of CUDA tensors, recorded when their shapes are met for the first time and replayed from then on.
 
-    The function's kernels may depend on nothing but that shape. Gradients are off, unless the function turns them on.
-    What a call returns is overwritten by the next call with the same shape. Other tensors that the function reads, such
-    as weights, are read anew in every call: they may change, but only in place.
+    The function's kernels may depend on nothing but these shapes. Gradients are off, unless the function turns them on.
+    What a call returns is overwritten by the next call with the same shapes. Other tensors that the function reads,
+    such as weights, are read anew in every call: they may change, but only in place.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
-        # By shape: the graph, the tensor that it reads and the one that it writes.
-        self._recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        # By shapes: the graph, the tensors that it reads and the one that it writes.
+        self._recorded: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
-        """The function of `x`."""
-        if x.shape not in self._recorded:
-            return self._record(x)
-        graph, reads, writes = self._recorded[x.shape]
-        reads.copy_(x)
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The function of the inputs."""
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self._recorded:
+            return self._record(shapes, inputs)
+        graph, reads, writes = self._recorded[shapes]
+        for read, x in zip(reads, inputs, strict=True):
+            read.copy_(x)
         graph.replay()
         return writes
 
-    def _record(self, x: Tensor) -> Tensor:
-        """The function of `x` by an ordinary run, after which it is run again to be recorded.
+    def _record(self, shapes: tuple[torch.Size, ...], inputs: tuple[Tensor, ...]) -> Tensor:
+        """The function of the inputs by an ordinary run, after which it is run again to be recorded.
 
         The graph has memory of its own beside that of the ordinary run, so that twice what a run takes stays reserved.
         """
         # Now, because no memory can be given back to the device while a graph is recorded.
         torch.cuda.empty_cache()
-        graph, same = torch.cuda.CUDAGraph(), x.clone()
+        graph, same = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
         # Recording needs a stream that is not the default one. The context manager torch.cuda.graph would provide it,
         # but would also make the host wait for the ordinary run.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Triton builds its kernels and libraries choose theirs in this run, which they cannot while recording.
-            first = self.function(same)
+            first = self.function(*same)
             # Other threads, such as NCCL's watchdog, may go on querying the device meanwhile.
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                writes = self.function(same)
+                writes = self.function(*same)
             finally:
                 graph.capture_end()
-        self._recorded[x.shape] = graph, same, writes
+        self._recorded[shapes] = graph, same, writes
         torch.cuda.current_stream().wait_stream(stream)
         # It was made on the other stream, which must not reuse its memory before it is read here.
         first.record_stream(torch.cuda.current_stream())
         return first
 
 
-def as_cuda_graph(function: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+def as_cuda_graph(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
     """The function recorded as a CUDA graph (CudaGraph) if the device is a GPU; on a CPU the function itself."""
     return CudaGraph(function) if device.type == "cuda" else function

@@ -27,6 +27,10 @@ class EvaluatorSettings(Section):
         ValueError naming `section` (the evaluator's name), the key, and what was expected. Here everything fits.
         """
 
+    def looked_up(self) -> dict[str, str]:
+        """Tables ("module.TABLE") in which the evaluator looks up nothing but one entry, with its key. Here none."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Evaluator(ABC):

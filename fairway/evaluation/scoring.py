@@ -6,6 +6,7 @@ tokens of the stretch that a batch covers, D model width, M scored places of a b
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +17,7 @@ from fairway.evaluation.cuda_graph import as_cuda_graph
 from fairway.evaluation.evaluator import EvaluatorSettings
 from fairway.evaluation.overlapping import overlapping_hidden
 from fairway.evaluation.passes import Pass, Prediction, State
-from fairway.evaluation.windows import Windows, in_groups, published, scored_once
+from fairway.evaluation.windows import Windows, by_chunk, in_groups, published, runs, scored_once, within_documents
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
@@ -43,8 +44,8 @@ class Batch:
     positions_M: Tensor
 
 
-# On a GPU, a batch that does not go through a recorded pass is filled up to a multiple of so many windows.
-FILLED = 32
+# On a GPU, a batch that does not go through a recorded pass is filled up to one of so many sizes.
+SIZES = 16
 # The number of batches in a large chunk is a multiple of this.
 EVEN = 8
 
@@ -88,6 +89,9 @@ class WindowPass(Pass):
     at a window's end it needs; None means all. Where all windows of a batch begin the same number of tokens apart and
     score none but those places, they go through overlapping_hidden, as a recorded pass on a GPU. Other batches, such as
     the stream's first, go through the network in the ordinary way with all their places.
+
+    The windows of documents (WindowSettings.stretch) all go through it in that way, and the logits of many places may
+    be wanted of each. So a batch has those windows alone whose scored places begin in the same `stretch` targets.
     """
 
     def __init__(
@@ -100,9 +104,10 @@ class WindowPass(Pass):
         batch_windows: int,
         head: Head = plain_head,
         width: int | None = None,
+        stretch: int | None = None,
     ) -> None:
         self.model, self.tokens_N1, self.world = model, tokens_N1, world
-        self.windows, self.batch_windows, self.head = chunks, batch_windows, head
+        self.windows, self.batch_windows, self.stretch, self.head = chunks, batch_windows, stretch, head
         seq_len, begin = model.config.seq_len, torch.cat([windows.start for windows in chunks])
         self.chunks, self.width = len(chunks), width or seq_len
         self.spacing = spacing = int(begin[1] - begin[0]) if len(begin) > 1 else seq_len
@@ -116,7 +121,9 @@ class WindowPass(Pass):
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Iterator[Prediction]:
         """The predictions of every world.size-th batch of a chunk's windows."""
-        groups = in_groups(self.windows[chunk], self.batch_windows)
+        windows = self.windows[chunk]
+        stretches = runs(windows, (windows.start + windows.first) // self.stretch) if self.stretch else [windows]
+        groups = [group for windows in stretches for group in in_groups(windows, self.batch_windows)]
         for group in groups[self.world.rank :: self.world.size]:
             if wanted is None or wanted[group.positions()].any():
                 yield self._predict(group)
@@ -124,9 +131,9 @@ class WindowPass(Pass):
     @torch.no_grad()
     def _predict(self, group: Windows) -> Prediction:
         missing = (self.batch_windows - len(group)) * self.fills_up
-        batch, hid_BXD = self._overlapping(group, missing) or self._one_by_one(
-            group, min(missing, -len(group) % FILLED)
-        )
+        found = None if self.stretch else self._overlapping(group, missing)
+        size = max(self.batch_windows // SIZES, 1)
+        batch, hid_BXD = found or self._one_by_one(group, min(missing, -len(group) % size))
         return batch.positions_M, self.head(self.model, batch, hid_BXD)
 
     def _overlapping(self, group: Windows, missing: int) -> tuple[Batch, Tensor] | None:
@@ -176,24 +183,60 @@ class WindowSettings(EvaluatorSettings):
     batch_windows: int = Field(gt=0)
     # Score the last tokens repeatedly, as PR #1150, #1172 and #1488 did (evaluation/windows.py).
     published_window_list: bool
+    # Cut windows at document starts, so that nothing is predicted from another document (evaluation/windows.py).
+    within_documents: bool
+
+    @property
+    def window_list(self) -> Literal["stream", "published", "documents"]:
+        """Which of LISTS the windows are."""
+        if self.within_documents:
+            return "documents"
+        return "published" if self.published_window_list else "stream"
+
+    @property
+    def stretch(self) -> int | None:
+        """Within documents, about how many targets the windows of a batch score together (see WindowPass), or None.
+
+        At most batch_windows windows go together. Those inside of a document score `stride` places each; short
+        documents are scored whole, so that in the challenge's text a window scores 240 places on average.
+        """
+        return 4 * self.batch_windows * self.stride if self.within_documents else None
 
     def check(self, *, section: str, model: ModelConfig, processes: int) -> None:
-        """A larger stride would leave gaps between the windows."""
+        """A larger stride would leave gaps between the windows, and the published list does not end with documents."""
         if self.stride > model.seq_len:
             raise ValueError(f"{section}.stride ({self.stride}) exceeds model.seq_len ({model.seq_len})")
+        if self.within_documents and self.published_window_list:
+            raise ValueError(f"{section}.published_window_list: expected false with within_documents (found true)")
+
+    def looked_up(self) -> dict[str, str]:
+        """The list of windows."""
+        return {"fairway.evaluation.scoring.LISTS": self.window_list}
 
 
-def stream_windows(model: GPT, targets: int, *, stride: int, as_published: bool) -> Windows:
-    """The windows of a stream of so many targets, of which each scores its last `stride` places or fewer."""
-    return (published if as_published else scored_once)(targets, seq_len=model.config.seq_len, stride=stride)
+# Lists of windows of a stream (N+1,). A table, so that the program that ships carries the one that its record uses.
+LISTS: dict[str, Callable[..., Windows]] = {
+    "stream": lambda tokens_N1, **sizes: scored_once(len(tokens_N1) - 1, **sizes),
+    "published": lambda tokens_N1, **sizes: published(len(tokens_N1) - 1, **sizes),
+    "documents": within_documents,
+}
 
 
-def in_chunks(windows: Windows, batch_windows: int) -> list[Windows]:
+def stream_windows(model: GPT, tokens_N1: Tensor, settings: WindowSettings) -> Windows:
+    """The windows of a stream (N+1,) that the settings name, of which most score their last `stride` places."""
+    return LISTS[settings.window_list](tokens_N1, seq_len=model.config.seq_len, stride=settings.stride)
+
+
+def in_chunks(windows: Windows, batch_windows: int, stretch: int | None = None) -> list[Windows]:
     """Runs of whole batches, about as many as there may be resume points: chunks where nothing is learned from them.
 
     A large chunk has a multiple of EVEN batches, so that eight processes, which wait for one another at its end, have
-    equally many.
+    equally many. Of the windows of documents (`stretch`: WindowSettings.stretch), chunks are tenths of the stream: in
+    which one a target lies must not depend on where later documents start.
     """
+    if stretch:
+        targets = int(windows.start[-1] + windows.length[-1])
+        return by_chunk(windows, targets=targets, chunk_tokens=-(-targets // POINTS))
     batches = -(-len(windows) // batch_windows)
     each = -(-batches // POINTS)
     return in_groups(windows, batch_windows * (each if each < EVEN else -(-each // EVEN) * EVEN))

@@ -1,7 +1,8 @@
 """Overlapping windows, each target scored once with at least seq_len - stride tokens before it.
 
+With within_documents a target sees so many tokens of its own document alone, or all of them that come before it.
 Source: sliding-window evaluation of PR #1493 and #1958, which leave documents unseparated; with published_window_list
-that of PR #549, #1150, #1172 and #1488.
+that of PR #549, #1150, #1172 and #1488. Ours: within documents.
 """
 
 from dataclasses import dataclass
@@ -29,9 +30,11 @@ class SlidingEvaluator(Evaluator):
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         """Nothing is learned, and so chunks are only runs of batches."""
         s = self.settings
-        windows = stream_windows(model, len(tokens_N1) - 1, stride=s.stride, as_published=s.published_window_list)
+        windows, seq_len = stream_windows(model, tokens_N1, s), model.config.seq_len
         # Apart from those that the stream's ends make different, which would each spoil a large batch.
-        seq_len = model.config.seq_len
-        alike = (windows.first == seq_len - s.stride) & (windows.length == seq_len)
-        chunks = [chunk for run in runs(windows, alike) for chunk in in_chunks(run, s.batch_windows)]
-        return WindowPass(model, tokens_N1, chunks, world, batch_windows=s.batch_windows, width=s.stride)
+        usual = (windows.first == seq_len - s.stride) & (windows.length == seq_len)
+        parts = [windows] if s.within_documents else runs(windows, usual)
+        chunks = [chunk for part in parts for chunk in in_chunks(part, s.batch_windows, s.stretch)]
+        return WindowPass(
+            model, tokens_N1, chunks, world, batch_windows=s.batch_windows, width=s.stride, stretch=s.stretch
+        )

@@ -26,6 +26,7 @@ from fairway.evaluation.passes import Pass
 from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, stream_windows
 from fairway.evaluation.slot_carried import CarriedPass
 from fairway.evaluation.slot_offsets import Offsets, SlotFitSettings, SlotSettings, gradient, products, step_lr
+from fairway.evaluation.windows import Windows
 from fairway.model.backends import compiled_on_gpu
 from fairway.model.embedding import softcap
 from fairway.model.gpt import GPT
@@ -41,12 +42,35 @@ class SlotEvaluator(Evaluator):
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         """A carried offset learns between chunks; any other lives within a batch."""
         s = self.settings
-        windows = stream_windows(model, len(tokens_N1) - 1, stride=s.stride, as_published=s.published_window_list)
-        if s.carried:
-            return CarriedPass(model, tokens_N1, windows, world, s)
-        chunks = in_chunks(windows, s.batch_windows)
-        head, width = OffsetHead(s, tokens_N1.device), s.stride if s.fitted_on == "scored" else None
-        return WindowPass(model, tokens_N1, chunks, world, batch_windows=s.batch_windows, head=head, width=width)
+        return FORMS[s.form](model, tokens_N1, stream_windows(model, tokens_N1, s), world, s)
+
+
+def passing_offsets(model: GPT, tokens_N1: Tensor, windows: Windows, world: World, s: SlotSettings) -> Pass:
+    """A pass with offsets that are fitted anew for every batch of windows of the stream."""
+    chunks = in_chunks(windows, s.batch_windows)
+    head, width = OffsetHead(s, tokens_N1.device), s.stride if s.fitted_on == "scored" else None
+    return WindowPass(model, tokens_N1, chunks, world, batch_windows=s.batch_windows, head=head, width=width)
+
+
+def document_offsets(model: GPT, tokens_N1: Tensor, windows: Windows, world: World, s: SlotSettings) -> Pass:
+    """A pass with an offset for each window within a document, fitted on its places before the scored ones."""
+    full = s.batch_windows * (model.config.seq_len - s.stride)
+
+    def places(batch: Batch) -> Places:
+        # How much context the other windows of the batch have would tell where later documents start.
+        found = context_places(batch)
+        return Places(found.rows_GP, (found.weight_GP > 0) / full)
+
+    head, chunks = OffsetHead(s, tokens_N1.device, places), in_chunks(windows, s.batch_windows, s.stretch)
+    return WindowPass(model, tokens_N1, chunks, world, batch_windows=s.batch_windows, head=head, stretch=s.stretch)
+
+
+# Passes by SlotSettings.form. A table, so that the program that ships carries the one that its record uses.
+FORMS: dict[str, Callable[[GPT, Tensor, Windows, World, SlotSettings], Pass]] = {
+    "carried": CarriedPass,
+    "documents": document_offsets,
+    "stream": passing_offsets,
+}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """SLOT with one offset carried along the stream: fitted only on targets that have been scored, and so causal.
 
+Within documents it is carried from one document to the next, too: no window is.
+
 Legend: M scored places, D width, V vocabulary.
 """
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from fairway.evaluation.passes import Prediction, State
 from fairway.evaluation.scoring import Batch, WindowPass
 from fairway.evaluation.slot_offsets import Offsets, SlotSettings, gradient, products, step_lr
-from fairway.evaluation.windows import Windows, in_groups
+from fairway.evaluation.windows import Windows, by_chunk, in_groups
 from fairway.model.backends import compiled_on_gpu
 from fairway.model.embedding import softcap
 from fairway.model.gpt import GPT
@@ -25,7 +27,11 @@ class CarriedPass(WindowPass):
     """One offset for the whole stream: a chunk is scored with it, then it is fitted on the chunk's targets."""
 
     def __init__(self, model: GPT, tokens_N1: Tensor, windows: Windows, world: World, settings: SlotSettings) -> None:
-        chunks = in_groups(windows, BATCHES * settings.batch_windows)
+        size = BATCHES * settings.batch_windows
+        chunks = in_groups(windows, size)
+        if settings.within_documents:
+            # So many windows inside of documents score as many targets; at the beginning of one they score more.
+            chunks = by_chunk(windows, targets=len(tokens_N1) - 1, chunk_tokens=size * settings.stride)
         self.settings, self.offsets = settings, (offsets := Offsets(model, 1, settings))
         # U (M, V) and targets (M,) of this process's batches of the chunk last predicted.
         self._scored = scored = list[tuple[Tensor, Tensor]]()
@@ -36,8 +42,16 @@ class CarriedPass(WindowPass):
             scored.append((U_MV, batch.targets_BX.flatten()[batch.rows_M]))
             return softcap(U_MV + offsets.logit_shift(model), model.config.softcap)
 
-        sizes = {"batch_windows": settings.batch_windows, "width": settings.stride}
-        super().__init__(model, tokens_N1, chunks, world, head=head, **sizes)
+        super().__init__(
+            model,
+            tokens_N1,
+            chunks,
+            world,
+            batch_windows=settings.batch_windows,
+            head=head,
+            width=settings.stride,
+            stretch=settings.stretch,
+        )
         self._gradient = compiled_on_gpu(gradient, tokens_N1.device)
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Iterator[Prediction]:
@@ -49,7 +63,8 @@ class CarriedPass(WindowPass):
     def learn(self, chunk: int) -> None:
         """The steps of one fit, on from where the last one ended, moments and all."""
         count = int((self.windows[chunk].length - self.windows[chunk].first).sum())
-        for step in range(self.settings.steps):
+        # There are no targets in a chunk that a long first window of a document reaches over.
+        for step in range(self.settings.steps if count else 0):
             a_GV = self.offsets.logit_shift(self.model)
             gamma_GV = torch.zeros_like(a_GV)
             for U_MV, targets_M in self._scored:

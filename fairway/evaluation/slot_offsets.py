@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fairway.evaluation.scoring import WindowSettings
+from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.settings import Section
 
@@ -45,11 +46,31 @@ class SlotSettings(SlotFitSettings, WindowSettings):
     # Instead of starting anew, carry one offset along the stream and fit it on what has been scored: causal.
     carried: bool
 
+    @property
+    def form(self) -> Literal["carried", "documents", "stream"]:
+        """Which of slot.FORMS the pass has."""
+        if self.carried:
+            return "carried"
+        return "documents" if self.within_documents else "stream"
+
     @model_validator(mode="after")
     def _forms(self) -> "SlotSettings":
         if self.carried and self.fitted_on != "batch":
             raise ValueError(f"fitted_on ({self.fitted_on}) has no meaning where the offset is carried")
         return self
+
+    def check(self, *, section: str, model: ModelConfig, processes: int) -> None:
+        """Within documents, offsets are fitted on what comes before: the records' other forms are theirs alone."""
+        super().check(section=section, model=model, processes=processes)
+        if self.within_documents and not self.carried and self.fitted_on != "context":
+            raise ValueError(
+                f"{section}.fitted_on ({self.fitted_on}): expected context, or carried: true, with within_documents"
+            )
+
+    def looked_up(self) -> dict[str, str]:
+        """With the list of windows, the form of the pass and what an offset is fitted on."""
+        slot = "fairway.evaluation.slot"
+        return super().looked_up() | {f"{slot}.FORMS": self.form, f"{slot}.FITTED_ON": self.fitted_on}
 
 
 # As in all the records. The eps matters: it is as large as the gradients.

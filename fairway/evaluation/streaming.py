@@ -5,6 +5,9 @@ attends to those of the last seq_len tokens, its own included. Through the layer
 tokens further back than seq_len, which the network never met in training; whether that helps is for the score to say.
 Causal, and nothing is adapted.
 
+With within_documents a lane's cache is forgotten where a document begins: attention goes back no further than to its
+BOS, which is embedded as the first token of a row is.
+
 The stream is cut into equal lanes that are worked on side by side, on one GPU or several. Each begins with an empty
 cache. The number of lanes is a setting, and the result does not depend on the number of processes.
 Ours; the rolling window is that of arXiv:2310.06825 (Mistral 7B).
@@ -36,6 +39,8 @@ class StreamingSettings(EvaluatorSettings):
     block_tokens: int = Field(gt=1)
     # Equal parts of the stream, each begun with an empty cache, that are worked on side by side.
     lanes: int = Field(gt=0)
+    # Forget the cache where a document begins.
+    within_documents: bool
 
     def check(self, *, section: str, model: ModelConfig, processes: int) -> None:
         """Every process has a lane to work on."""
@@ -70,6 +75,8 @@ class StreamingPass(Pass):
         longest = max(end - begin for begin, end in zip(self.bounds, self.bounds[1:], strict=False))
         self.chunks = -(-longest // settings.block_tokens)
         self._cache: Cache = ()
+        if settings.within_documents:
+            self._cache = (torch.zeros(len(self.mine), dtype=torch.int64, device=tokens_N1.device),)
         self._next: Cache = ()
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Iterator[Prediction]:

@@ -1,10 +1,16 @@
 """Score-first test-time training: each chunk of the stream is scored, then trained on with SGD.
 
 A chunk is trained on when all its targets are scored (exactly those, where the stride divides the window), so every
-target is scored by weights that have not seen it. The last chunk is not trained on. One optimizer serves the whole
+target is scored by weights that have not seen it. Within documents, a window that begins one may score targets of the
+next chunk too, before they are trained on. The last chunk is not trained on. One optimizer serves the whole
 stream: its momentum carries over from chunk to chunk, while the learning rate falls by a cosine over the chunks. With a
 section `slot`, chunks are scored with SLOT; training never sees its offsets.
-Source: PR #549 and #1150 (lr 0.002), #1493 (0.005), after #461. Ours: the list of windows that scores each target once.
+
+With within_documents, windows are cut at document starts, and the rows that are trained on are packed as in training
+(PR #1958): attention keeps their documents apart and a gated smear stops at BOS, while a static smear and a bigram, of
+networks that were not trained on packed rows, read the token before a BOS there. In the windows nothing does.
+Source: PR #549 and #1150 (lr 0.002), #1493 (0.005), after #461. Ours: the list of windows that scores each target once,
+and within documents.
 
 Legend: N targets, R rows of a training step, T tokens of a row.
 """
@@ -33,6 +39,7 @@ from fairway.evaluation.windows import Windows, by_chunk
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
+from fairway.tokens.data_orders import document_bounds
 
 
 class TttSettings(WindowSettings):
@@ -60,13 +67,22 @@ class TttSettings(WindowSettings):
                 f"{section}.chunk_tokens ({self.chunk_tokens}) must be a multiple of model.seq_len ({model.seq_len}) "
                 f"and of {section}.stride ({self.stride})"
             )
+        if self.within_documents and self.slot is not None:
+            raise ValueError(f"{section}.slot: expected null with within_documents (the section slot has both)")
         if self.freeze_blocks > model.layers:
             raise ValueError(f"{section}.freeze_blocks ({self.freeze_blocks}) exceeds model.layers ({model.layers})")
+
+    def looked_up(self) -> dict[str, str]:
+        """With the list of windows, what the offset of SLOT is fitted on."""
+        fitted = {"fairway.evaluation.slot.FITTED_ON": self.slot.fitted_on} if self.slot else {}
+        return super().looked_up() | fitted
 
 
 # Parts of a step's rows that go through the network on their own, as on the GPUs of the records. In bfloat16 a gradient
 # depends on which rows it is of: with parts that do not depend on the processes, neither does the result.
 LANES = 8
+# The bounds of documents are padded to a multiple of so many, so that there are few shapes to record.
+BOUNDS = 64
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,7 @@ class TttEvaluator(Evaluator):
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         """Chunks of chunk_tokens, on a copy of the model."""
         s, targets = self.settings, len(tokens_N1) - 1
-        windows = stream_windows(model, targets, stride=s.stride, as_published=s.published_window_list)
+        windows = stream_windows(model, tokens_N1, s)
         chunks = by_chunk(windows, targets=targets, chunk_tokens=s.chunk_tokens)
         model = copy.deepcopy(model)
         free = trainable(model, freeze_blocks=s.freeze_blocks, freeze=s.freeze)
@@ -92,8 +108,16 @@ class TttPass(WindowPass):
         self, model: GPT, free: Named, tokens_N1: Tensor, chunks: list[Windows], world: World, settings: TttSettings
     ) -> None:
         head = OffsetHead(settings.slot, tokens_N1.device) if settings.slot else plain_head
-        width = None if settings.slot else settings.stride
-        super().__init__(model, tokens_N1, chunks, world, batch_windows=settings.batch_windows, head=head, width=width)
+        super().__init__(
+            model,
+            tokens_N1,
+            chunks,
+            world,
+            batch_windows=settings.batch_windows,
+            head=head,
+            width=None if settings.slot else settings.stride,
+            stretch=settings.stretch,
+        )
         self.settings, self.free, self._rounded = settings, dict(free), RoundedWeights(model)
         self._optimizer = torch.optim.SGD(self.free.values(), lr=settings.lr, momentum=settings.momentum)
         gradients = flat_gradients(loss_with(model, settings.fake_quantize), list(self.free.values()))
@@ -124,7 +148,7 @@ class TttPass(WindowPass):
 
         def gradients(lane: int) -> list[Tensor]:
             of_lane = rows_2RT[:, lane::LANES]
-            pieces = (self._gradients(of_lane) * (of_lane.size(1) / rows)).split(sizes)
+            pieces = (self._gradients(of_lane, *self._bounds(of_lane[0])) * (of_lane.size(1) / rows)).split(sizes)
             return [piece.view_as(parameter) for piece, parameter in zip(pieces, parameters, strict=True)]
 
         sum_gradients(parameters, min(LANES, rows), gradients, self.world)
@@ -132,6 +156,13 @@ class TttPass(WindowPass):
         self._optimizer.step()
         self._rounded.round()
         self._optimizer.zero_grad()
+
+    def _bounds(self, tokens_RT: Tensor) -> list[Tensor]:
+        """The bounds (n,) int32 of the documents in rows (causal_attention.attend), if these are to be kept apart."""
+        if not self.settings.within_documents:
+            return []
+        row = tokens_RT.flatten().cpu().numpy()
+        return [torch.from_numpy(document_bounds(row, cut=len(row), bucket=BOUNDS)).to(tokens_RT.device)]
 
     def state(self) -> State:
         """The trained parameters and their momentum."""
@@ -148,12 +179,16 @@ class TttPass(WindowPass):
                 self._optimizer.state[parameter]["momentum_buffer"] = state[f"momentum/{name}"]
 
 
-def flat_gradients(loss: Loss, parameters: list[Parameter]) -> Callable[[Tensor], Tensor]:
-    """The gradient of the mean loss of inputs and targets (2, R, T), for all parameters one after the other."""
+def flat_gradients(loss: Loss, parameters: list[Parameter]) -> Callable[..., Tensor]:
+    """The gradient of the mean loss of inputs and targets (2, R, T), for all parameters one after the other.
+
+    It is given the rows and, where documents are kept apart in them, their bounds (n,) int32.
+    """
 
     @torch.enable_grad()
-    def gradients(rows_2RT: Tensor) -> Tensor:
-        found = torch.autograd.grad(loss(rows_2RT[0], rows_2RT[1]), parameters, materialize_grads=True)
+    def gradients(rows_2RT: Tensor, segments: Tensor | None = None) -> Tensor:
+        mean = loss(rows_2RT[0], rows_2RT[1], segments=segments)
+        found = torch.autograd.grad(mean, parameters, materialize_grads=True)
         return torch.cat([gradient.flatten() for gradient in found])
 
     return gradients

@@ -3,13 +3,15 @@
 A window that starts at token w reads the tokens w, w+1, ..., w + length - 1 of the stream, and scores its places first,
 ..., length - 1. The place at offset i predicts token w + i + 1, which is called target or position w + i.
 
-Legend: N targets, T tokens of a window, W windows, M scored places of all windows.
+Legend: N targets, T tokens of a window, W windows, M scored places of all windows, D documents.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fairway.model.embedding import BOS
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,12 @@ class Windows:
     def _runs_from(self, begin: Tensor) -> Tensor:
         """For every window as many consecutive numbers as it scores places, from `begin` on."""
         counts = self.length - self.first
-        within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        return begin.repeat_interleave(counts) + within
+        return begin.repeat_interleave(counts) + _counted(counts)
+
+
+def _counted(counts: Tensor) -> Tensor:
+    """0, 1, ..., counts[0] - 1, 0, 1, ..., counts[1] - 1, and so on: (Σ counts,) int64."""
+    return torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
 
 
 def scored_once(targets: int, *, seq_len: int, stride: int) -> Windows:
@@ -65,13 +71,31 @@ def published(targets: int, *, seq_len: int, stride: int) -> Windows:
     return Windows(start, first, length)
 
 
+def within_documents(tokens_N1: Tensor, *, seq_len: int, stride: int) -> Windows:
+    """The list of scored_once for each document of a stream (N+1,) by itself, one document after the other.
+
+    No window reaches over the start of a document, and what is scored in a document does not depend on where in the
+    stream it stands. A document begins with BOS and predicts the BOS of the next one as its last target; what comes
+    before the first BOS counts as a document too. One of at most seq_len targets is a single window.
+    """
+    is_start_N = (tokens_N1[:-1] == BOS).cpu()
+    is_start_N[0] = True
+    begin_D = is_start_N.nonzero()[:, 0]
+    targets_D = torch.cat([begin_D[1:], torch.tensor([len(is_start_N)])]) - begin_D
+    counts_D = 1 + ((targets_D - seq_len).clamp(min=0) + stride - 1) // stride
+    offset = stride * _counted(counts_D)
+    length = (targets_D.repeat_interleave(counts_D) - offset).clamp(max=seq_len)
+    first = torch.where(offset == 0, 0, seq_len - stride)
+    return Windows(begin_D.repeat_interleave(counts_D) + offset, first, length)
+
+
 def by_chunk(windows: Windows, *, targets: int, chunk_tokens: int) -> list[Windows]:
     """The windows of each chunk of the stream: a window belongs where its first scored position lies.
 
     The chunks are [0, chunk_tokens), [chunk_tokens, 2·chunk_tokens), ...; the last may be shorter.
     """
     chunks = -(-targets // chunk_tokens)
-    # Both lists are in order of the first scored position, so that chunks are runs of windows.
+    # All lists are in order of the first scored position, so that chunks are runs of windows.
     chunk = ((windows.start + windows.first) // chunk_tokens).clamp(max=chunks - 1)
     return _cut(windows, torch.bincount(chunk, minlength=chunks).cumsum(0).tolist())
 

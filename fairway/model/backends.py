@@ -141,6 +141,27 @@ def recent_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return o
 
 
+def recent_packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, query_bounds: Tensor, key_bounds: Tensor
+) -> Tensor:
+    """As recent_attention, each query within its segment of the keys, by FlashAttention-2.
+
+    The bounds (n,) int32 say where segments begin among all queries and all keys, row after row, and where the last one
+    ends. A segment's last query stands at its last key. It may have keys without queries.
+    """
+    longest = q.size(1), k.size(1)
+    o: Tensor = aten._flash_attention_forward(
+        *_packed(query_bounds, q, k, v),
+        query_bounds,
+        key_bounds,
+        *longest,
+        *(0.0, True, False),
+        window_size_left=window - 1,
+        window_size_right=0,
+    )[0]
+    return o.view_as(q)
+
+
 def _packed(segments: Tensor | None, *tensors: Tensor) -> list[Tensor]:
     """The tensors as they are, (B, T, ...), or where there are segments as one sequence of all tokens, (N, ...)."""
     return list(tensors) if segments is None else [x.flatten(0, 1) for x in tensors]
