@@ -134,8 +134,6 @@ class Params(ArtifactParams):
 
     @model_validator(mode="after")
     def _evaluators_fit(self) -> "Params":
-        stream, seq_len = self.certify.stream_tokens, self.model.seq_len
-        _need(stream >= seq_len, f"certify.stream_tokens ({stream}) is less than model.seq_len ({seq_len})")
         for name in self._evaluator_sections():
             self.evaluator_settings(name).check(section=name, model=self.model, processes=self.processes)
         return self

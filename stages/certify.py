@@ -3,8 +3,8 @@
 Reads:  artifacts/compress/<seed>/model.bin, artifacts/tokens, artifacts/evaluate/<seed>/<evaluator>; where the weights
         come from: artifacts/adapt/<seed>/adapt.json, artifacts/quantize/<seed>/quantize.json
 Writes: artifacts/certify/<seed>/<evaluator>/certificate.json (legal; per condition: verdict, why, evidence)
-Method: later tokens replaced, claims summed over a token's alternatives, a slice coded and decoded. Of the evaluator
-        nothing is known but what it answers.
+Method: later tokens replaced, claims summed over a token's alternatives, slices coded and decoded, on a part of the
+        stream in which the evaluator learns twice. Of the evaluator nothing is known but what it answers.
 Source: the four conditions of the challenge's Issue #1017, over which PR #1150, #1172, #1488 and #1958 were contested.
         Ours: all experiments.
 """
@@ -25,6 +25,7 @@ from fairway.runtime.distributed import make_deterministic, start_world
 from fairway.runtime.errors import run_stage, stage_arguments
 from fairway.runtime.files import output_folder, write_atomic
 from fairway.runtime.progress import Progress
+from fairway.tokens.tokenizer import BOS
 
 ARTIFACTS = Path("artifacts")
 
@@ -45,7 +46,7 @@ def main() -> None:
     unpacked = snapshot(model)
     evaluation = load_evaluation(ARTIFACTS, seed, name, len(validation.bytes))
     with Progress(f"certify {seed} {name}", params.certify.tokens, unit="tokens decoded") as progress:
-        findings = certify(
+        certified = certify(
             lambda: make_evaluator(name, settings, model=model.config, processes=1),
             model,
             unpacked,
@@ -53,8 +54,9 @@ def main() -> None:
             params.certify,
             progress.update,
         )
-    findings = with_provenance(findings, evaluation.provenance)
-    findings["accounting"] = accounting(evaluation, validation.bytes, cap_bytes=params.size_check.cap_bytes)
+    findings = with_provenance(certified.findings, evaluation.provenance)
+    told_N = (validation.tokens[1:] == BOS) & certified.starts_told
+    findings["accounting"] = accounting(evaluation, validation.bytes, told_N, cap_bytes=params.size_check.cap_bytes)
     found = certificate(name, findings, time.monotonic() - started_at)
     with output_folder(ARTIFACTS / f"certify/{seed}/{name}") as out:
         write_atomic(out / "certificate.json", json.dumps(found, indent=1) + "\n")

@@ -49,7 +49,7 @@ def tiny_params(corpus: Path) -> dict[str, Any]:
     params["ttt"] |= {"chunk_tokens": 1024, "stride": 16, "epochs": 1}
     params["slot"] |= {"stride": 16}
     params["sliding"] |= {"stride": 16}
-    params["certify"] = {"tokens": 60, "stream_tokens": 2048}
+    params["certify"] = {"tokens": 60}
     return params
 
 

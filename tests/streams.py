@@ -12,6 +12,7 @@ from test_model_golden import golden as golden_model
 from test_model_golden import golden_config
 from torch import Tensor
 
+from fairway.evaluation.lora_adapters import LoraAdapters, draw_factors, numbers_of_a_set
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.model.gpt import GPT
 
@@ -50,6 +51,14 @@ def lively_network(record: str = "r1150") -> GPT:
 def shallow_network(record: str = "r1150") -> GPT:
     """A network like lively_network, but of four layers, for tests of which the network is not the subject."""
     return small_network(record, shallow=True).eval()
+
+
+def drawn_adapters(model: GPT, rows: int, *, rank: int = 2, generator: torch.Generator) -> LoraAdapters:
+    """Adapters at scale 2 with drawn first factors, which add nothing yet."""
+    numbers = torch.zeros(rows, numbers_of_a_set(model.config, rank)[1])
+    adapters = LoraAdapters(model.config, numbers, rank, scale=2.0)
+    adapters.set_first(draw_factors(model.config, rows, rank, generator))
+    return adapters
 
 
 def random_stream(seed: int, targets: int) -> Tensor:

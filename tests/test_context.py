@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import lively_network, random_stream
+from streams import drawn_adapters, lively_network, random_stream
 from test_model import RECORDS
 from torch import Tensor
 
 from fairway.evaluation.kv_cache import Cache, cached_hidden
-from fairway.evaluation.lora_adapters import LoraAdapters, draw_factors
+from fairway.evaluation.lora_adapters import LoraAdapters
 from fairway.evaluation.overlapping import overlapping_hidden
 from fairway.model.gpt import GPT
 
@@ -51,10 +51,9 @@ def test_rows_pieces_and_windows_agree(record: str, seed: int, cuts: set[int], s
 def _random_adapters(network: GPT, rows: int) -> LoraAdapters:
     """Adapters that add something at every site."""
     generator = torch.Generator().manual_seed(1)
-    factors = draw_factors(network.config, rows, 2, generator)
-    adapters = LoraAdapters(network.config, factors, scale=2.0, device=torch.device("cpu"))
-    for up in adapters.up.values():
-        up.data = 0.1 * torch.randn(up.shape, generator=generator)
+    adapters = drawn_adapters(network, rows, generator=generator)
+    for B in adapters.second.values():
+        B.data.copy_(0.1 * torch.randn(B.shape, generator=generator))
     return adapters
 
 
@@ -74,8 +73,9 @@ def test_adapters_work_alike_on_the_last_places_alone(record: str, seed: int, wa
 def _gradients(hidden: Tensor, adapters: LoraAdapters) -> list[Tensor]:
     """Of a weighted sum of hidden states, by every factor but the head's."""
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(hidden.device)
-    parameters = [parameter for name, parameter in adapters.named_parameters() if not name.endswith("head")]
-    return list(torch.autograd.grad((hidden * weights).mean(), parameters))
+    places = [*adapters.first.items(), *adapters.second.items()]
+    factors = [factor for (site, _), factor in places if site != "head"]
+    return list(torch.autograd.grad((hidden * weights).mean(), factors))
 
 
 @pytest.mark.parametrize("record", RECORDS)
@@ -99,7 +99,7 @@ def test_adapters_on_a_gpu_get_the_gradients_that_they_get_on_a_cpu(record: str,
     adapters = _random_adapters(network, 2)
     expected = _gradients(network.hidden(rows, adapters=adapters, wanted=wanted), adapters)
     network.to_device(torch.device("cuda"))
-    adapters.cuda()
+    adapters = LoraAdapters(network.config, adapters.numbers_BP.cuda().bfloat16(), adapters.rank, scale=adapters.scale)
     found = _gradients(network.hidden(rows.cuda(), adapters=adapters, wanted=wanted).float(), adapters)
     flat, expected_flat = (torch.cat([part.flatten().cpu() for part in parts]) for parts in (found, expected))
     assert torch.nn.functional.cosine_similarity(flat, expected_flat, dim=0) > 0.99

@@ -81,6 +81,30 @@ def test_queries_and_keys_are_normed_rotated_and_gained(heads: int, kv_heads: in
     assert max(error(x, y) for x, y in zip(found, expected, strict=True)) < CLOSE
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "pairs"), [(8, 4, 64, 8), (6, 2, 32, 16), (0, 4, 64, 8)])
+def test_given_products_are_finished_alike(heads: int, kv_heads: int, width: int, pairs: int) -> None:
+    """Products that adapters have added to; without queries too."""
+    from fairway.model.kernels.heads import finished_heads
+
+    rope = ModelConfig.model_validate(RECORDS["r1150"]).rope.model_copy(update={"dims": 2 * pairs})
+    table = rotary_table(rope, 165, torch.arange(165.0, device=CUDA), torch.bfloat16)
+
+    def plain(x: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = x.unflatten(2, (-1, width)).split([heads, kv_heads, kv_heads], dim=2)
+        cos, sin = (part.float() for part in table)
+        return rotate(rms_norm(q), (cos, sin)) * gain[:, None], rotate(rms_norm(k), (cos, sin)), v
+
+    x, gain = random(0, (3, 165, (heads + 2 * kv_heads) * width), (heads,))
+    if heads:
+        assert_same(lambda x, gain: finished_heads(x, *table, gain, kv_heads), plain, [x, gain])
+    else:
+        found, expected = (
+            lambda x: finished_heads(x, *table, gain.detach(), kv_heads)[1:],
+            lambda x: plain(x, gain.detach())[1:],
+        )
+        assert_same(found, expected, [x])
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 4, 64), (4, 1, 32), (6, 3, 24)])
 @pytest.mark.parametrize("gated", [False, True])
 def test_own_values_are_excluded(heads: int, kv_heads: int, width: int, gated: bool) -> None:
@@ -101,6 +125,19 @@ def test_sources_are_mixed_and_normed(width: int, count: int) -> None:
     with torch.no_grad():
         pairs = zip(mix(*inputs), mix(*(x.float() for x in inputs)), strict=True)
         assert max(error(set_aside, whole) for set_aside, whole in pairs) < CLOSE
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_sources_get_the_same_gradients_where_weights_need_none(count: int) -> None:
+    """All but the last source, as the embedding beside adapters is fixed too."""
+    *sources, last, weights = random(2, *[(3, 67, 512)] * count, (count, 512))
+    last, weights = last.detach(), weights.detach()
+
+    def mix(*sources: Tensor) -> tuple[Tensor, Tensor]:
+        u, n = norm.join([*sources, last.to(sources[0].dtype)], weights.to(sources[0].dtype), 0.5)
+        return u, n.tensor()
+
+    assert_same(mix, mix, sources)
 
 
 @pytest.mark.parametrize("width", [512, 48])
@@ -138,6 +175,19 @@ def test_the_mlp_is_activated_between_its_products(width: int, hidden: int) -> N
     assert_same(mlp, mlp, inputs, close=2e-2)
     with torch.no_grad():
         assert error(mlp(*inputs), mlp(*(x.float() for x in inputs))) < 2e-2
+
+
+def test_the_mlp_spares_matrices_that_need_no_gradient() -> None:
+    n, up, down = random(7, (2, 150, 512), (1536, 512), (512, 1536))
+    mlp = Mlp(ModelConfig.model_validate(RECORDS["r1150"] | {"heads": 1, "kv_heads": 1})).to(CUDA)
+    parameters = {"up": up.detach().float(), "down": down.detach().float()}
+    ones = torch.ones(512, device=CUDA)
+
+    def run(n: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(mlp, parameters, (norm.norm(n, 1.0), ones.to(n.dtype)))
+        return result
+
+    assert_same(run, run, [n], close=2e-2)
 
 
 @pytest.mark.parametrize("vocabulary", [1024, 8192, 40])

@@ -9,11 +9,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from streams import checksums, golden, golden_network, golden_tokens, lively_network, random_stream, shallow_network
+from streams import (
+    checksums,
+    drawn_adapters,
+    golden,
+    golden_network,
+    golden_tokens,
+    lively_network,
+    random_stream,
+    shallow_network,
+)
 from torch import Tensor
 
 from fairway.evaluation.document_batches import Document, by_length, documents, phase_ends
-from fairway.evaluation.lora_adapters import Factors, LoraAdapters, adapted_logits, draw_factors
+from fairway.evaluation.lora_adapters import Factors, LoraAdapters, adapted_logits
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttPass, LoraTttSettings
 from fairway.runtime.distributed import alone
 from fairway.tokens.tokenizer import BOS
@@ -34,7 +43,7 @@ def test_losses_and_weights_match_pr_1855() -> None:
     arrays, tokens = golden("ttt_lora"), golden_tokens("ttt_lora", "stream")
     draws = iter(range(4))
 
-    def draw(chunk: int, lane: int, rows: int) -> Factors:
+    def draw(rows: int) -> Factors:
         index = next(draws)
         return {site: torch.from_numpy(arrays[f"draw{index}/A_{site}"]) for site in ("q", "k", "v", "o", "mlp", "head")}
 
@@ -78,8 +87,7 @@ def test_documents_have_every_target_once(is_bos: list[bool], size: int) -> None
 
 
 def _adapters(model: Any, rows: int, *, seed: int = 1) -> LoraAdapters:
-    factors = draw_factors(model.config, rows, 2, torch.Generator().manual_seed(seed))
-    return LoraAdapters(model.config, factors, scale=2.0, device=CPU)
+    return drawn_adapters(model, rows, generator=torch.Generator().manual_seed(seed))
 
 
 def test_adapters_that_add_nothing_change_nothing() -> None:
@@ -95,9 +103,9 @@ def test_every_site_and_application_learns() -> None:
     model, tokens = lively_network("r1958"), random_stream(1, 31).view(2, 16)
     adapters = _adapters(model, 2)
     adapted_logits(model, model.hidden(tokens, adapters=adapters), adapters).square().mean().backward()
-    for up in adapters.up.values():
-        assert up.grad is not None
-        assert bool((up.grad.abs().amax((2, 3)) > 0).all())
+    for B in adapters.second.values():
+        assert B.grad is not None
+        assert bool((B.grad.abs().amax((1, 2)) > 0).all())
 
 
 def test_rows_have_adapters_of_their_own() -> None:
@@ -105,8 +113,8 @@ def test_rows_have_adapters_of_their_own() -> None:
     adapters = _adapters(model, 2)
     with torch.no_grad():
         before = model.hidden(tokens, adapters=adapters)
-        for up in adapters.up.values():
-            up[:, 1] = 0.1
+        for B in adapters.second.values():
+            B[1] = 0.1
         after = model.hidden(tokens, adapters=adapters)
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-6)
     assert float((after[1] - before[1]).abs().max()) > 1e-3
@@ -138,6 +146,25 @@ def test_distributions_are_normalised_and_are_what_was_scored() -> None:
     nats, log_probs = evaluator.score(model, tokens, _silent), evaluator.log_probs(model, tokens, range(76))
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(76, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(-log_probs[range(76), tokens[1:]], nats, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", [0, 40, 75])
+def test_what_is_not_wanted_is_left_out_of_no_consequence(position: int) -> None:
+    """Lanes without a wanted target predict nothing, others no batch behind it; the rest keeps its bits."""
+    settings = LoraTttSettings(**(SMALL | {"batch_documents": 1, "lanes": 2, "phases": 1}))
+    wanted = torch.arange(76) == position
+
+    def predictions(wanted: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        evaluation = LoraTttEvaluator(settings).begin(lively_network("r1958"), _stream(), alone(CPU))
+        found = list(evaluation.predict(0, wanted))
+        evaluation.learn(0)
+        return found + list(evaluation.predict(1, wanted))
+
+    whole, part = predictions(None), predictions(wanted)
+    assert any(bool((positions == position).any()) for positions, _ in part)
+    assert len(part) < len(whole)
+    for positions, logits in part:
+        assert any(torch.equal(positions, others) and torch.equal(logits, same) for others, same in whole)
 
 
 def test_adapters_learn_a_document_that_repeats_itself() -> None:

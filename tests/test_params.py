@@ -69,7 +69,7 @@ def test_the_laptop_default_loads() -> None:
         ("evaluators", ["beam"], "evaluators.0: beam: no such evaluator; expected one of lora_ttt, sliding, slot,"),
         ("evaluators", ["sliding", "slot-8"], "evaluators.1: slot-8: no such evaluator; expected one of"),
         ("evaluators", ["sliding", "sliding_8"], "sliding_8: missing section, which the evaluator of that name needs"),
-        ("slide_8", {}, "slide_8: unknown key; expected tokenize, model, train, average, adapt, quantize, compress,"),
+        ("slide_8", {}, "slide_8: unknown key; expected model, train, average, adapt, quantize, compress,"),
         ("slide_8", {}, "submission, or an evaluator: one of lora_ttt, sliding, slot, streaming, ttt, or one of these"),
         ("sliding_8", {"stride": 8, "batch_windows": 2}, "sliding_8.published_window_list: missing key"),
         (

@@ -1,11 +1,9 @@
-"""What an experiment concludes, and what conclusions amount to.
+"""What an experiment concludes, what conclusions amount to, and the condition that is no experiment: accounting.
 
-What is counted: bytes, seconds, the size of the artifact; and what the artifact was made from.
-
-Weights trained or calibrated on the validation text already depend on what they are to predict, and no test of the
-artifact alone can show it; the stages that did it have written it down.
-
-What a certificate is about: an evaluation that has been made, and where its artifact comes from.
+Accounting is about an evaluation that has been made. Counted are bytes, seconds, the size of the artifact, and what a
+decoder must be told beside the artifact and the code; and it is looked up what the artifact was made from. Weights
+that were trained or calibrated on the validation text already depend on what they are to predict, and no test of the
+artifact alone can show it; but the stages that did it have written it down.
 """
 
 import math
@@ -51,6 +49,16 @@ def legal(findings: Iterable[Finding]) -> bool | Literal["unproven"]:
     return "unproven" if "unproven" in verdicts else True
 
 
+def places_bits(places: int, chosen: int) -> float:
+    """What it costs to tell which of so many places are the chosen ones: log2 of the binomial coefficient."""
+    return (math.lgamma(places + 1) - math.lgamma(chosen + 1) - math.lgamma(places - chosen + 1)) / math.log(2)
+
+
+def order_bits(things: int) -> float:
+    """What it costs to tell an arbitrary order of so many things: log2 of their factorial."""
+    return math.lgamma(things + 1) / math.log(2)
+
+
 @dataclass(frozen=True)
 class Provenance:
     """From adapt.json and quantize.json: what the weights were adapted and calibrated on, as those stages call it."""
@@ -81,10 +89,16 @@ class Evaluation:
     provenance: Provenance
 
 
-def accounting(evaluation: Evaluation, bytes_N: Tensor, *, cap_bytes: int) -> Finding:
-    """The finding on an evaluation and the bytes (N,) of all targets; model.bin may have cap_bytes."""
+def accounting(evaluation: Evaluation, bytes_N: Tensor, told_N: Tensor, *, cap_bytes: int) -> Finding:
+    """The finding on an evaluation and the bytes (N,) of all targets; model.bin may have cap_bytes.
+
+    `told_N` (N,) bool marks the document starts that a decoder must be told before it begins. They need no code, since
+    it knows them then; but their places do, and no score holds those.
+    """
     metrics, nats_N, provenance = evaluation.metrics, evaluation.nats_N, evaluation.provenance
     bpb = float(nats_N.sum()) / (math.log(2) * int(bytes_N.sum()))
+    told_bits = places_bits(len(told_N), int(told_N.sum()))
+    told_bpb = (float(nats_N[~told_N].sum()) / math.log(2) + told_bits) / int(bytes_N.sum())
     eval_s = metrics["eval_s"] + (provenance.adapt_s if provenance.trained else 0.0)
     evidence = {
         "val_bpb": metrics["val_bpb"],
@@ -96,6 +110,9 @@ def accounting(evaluation: Evaluation, bytes_N: Tensor, *, cap_bytes: int) -> Fi
         "model_bytes": evaluation.model_bytes,
         "calibration": provenance.calibration,
         "adapt_split": provenance.adapt_split if provenance.adapt_epochs else None,
+        "told_starts": int(told_N.sum()),
+        "told_bits": round(told_bits),
+        "told_bpb": told_bpb,
     }
     once = metrics["scored"] == metrics["targets"]
     if once and (metrics["bytes"] != evidence["bytes"] or not abs(bpb - metrics["val_bpb"]) <= 1e-9):
@@ -104,6 +121,13 @@ def accounting(evaluation: Evaluation, bytes_N: Tensor, *, cap_bytes: int) -> Fi
         return Finding("fail", "bits per byte are not what the scores add up to", evidence)
     if evaluation.model_bytes > cap_bytes:
         return Finding("fail", f"model.bin alone has more than {cap_bytes} bytes", evidence)
+    if told_bpb > bpb and told_N.any():
+        why = (
+            f"by itself the score is no code length: a decoder must also be told where {evidence['told_starts']:,} "
+            f"documents start, which takes {told_bits:,.0f} bits that neither the artifact nor the score holds; with "
+            f"them, and without the code of those starts, the score is {told_bpb:.5f} bits per byte, not {bpb:.5f}"
+        )
+        return Finding("fail", why, evidence)
     if provenance.calibration == "text":
         return Finding("unproven", "calibrated on a text file, of which nothing is known", evidence)
     if eval_s > EVAL_S:

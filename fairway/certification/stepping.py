@@ -2,7 +2,7 @@
 
 A pass is begun on a buffer of tokens, which is filled in as they become known. A Stepper says what the pass would
 predict at a target with the tokens as they stand, and computes no more for it than it must. Nothing is learned by that.
-A Follower goes through a whole stream so, and lets the pass learn from each chunk that lies behind.
+A Follower (follower.py) goes through a whole stream so, and lets the pass learn from each chunk that lies behind.
 
 There are cheap steppers for the evaluators of this project, as long as their predictions do not depend on anything else
 in the batch. Of any other pass, subclasses of theirs included, the whole batch with the target is predicted anew.
@@ -13,15 +13,15 @@ ones, X tokens from there on, D model width, V vocabulary.
 
 from collections.abc import Callable, Generator
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from fairway.certification.black_box import Baseline, BlackBox
 from fairway.certification.row_reader import STEP, RowReader
 from fairway.evaluation.kv_cache import cached_hidden
 from fairway.evaluation.lora_ttt import LoraTttPass
-from fairway.evaluation.passes import Pass, Prediction, State
+from fairway.evaluation.passes import Pass, Prediction
 from fairway.evaluation.scoring import Batch, WindowPass, make_batch, plain_head
 from fairway.evaluation.slot import OffsetHead, Places
 from fairway.evaluation.slot_carried import CarriedPass
@@ -33,29 +33,34 @@ from fairway.model.embedding import LOOK_BACK, softcap
 
 
 class Stepper:
-    """For any pass: the whole batch with the target is predicted anew."""
+    """For any pass: the whole batch with the target is predicted anew. `asked_N` (N,) bool are all targets to come."""
 
-    def __init__(self, evaluation: Pass, targets: int) -> None:
-        self.evaluation, self.targets = evaluation, targets
+    # Whether predictions have the bits that they have in an ordinary pass.
+    exact = True
+
+    def __init__(self, evaluation: Pass, asked_N: Tensor) -> None:
+        self.evaluation, self.asked_N = evaluation, asked_N
 
     def at(self, chunk: int, position: int) -> Prediction:
         """The prediction of a position in a chunk, with those made together with it.
 
-        The pass must have learned from all chunks before that one. Raises ValueError if the chunk does not predict it.
+        The pass must have learned from all chunks before that one. Raises LookupError if it does not predict it there.
         """
-        wanted = torch.zeros(self.targets, dtype=torch.bool)
+        wanted = torch.zeros_like(self.asked_N)
         wanted[position] = True
         for positions_M, logits_MV in self.evaluation.predict(chunk, wanted):
             if bool((positions_M == position).any()):
                 return positions_M, logits_MV
-        raise ValueError(f"position {position} is not predicted in chunk {chunk}")
+        raise LookupError(f"position {position} is not predicted in chunk {chunk}")
 
 
 class WindowStepper(Stepper):
     """For windows whose predictions depend on nothing but the window, by a head that reads the scored places alone."""
 
-    def __init__(self, evaluation: WindowPass, targets: int, head: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(evaluation, targets)
+    exact = False
+
+    def __init__(self, evaluation: WindowPass, asked_N: Tensor, head: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(evaluation, asked_N)
         self.windows, self.head, self._chunk = evaluation, head, -1
 
     def at(self, chunk: int, position: int) -> Prediction:
@@ -76,8 +81,10 @@ class WindowStepper(Stepper):
 class OffsetStepper(Stepper):
     """For SLOT with an offset for each window (evaluation/slot.py), which is fitted anew for each token."""
 
-    def __init__(self, evaluation: WindowPass, targets: int, head: OffsetHead) -> None:
-        super().__init__(evaluation, targets)
+    exact = False
+
+    def __init__(self, evaluation: WindowPass, asked_N: Tensor, head: OffsetHead) -> None:
+        super().__init__(evaluation, asked_N)
         self.windows, self.head = evaluation, head
         self._chunk, self._context = -1, torch.empty(0)
 
@@ -127,10 +134,12 @@ class OffsetStepper(Stepper):
 class LaneStepper(Stepper):
     """For the lanes of a streaming evaluation, each with what it has cached in the chunks before."""
 
-    def __init__(self, evaluation: StreamingPass, targets: int) -> None:
-        super().__init__(evaluation, targets)
+    exact = False
+
+    def __init__(self, evaluation: StreamingPass, asked_N: Tensor) -> None:
+        super().__init__(evaluation, asked_N)
         self.lanes = evaluation
-        self._where = (-1, -1)
+        self._where, self._context = (-1, -1), 0
 
     def at(self, chunk: int, position: int) -> Prediction:
         """A step of the lane that the position lies in."""
@@ -139,18 +148,21 @@ class LaneStepper(Stepper):
         if self._where != (chunk, lane):
             cache = tuple(of_lanes[lane : lane + 1] for of_lanes in self.lanes.state().values())
             self._where, self._reader = (chunk, lane), RowReader(self.lanes.model, begin=first, cache=cache)
+            # What comes before the first target of this block that will ever be asked for is read at once.
+            self._context = first + int(self.asked_N[bounds[lane] + first :].nonzero()[0]) // STEP * STEP
         begin = first + (position - bounds[lane] - first) // STEP * STEP
         row = self.lanes.tokens_N1[bounds[lane] : bounds[lane + 1]]
         positions_S = bounds[lane] + torch.arange(begin, min(begin + STEP, len(row)), device=row.device)
         with torch.no_grad():
-            return positions_S, self.lanes.model.logits(self._reader.step(row, begin, 0)[: len(positions_S)])
+            hid_SD = self._reader.step(row, begin, self._context)
+            return positions_S, self.lanes.model.logits(hid_SD[: len(positions_S)])
 
 
 class DocumentStepper(Stepper):
     """For documents whose adapters learn on the way, from cut to cut, each time from the tokens as they then stand."""
 
-    def __init__(self, evaluation: LoraTttPass, targets: int) -> None:
-        super().__init__(evaluation, targets)
+    def __init__(self, evaluation: LoraTttPass, asked_N: Tensor) -> None:
+        super().__init__(evaluation, asked_N)
         self.documents, self._chunk = evaluation, -1
         self._going: Generator[Prediction, bool | None, None]
 
@@ -162,74 +174,45 @@ class DocumentStepper(Stepper):
                 found = next(self._going, None)
             if found is not None:
                 return found
-        self._chunk, self._going = chunk, self.documents.predict(chunk)
-        return next(cut for cut in self._going if bool((cut[0] == position).any()))
+        self._chunk, self._going = chunk, self.documents.predict(chunk, self.asked_N)
+        for cut in self._going:
+            if bool((cut[0] == position).any()):
+                return cut
+        raise LookupError(f"position {position} is not predicted in chunk {chunk}")
 
 
-def make_stepper(evaluation: Pass, targets: int) -> Stepper:
-    """The cheapest stepper for a pass over N targets."""
+def make_stepper(evaluation: Pass, asked_N: Tensor) -> Stepper:
+    """The cheapest stepper for a pass, of which the targets (N,) bool will be asked for."""
     kind = type(evaluation)
     if isinstance(evaluation, LoraTttPass) and kind is LoraTttPass:
-        return DocumentStepper(evaluation, targets)
+        return DocumentStepper(evaluation, asked_N)
     if isinstance(evaluation, StreamingPass) and kind is StreamingPass:
-        return LaneStepper(evaluation, targets)
+        return LaneStepper(evaluation, asked_N)
     if isinstance(evaluation, CarriedPass) and kind is CarriedPass:
-        return WindowStepper(evaluation, targets, lambda hid_MD: _carried_logits(evaluation, hid_MD))
+        return WindowStepper(evaluation, asked_N, lambda hid_MD: _carried_logits(evaluation, hid_MD))
     if isinstance(evaluation, WindowPass) and kind in (WindowPass, TttPass):
         if evaluation.head is plain_head:
-            return WindowStepper(evaluation, targets, evaluation.model.logits)
+            return WindowStepper(evaluation, asked_N, evaluation.model.logits)
         if isinstance(evaluation.head, OffsetHead) and evaluation.head.settings.fitted_on != "batch":
-            return OffsetStepper(evaluation, targets, evaluation.head)
-    return Stepper(evaluation, targets)
+            return OffsetStepper(evaluation, asked_N, evaluation.head)
+    return Stepper(evaluation, asked_N)
 
 
 def _window(evaluation: WindowPass, chunk: int, position: int) -> tuple[Windows, Windows]:
-    """The first window that scores a position, and the batch it belongs to."""
-    w = evaluation.windows[chunk]
-    index = int(((w.start + w.first <= position) & (position < w.start + w.length)).nonzero()[0])
-    return w[index : index + 1], in_groups(w, evaluation.batch_windows)[index // evaluation.batch_windows]
+    """The first window that scores a position, and the batch it belongs to.
+
+    It is looked for in the chunk first. While later tokens are not known, windows that depend on where documents start
+    may be dealt out to chunks otherwise than in the end.
+    """
+    for w in chain(evaluation.windows[chunk : chunk + 1], evaluation.windows):
+        found = ((w.start + w.first <= position) & (position < w.start + w.length)).nonzero()
+        if len(found):
+            index = int(found[0])
+            return w[index : index + 1], in_groups(w, evaluation.batch_windows)[index // evaluation.batch_windows]
+    raise LookupError(f"position {position} is scored by no window")
 
 
 def _carried_logits(evaluation: CarriedPass, hid_MD: Tensor) -> Tensor:
     """The logits of a carried offset. Unlike the pass's own head this notes no places to fit the offset on."""
     model = evaluation.model
     return softcap(products(hid_MD, model) + evaluation.offsets.logit_shift(model), model.config.softcap)
-
-
-class Follower:
-    """The next distribution, given the tokens that `buffer_N1` holds by now. Its user fills in what becomes known.
-
-    When a position in a later chunk is asked for, the pass learns from the chunks before it with their tokens as they
-    then stand, and predicts of them only what learning needs. `learned` is what a pass had adapted after the first
-    chunk (Pass.state); with it, learning from that chunk is skipped.
-    """
-
-    def __init__(self, box: BlackBox, baseline: Baseline, buffer_N1: Tensor, learned: State | None = None) -> None:
-        self.box, self.chunk_N, self.buffer_N1, self.learned = box, baseline.chunk_N, buffer_N1, learned
-        self._begin()
-
-    def _begin(self) -> None:
-        self._chunk = 0
-        self._pass: Pass = self.box.begin(self.buffer_N1)
-        self._stepper = make_stepper(self._pass, len(self.chunk_N))
-
-    def rows(self, position: int) -> dict[int, Tensor]:
-        """By position, log-probabilities (V,) float32 on the CPU: of this one and those predicted together with it."""
-        self._seek(int(self.chunk_N[position]))
-        positions_M, logits_MV = self._stepper.at(self._chunk, position)
-        log_probs_MV = logits_MV.float().log_softmax(-1).cpu()
-        # Of several predictions of a position the first one counts.
-        return dict(reversed(list(zip(positions_M.tolist(), log_probs_MV, strict=True))))
-
-    def _seek(self, chunk: int) -> None:
-        """Bring the pass to a chunk, from the beginning again if that lies before where it is."""
-        if chunk < self._chunk:
-            self._begin()
-        if self.learned is not None and self._chunk == 0 and chunk > 0:
-            self._pass.restore({name: value.clone() for name, value in self.learned.items()})
-            self._chunk = 1
-        while self._chunk < chunk:
-            for _ in self._pass.predict(self._chunk, torch.zeros(len(self.chunk_N), dtype=torch.bool)):
-                pass
-            self._pass.learn(self._chunk)
-            self._chunk += 1

@@ -10,18 +10,28 @@ A set has two factors, A and B, at each site, and adds scale·B(A·x) to what th
 All but the head have their own factors in each application of a layer (depth recurrence applies some layers several
 times). Source: PR #1855.
 
-Legend: L applications of layers, B rows, T tokens, D model width, O outputs of a site, r rank, V vocabulary.
+All factors of a set lie in one row of P numbers, so that whole sets can be copied, cast and stepped at once: first the
+A of all sites, then the B. The A of q, k, v and o lie together, as all of them read the same input.
+
+Legend: L applications of layers, B rows, T tokens, D model width, O outputs of a site, r rank, V vocabulary, P numbers
+of a set.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fairway.evaluation.adapted_products import adapted_products
 from fairway.model.config import ModelConfig
+from fairway.model.context import Site
 from fairway.model.embedding import softcap
 from fairway.model.gpt import GPT
 from fairway.model.precision import linear
+
+# Sites whose first factors lie together, in this order.
+TOGETHER = ("q", "k", "v", "o")
 
 
 def site_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -45,41 +55,103 @@ def draw_factors(config: ModelConfig, rows: int, rank: int, generator: torch.Gen
     }
 
 
-class LoraAdapters(nn.Module):
-    """Both factors of every site: A (L, B, r, D) as given, and B (L, B, O, r), which starts at zero; float32."""
+# A site and an application of it.
+Place = tuple[str, int]
 
-    def __init__(self, config: ModelConfig, factors: Factors, *, scale: float, device: torch.device) -> None:
-        super().__init__()
-        self.scale = scale
-        self.down = nn.ParameterDict({site: nn.Parameter(A.to(device)) for site, A in factors.items()})
-        _, rows, rank, _ = factors["q"].shape
-        self.up = nn.ParameterDict(
-            {
-                site: nn.Parameter(torch.zeros(count, rows, width, rank, device=device))
-                for site, (count, width) in site_shapes(config).items()
-            }
+
+def numbers_of_a_set(config: ModelConfig, rank: int) -> tuple[int, int]:
+    """How many numbers the first factors of a set have, and how many it has in all (P)."""
+    first, second = (sum(math.prod(shape) for shape in shapes.values()) for shapes in _shapes(config, rank))
+    return first, first + second
+
+
+def _shapes(config: ModelConfig, rank: int) -> tuple[dict[Place, tuple[int, int]], dict[Place, tuple[int, int]]]:
+    """The shapes of all A and of all B, by place, in the order in which they lie; "qkvo" stands for those TOGETHER."""
+    sites = site_shapes(config)
+    first: dict[Place, tuple[int, int]] = {}
+    second: dict[Place, tuple[int, int]] = {}
+    for application in range(sites["q"][0]):
+        first["qkvo", application] = (len(TOGETHER) * rank, config.width)
+        first["mlp", application] = (rank, config.width)
+    for site, (applications, width) in sites.items():
+        second |= {(site, application): (width, rank) for application in range(applications)}
+    return first | {("head", 0): (rank, config.width)}, second
+
+
+class LoraAdapters:
+    """The sets of B rows (model.context.Adapters): every factor is a leaf tensor over its part of `numbers_BP`.
+
+    The numbers may be of any dtype, in which the adapters compute, and may be changed in place.
+    """
+
+    def __init__(self, config: ModelConfig, numbers_BP: Tensor, rank: int, *, scale: float) -> None:
+        self.rank, self.scale, self.numbers_BP = rank, scale, numbers_BP
+        shapes = _shapes(config, rank)
+        sizes = [math.prod(shape) for half in shapes for shape in half.values()]
+        parts = iter(numbers_BP.detach().split(sizes, 1))
+        # A and B of every place, (B, r, D) or (B, 4r, D), and (B, O, r).
+        self.first, self.second = (
+            {place: next(parts).view(-1, *shape).requires_grad_() for place, shape in half.items()} for half in shapes
         )
 
-    def added(self, sites: Sequence[str], application: int, x_BTD: Tensor) -> list[Tensor]:
-        """What the sites of an application add, (B, T, O) each, in the dtype of `x` (model.context.Adapters)."""
-        return [self._product(site, application, x_BTD) for site in sites]
+    @property
+    def factors(self) -> list[Tensor]:
+        """All leaf tensors, in the order in which they lie in the numbers."""
+        return [*self.first.values(), *self.second.values()]
 
-    def head(self, hid_BTD: Tensor) -> Tensor:
-        """What is added to the products of the final hidden state with the token table, (B, T, V)."""
-        return self._product("head", 0, hid_BTD)
+    def linear(
+        self,
+        x_BTD: Tensor,
+        weight_OD: Tensor,
+        sites: Sequence[Site],
+        application: int,
+        *,
+        beside: Site | None = None,
+        channels: int = 0,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """x·Wᵀ with what the sites add, what the site `beside` reads, and channels of x (model.context.Adapters)."""
+        A = self._first((*sites, beside) if beside else sites, application)
+        Bs = [self.second[site, application] for site in sites]
+        y, read, few = adapted_products(x_BTD, weight_OD.to(x_BTD.dtype), A, Bs, scale=self.scale, channels=channels)
+        return y, read if beside else None, few
 
-    def _product(self, site: str, application: int, x_BTD: Tensor) -> Tensor:
-        A, B = (factors[site][application].to(x_BTD.dtype) for factors in (self.down, self.up))
-        return self.scale * (x_BTD @ A.transpose(1, 2)) @ B.transpose(1, 2)
+    def read(self, x_BTD: Tensor, site: Site, application: int) -> Tensor:
+        """A·x, (B, T, r)."""
+        return x_BTD @ self._first((site,), application).mT
+
+    def onto(self, y_BTO: Tensor, site: Site, application: int, read_BTr: Tensor, scale_O: Tensor) -> Tensor:
+        """y + scale⊙scale_O⊙B·read, in place: otherwise `y` would be copied first."""
+        B = self.second[site, application] * (self.scale * scale_O.to(y_BTO.dtype))[:, None]
+        return y_BTO.baddbmm_(read_BTr, B.mT)
+
+    def onto_scores(self, scores_BTV: Tensor, hid_BTD: Tensor) -> Tensor:
+        """The products of final hidden states with the token table, and what the head's adapters add, in place."""
+        read_BTr = hid_BTD @ self.first["head", 0].mT
+        return scores_BTV.baddbmm_(read_BTr, self.second["head", 0].mT, alpha=self.scale)
+
+    def _first(self, sites: Sequence[str], application: int) -> Tensor:
+        """The first factors of sites that read the same input, one below the other."""
+        if sites == ("mlp",):
+            return self.first["mlp", application]
+        together = self.first["qkvo", application]
+        if sites == TOGETHER:
+            return together
+        of_site = dict(zip(TOGETHER, together.split(self.rank, 1), strict=True))
+        return torch.cat([of_site[site] for site in sites], 1)
 
     @torch.no_grad()
-    def forget(self) -> None:
-        """Set the second factors back to zero, so that nothing is added; the first ones stay as they have become."""
-        for up in self.up.values():
-            up.zero_()
+    def set_first(self, factors: Factors) -> None:
+        """Put in first factors, and set the second ones to zero, so that nothing is added."""
+        device = self.numbers_BP.device
+        there = {site: A.to(device, non_blocking=True) for site, A in factors.items()}
+        for (site, application), A in self.first.items():
+            names = TOGETHER if site == "qkvo" else (site,)
+            A.copy_(torch.cat([there[name][application] for name in names], 1))
+        for B in self.second.values():
+            B.zero_()
 
 
 def adapted_logits(model: GPT, hid_BTD: Tensor, adapters: LoraAdapters) -> Tensor:
     """As model.logits, (B, T, V) float32, with what the head's adapters add before the softcap."""
-    scores_BTV = linear(hid_BTD, model.embed.token) + adapters.head(hid_BTD)
+    scores_BTV = adapters.onto_scores(linear(hid_BTD, model.embed.token), hid_BTD)
     return softcap(scores_BTV, model.config.softcap)

@@ -11,32 +11,32 @@ short document is scored by weights that have seen later long ones. So the score
 and to know that order one must know the lengths of all documents.
 
 Source: PR #1855. There a GPU takes the next batch when it is done with one, so that the result depends on timing. Ours:
-batches are dealt to lanes in turn; a phase begins after the same batches as in the record's logs.
+batches are dealt to lanes in turn; a phase begins after the same batches as in the record's logs; and adapters that are
+drawn anew get the same numbers each time.
 
-Legend: N targets, B documents of a batch, C targets of a chunk, V vocabulary.
+Legend: N targets, or places of a cut, B documents of a batch, V vocabulary, P numbers of a document's adapters.
 """
 
 import copy
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
-from fairway.adaptation.lanes import sum_gradients
-from fairway.adaptation.trainable import RoundedWeights
-from fairway.evaluation.document_batches import Cut, Document, by_length, documents, phase_ends
+from fairway.evaluation.adapter_sets import AdamW, AdapterSets
+from fairway.evaluation.adapter_steps import AdapterSteps
+from fairway.evaluation.document_batches import Document, by_length, documents, phase_ends, up_to_wanted
+from fairway.evaluation.document_cuts import Cut, row_groups, window_length
 from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
-from fairway.evaluation.lora_adapters import Factors, LoraAdapters, adapted_logits, draw_factors
+from fairway.evaluation.global_sgd import GlobalSgd
+from fairway.evaluation.lora_adapters import Factors, LoraAdapters, draw_factors, numbers_of_a_set
 from fairway.evaluation.passes import Pass, Prediction, State
-from fairway.evaluation.ttt import cosine
+from fairway.evaluation.scoring import sent
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
-from fairway.tokens.data_orders import document_bounds
 
 
 class LoraTttSettings(EvaluatorSettings):
@@ -59,7 +59,7 @@ class LoraTttSettings(EvaluatorSettings):
     grad_clip: float = Field(gt=0)
     # Batches of documents under way at a time: the GPUs of a record. Processes do not change the result.
     lanes: int = Field(gt=0)
-    # Of the adapters' first factors; the generator's seed is this times 10^9 and a bit (evaluation/lora_ttt.py).
+    # Of the adapters' first factors.
     seed: int = Field(ge=0, lt=2**32)
 
     @model_validator(mode="after")
@@ -79,13 +79,8 @@ class LoraTttSettings(EvaluatorSettings):
             )
 
 
-# Of the adapters' AdamW, which has no momentum (PR #1855).
-BETA1, EPS = 0.0, 1e-10
-# Segment bounds are padded to a multiple of this.
-BOUNDS = 64
-
-# Draws new first factors for a chunk of the pass, a lane and a number of documents.
-Draw = Callable[[int, int, int], Factors]
+# New first factors for a number of documents.
+Draw = Callable[[int], Factors]
 # A generator of predictions. Sent True, it makes the last one again, from the tokens as they then stand.
 Predictions = Generator[Prediction, bool | None, None]
 
@@ -100,83 +95,93 @@ class LoraTttEvaluator(Evaluator):
         """A pass whose chunks end where phases begin."""
         s = self.settings
 
-        def draw(chunk: int, lane: int, rows: int) -> Factors:
-            # A seed of its own for every draw of a pass: there are fewer than 1000 lanes and documents in a batch.
-            seed = ((s.seed * 1000 + chunk) * 1000 + lane) * 1000 + rows
-            return draw_factors(model.config, rows, s.rank, torch.Generator().manual_seed(seed))
+        # Drawn once and then used whenever adapters are drawn anew: a draw takes a CPU 1.4 s.
+        generator = torch.Generator().manual_seed(s.seed)
+        drawn = draw_factors(model.config, s.batch_documents, s.rank, generator)
+        there = {site: A.to(tokens_N1.device) for site, A in drawn.items()}
+
+        def draw(rows: int) -> Factors:
+            return {site: A[:, :rows] for site, A in there.items()}
 
         return LoraTttPass(copy.deepcopy(model), tokens_N1, world, s, draw)
 
 
 class LoraTttPass(Pass):
-    """A pass over chunks of batches of documents; between two chunks `model` is trained, in place, for a phase."""
+    """A pass over chunks of batches of documents; between two chunks `model` is trained, in place, for a phase.
+
+    Documents are scored by a copy of the model in the compute dtype, so that its weights are cast once a phase.
+    """
 
     def __init__(self, model: GPT, tokens_N1: Tensor, world: World, settings: LoraTttSettings, draw: Draw) -> None:
         self.model, self.tokens_N1, self.world, self.settings, self.draw = model, tokens_N1, world, settings, draw
-        self._rounded = RoundedWeights(model)
         self.batches = by_length(documents(tokens_N1.cpu()), settings.batch_documents)
         ends = phase_ends(self.batches, settings.prefix_documents, settings.phases, settings.lanes)
         self.bounds = [0, *ends, len(self.batches)]
         self.chunks = len(self.bounds) - 1
+        self._sgd = GlobalSgd(model, settings, world)
+        self._scorer = copy.deepcopy(model).to(model.compute_dtype).requires_grad_(False)
+        self._steps = AdapterSteps(
+            self._scorer, tokens_N1, most=settings.batch_documents, rank=settings.rank, scale=self._scale
+        )
+
+    @property
+    def _scale(self) -> float:
+        return self.settings.alpha / self.settings.rank
+
+    def _lanes(self) -> range:
+        """Those of this process."""
+        return range(self.world.rank, self.settings.lanes, self.world.size)
 
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Predictions:
-        """The predictions of this process's lanes. None is left out, because later ones depend on all before them."""
-        self.model.requires_grad_(False)
-        for lane in range(self.world.rank, self.settings.lanes, self.world.size):
+        """The predictions of this process's lanes, of each up to its last batch with a wanted position.
+
+        No batch before that one is left out, because the adapters of the later ones have learned from it.
+        """
+        for lane in self._lanes():
             mine = range(self.bounds[chunk], self.bounds[chunk + 1])
             batches = [self.batches[index] for index in mine if index % self.settings.lanes == lane]
-            yield from self._lane(batches, lambda rows, lane=lane: self.draw(chunk, lane, rows))  # type: ignore[misc]
+            yield from self._lane(up_to_wanted(batches, wanted))
 
-    def _lane(self, batches: list[list[Document]], draw: Callable[[int], Factors]) -> Predictions:
+    def _lane(self, batches: list[list[Document]]) -> Predictions:
         """One lane's batches. Those of the usual size use the same adapters one after the other, an odd one its own."""
-        warm = self._adapters(draw(self.settings.batch_documents))
+        warm = self._sets(self.draw(self.settings.batch_documents))
         for batch in batches:
             usual = len(batch) == self.settings.batch_documents
-            adapters = warm if usual else self._adapters(draw(len(batch)))
-            adapters.forget()
-            yield from self._batch(batch, adapters)
+            sets = warm if usual else self._sets(self.draw(len(batch)))
+            sets.forget()
+            yield from self._batch(batch, sets)
 
-    def _adapters(self, factors: Factors) -> LoraAdapters:
-        scale = self.settings.alpha / self.settings.rank
-        return LoraAdapters(self.model.config, factors, scale=scale, device=self.tokens_N1.device)
+    def _sets(self, factors: Factors) -> AdapterSets:
+        """Adapters that start from these first factors."""
+        s, rows = self.settings, factors["q"].size(1)
+        first, numbers = numbers_of_a_set(self.model.config, s.rank)
+        numbers_BP = torch.zeros(rows, numbers, device=self.tokens_N1.device)
+        LoraAdapters(self.model.config, numbers_BP, s.rank, scale=self._scale).set_first(factors)
+        return AdapterSets(numbers_BP, first, AdamW(s.lr, s.beta2, s.weight_decay))
 
-    def _batch(self, batch: list[Document], adapters: LoraAdapters) -> Predictions:
+    def _batch(self, batch: list[Document], sets: AdapterSets) -> Predictions:
         """Score a cut of the documents and fit the adapters to it, cut by cut, until the longest document ends."""
-        s = self.settings
-        optimizer = torch.optim.AdamW(
-            adapters.parameters(), lr=s.lr, betas=(BETA1, s.beta2), eps=EPS, weight_decay=s.weight_decay
-        )
-        for index in range(-(-max(document.targets for document in batch) // s.chunk_tokens)):
-            again: bool | None = True
-            while again:
-                cut = Cut(self.tokens_N1, batch, index * s.chunk_tokens, s.chunk_tokens, self.model.config.seq_len)
-                with torch.set_grad_enabled(bool(cut.goes_on_B.any())):
-                    hid_BCD = self.model.hidden(cut.tokens_BT, adapters=adapters, wanted=s.chunk_tokens)
-                    logits_BCV = adapted_logits(self.model, cut.scored(hid_BCD), adapters)
-                again = yield cut.positions_BC[cut.inside_BC], logits_BCV[cut.inside_BC].detach()
-            if logits_BCV.requires_grad:
-                self._fit(cut, logits_BCV, optimizer)
-
-    def _fit(self, cut: Cut, logits_BCV: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """One step on the sum of the documents' mean losses in the cut; those that end with it are left out."""
-        nats = F.cross_entropy(logits_BCV.flatten(0, 1), cut.targets_BC.flatten(), reduction="none")
-        optimizer.zero_grad()
-        (nats.view_as(cut.targets_BC).mean(1) * cut.goes_on_B).sum().backward()
-        optimizer.step()
+        size, seq_len, device = self.settings.chunk_tokens, self.model.config.seq_len, self.tokens_N1.device
+        cuts = -(-batch[-1].targets // size)
+        # All adapters take a step at every cut but the last; here a group takes those in which it learns.
+        missed_B = torch.full((len(batch),), cuts - 1)
+        for index in range(cuts):
+            begin = index * size
+            for rows in row_groups(batch, begin, window_length(batch, begin + size, seq_len)):
+                cut, again = Cut(batch[rows], begin, size, seq_len), True
+                while again:
+                    logits_NV = self._steps.score(cut, sets.numbers_BP[rows]).flatten(0, 1)
+                    again = bool((yield sent(cut.positions_M, device), logits_NV[sent(cut.scored_M, device)]))
+                if cut.learns:
+                    sets.step(rows, self._steps.gradients(cut), index + 1)
+                    missed_B[rows] -= 1
+        sets.decay(missed_B)
 
     def learn(self, chunk: int) -> None:
         """The phase after a chunk, unless that is the last: SGD without memory of earlier phases."""
-        if chunk == self.chunks - 1:
-            return
-        s = self.settings
-        self.model.requires_grad_(True)
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=s.global_lr, momentum=s.global_momentum)
-        tokens = self.phase_tokens(chunk)
-        chunks = -(-(len(tokens) - 1) // s.global_chunk_tokens)
-        for index in range(chunks - 1):
-            begin = index * s.global_chunk_tokens
-            optimizer.param_groups[0]["lr"] = s.global_lr * cosine(index, chunks)
-            self._global_step(tokens[begin : begin + s.global_chunk_tokens + 1], optimizer)
+        if chunk < self.chunks - 1:
+            self._sgd.train(self.phase_tokens(chunk))
+            self._refresh()
 
     def phase_tokens(self, chunk: int) -> Tensor:
         """What the phase after a chunk trains on: the shortest prefix·(chunk+1)/phases documents done, one by one."""
@@ -184,23 +189,11 @@ class LoraTttPass(Pass):
         count = self.settings.prefix_documents * (chunk + 1) // self.settings.phases
         return torch.cat([self.tokens_N1[d.begin : d.begin + d.targets + 1] for d in done[:count]])
 
-    def _global_step(self, tokens: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """One step on global_chunk_tokens + 1 tokens. Each lane packs its share into one row of separate documents."""
-        s, parameters = self.settings, list(self.model.parameters())
-        share = s.global_chunk_tokens // s.lanes
-
-        def gradients(lane: int) -> Sequence[Tensor | None]:
-            row = tokens[lane * share : (lane + 1) * share + 1]
-            bounds = document_bounds(row[:-1].cpu().numpy(), cut=self.model.config.seq_len, bucket=BOUNDS)
-            segments = torch.from_numpy(bounds).to(row.device)
-            loss = self.model(row[None, :-1], row[None, 1:], segments=segments) / s.lanes
-            return torch.autograd.grad(loss, parameters, allow_unused=True)
-
-        sum_gradients(parameters, s.lanes, gradients, self.world)
-        clip_grad_norm_(parameters, s.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        self._rounded.round()
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Bring the weights that score to those that are trained."""
+        for scoring, trained in zip(self._scorer.parameters(), self.model.parameters(), strict=True):
+            scoring.copy_(trained)
 
     def state(self) -> State:
         """The weights of the network. Adapters are drawn anew after a phase, so that none need be kept."""
@@ -217,3 +210,4 @@ class LoraTttPass(Pass):
         """Put the weights back."""
         for name, parameter in self.model.named_parameters():
             parameter.copy_(state[name])
+        self._refresh()

@@ -61,7 +61,7 @@ def plain_head(model: GPT, batch: Batch, hid_BXD: Tensor) -> Tensor:
 def make_batch(tokens_N1: Tensor, windows: Windows, *, seq_len: int, width: int | None = None) -> Batch:
     """Cut the windows out of the stream (N+1,), on whose device the batch will lie; `width` is X, or None for T."""
     device, width = tokens_N1.device, width or seq_len
-    start_B, first_B, length_B = _sent(torch.stack([windows.start, windows.first, windows.length]), device)
+    start_B, first_B, length_B = sent(torch.stack([windows.start, windows.first, windows.length]), device)
     offset_T = torch.arange(seq_len, device=device)
     inside_BT = offset_T < length_B[:, None]
     # Beyond the stream's end some place within it is read, and the token then set to 0.
@@ -72,12 +72,12 @@ def make_batch(tokens_N1: Tensor, windows: Windows, *, seq_len: int, width: int 
         length_B=length_B,
         tokens_BT=tokens_N1[place_BT] * inside_BT,
         targets_BX=tokens_N1[place_BT[:, -width:] + 1] * inside_BT[:, -width:],
-        rows_M=_sent(windows.rows(seq_len, width), device),
-        positions_M=_sent(windows.positions(), device),
+        rows_M=sent(windows.rows(seq_len, width), device),
+        positions_M=sent(windows.positions(), device),
     )
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the device. The host does not wait for it, which copying from pinned memory makes possible."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

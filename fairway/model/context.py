@@ -7,7 +7,7 @@ Depth recurrence applies a layer several times in a pass. An application is one 
 counted from 0 over the whole pass, in the order in which they are computed.
 
 Legend: B rows, T tokens, X wanted places at the end of a row, U rows of x0, D model width, H query heads, K key/value
-heads, E width of a head, R rotated pairs.
+heads, E width of a head, R rotated pairs, O outputs of a matrix, r numbers that an adapter reads.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import Tensor
-
-from fairway.model.norm import Normed
 
 
 class Attend(Protocol):
@@ -35,12 +33,34 @@ Site = Literal["q", "k", "v", "o", "mlp"]
 
 
 class Adapters(Protocol):
-    """Something that adds to what the matrices of a layer put out."""
+    """Something that adds to what the matrices of a layer put out.
 
-    def added(self, sites: Sequence[Site], application: int, x_BTD: Tensor) -> list[Tensor]:
-        """What is added at some sites of an application that all read `x`: (B, T, outputs of the site) each.
+    An adapter makes a few numbers of its input first, and of them what it adds: (B, T, r), as low-rank adapters do.
+    """
 
-        The sites that read the same input are asked for together, so that their products can be merged.
+    def linear(
+        self,
+        x_BTD: Tensor,
+        weight_OD: Tensor,
+        sites: Sequence[Site],
+        application: int,
+        *,
+        beside: Site | None = None,
+        channels: int = 0,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """x·Wᵀ and what is added at sites whose outputs lie side by side in it, in order: (B, T, O).
+
+        Also what `read` gives for the site `beside`, if there is one, and the first channels of x: (B, T, channels).
+        They come from here so that the gradient of x is added up in one place.
+        """
+
+    def read(self, x_BTD: Tensor, site: Site, application: int) -> Tensor:
+        """The few numbers that a site's adapter makes of its input, (B, T, r)."""
+
+    def onto(self, y_BTO: Tensor, site: Site, application: int, read_BTr: Tensor, scale_O: Tensor) -> Tensor:
+        """`y` and what the site adds, given what it has read; that is scaled per channel, as `y` is already.
+
+        It may be added in place: `y` is the output of a product that nobody else reads.
         """
 
 
@@ -60,13 +80,6 @@ class Context:
     # and these (B, T) int64 say which row of it each place reads. The first layer's queries, keys and values are
     # computed from x0 by row as well.
     rows_BT: Tensor | None = None
-
-    def adapted(self, y_BTD: Tensor, site: Site, application: int, n: Normed, scale_D: Tensor) -> Tensor:
-        """The output `y` of a branch that reads `n`, with what the adapters add, scaled per channel as `y` is."""
-        if self.adapters is None:
-            return y_BTD
-        (added_BTD,) = self.adapters.added((site,), application, n.tensor())
-        return y_BTD + scale_D.to(y_BTD.dtype) * added_BTD
 
 
 def by_row(x: Tensor, rows_BT: Tensor | None) -> bool:

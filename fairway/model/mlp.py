@@ -26,10 +26,11 @@ class Mlp(nn.Module):
         if fused(n.x) and all(size % 8 == 0 for size in self.up.shape):
             from fairway.model.kernels.mlp_products import activated, mlp
 
-            n_ND, up = n.x.flatten(0, 1), self.up.to(n.x.dtype)
+            up = self.up.to(n.x.dtype)
             if not torch.is_grad_enabled():
-                hidden_NF = activated(n_ND, n.factors, up)
+                hidden_NF = activated(n.x.flatten(0, 1), n.factors, up)
                 return linear(hidden_NF.view(*n.x.shape[:-1], -1), self.down, scale, onto)
-            return mlp(n_ND, up, scaled(self.down, scale, n.x.dtype))[0].view_as(n.x)
+            y_BTD: Tensor = mlp(n.x, up, scaled(self.down, scale, n.x.dtype))[0]
+            return y_BTD
         hidden_BTF = F.leaky_relu(linear(n.tensor(), self.up), negative_slope=0.5).square()
         return linear(hidden_BTF, self.down, scale, onto)

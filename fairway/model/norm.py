@@ -5,6 +5,7 @@ Legend: B rows, T tokens, U rows of a table of tokens, D model width, J sources 
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fairway.model.kernels import fused, in_place, powers_of_two
@@ -46,6 +47,29 @@ def norm(x_BTD: Tensor, scale: float) -> Normed:
     return Normed(scale * rms_norm(x_BTD))
 
 
+def weighted_sum(sources: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Σ weights[j]⊙sources[j]: two or three sources (B, T, D), weights of their dtype with one number or D.
+
+    Where gradients flow through the sources but weights are fixed, it is one pass over the data each way.
+    """
+    fixed = torch.is_grad_enabled() and not any(weight.requires_grad for weight in weights)
+    if fixed and fused(sources[0]) and powers_of_two(sources[0].size(-1)):
+        from fairway.model.kernels.join import mix_norm
+
+        first, second, *third = [source.contiguous() for source in sources]
+        rows_JD = torch.stack([weight.expand(first.size(-1)) for weight in weights])
+        total_BTD: Tensor = mix_norm(first, second, third[0] if third else None, rows_JD, None, 1.0, False)[0]
+        return total_BTD
+    return _sum([weight * source for weight, source in zip(weights, sources, strict=True)])
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
 def join(
     sources: list[Tensor], weights: Tensor | None, scale: float, rows_BT: Tensor | None = None
 ) -> tuple[Tensor, Normed]:
@@ -64,7 +88,5 @@ def join(
         u_BTD, normed = mix_norm(first, second, third[0] if third else None, weights, rows_BT, scale, aside)
         return u_BTD, Normed(u_BTD, normed) if aside else Normed(normed)
     terms = sources if weights is None else [w * x for w, x in zip(weights, sources, strict=True)]
-    u_BTD = terms[0]
-    for term in terms[1:]:
-        u_BTD = u_BTD + term
+    u_BTD = _sum(terms)
     return u_BTD, norm(u_BTD, scale)

@@ -12,7 +12,7 @@ from fairway.model.context import Context, by_row, last_places, placed
 from fairway.model.embedding import storage
 from fairway.model.kernels import in_place
 from fairway.model.mlp import Mlp
-from fairway.model.norm import Normed, join, norm
+from fairway.model.norm import Normed, join, norm, weighted_sum
 
 
 class Block(nn.Module):
@@ -82,18 +82,15 @@ class Block(nn.Module):
         """What attention puts out for its input, scaled and with its adapters: as Attention.forward."""
         if context.adapters is not None:
             n = n.computed()
-        y_BXD, first_values = self.attn(
-            n, self.attn_scale, context, application, first_values=first_values, wanted=wanted, onto=onto
-        )
-        # This adapter reads attention's input, not the heads' outputs that the matrix beside it reads (PR #1855).
-        read = n if wanted is None else n.last(wanted)
-        return context.adapted(y_BXD, "o", application, read, self.attn_scale), first_values
+        return self.attn(n, self.attn_scale, context, application, first_values=first_values, wanted=wanted, onto=onto)
 
     def transform(self, n: Normed, context: Context, application: int, onto: Tensor | None = None) -> Tensor:
         """What the MLP puts out for its input (B, X, D), scaled and with its adapter; `onto`: see precision.linear."""
-        if context.adapters is not None:
-            n = n.computed()
-        return context.adapted(self.mlp(n, self.mlp_scale, onto), "mlp", application, n, self.mlp_scale)
+        if context.adapters is None:
+            return self.mlp(n, self.mlp_scale, onto)
+        n = n.computed()
+        read_BXr = context.adapters.read(n.tensor(), "mlp", application)
+        return context.adapters.onto(self.mlp(n, self.mlp_scale, onto), "mlp", application, read_BXr, self.mlp_scale)
 
 
 class Skips(nn.Module):
@@ -150,7 +147,7 @@ class Lanes(nn.Module):
         first, second = lanes
         if skip is not None:
             saved_BTD, shares = skip
-            first = shares[0] * first + shares[1] * saved_BTD
+            first = weighted_sum([first, saved_BTD], [shares[0], shares[1]])
         _, n = join([first, context.x0_BTD], block.resid_mix.to(first.dtype), block.norm_scale, context.rows_BT)
         attended, _ = block.attend(n, context, application, first_values=first_values, wanted=wanted)
         first, second = last_places(first, wanted), last_places(second, wanted)
@@ -158,4 +155,7 @@ class Lanes(nn.Module):
         index = block.attn.index
         (a0, a1), (m0, m1) = self.post[index].to(attended.dtype)
         r0, r1 = self.resid[index].to(attended.dtype)
-        return r0 * first + a0 * attended + m0 * transformed, r1 * second + a1 * attended + m1 * transformed
+        return (
+            weighted_sum([first, attended, transformed], [r0, a0, m0]),
+            weighted_sum([second, attended, transformed], [r1, a1, m1]),
+        )

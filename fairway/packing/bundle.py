@@ -28,12 +28,16 @@ from fairway.packing.sweep import Parts
 
 # The module of the whole record, and the function of it that the program calls when it is started.
 RECORD, ENTRY = "fairway.whole_record", "run_shipped"
+# How many letters back PPMd looks, in the order in which these are tried. 16 packs best, but with it the library once
+# gave another text back.
+PPMD_ORDERS = range(16, 7, -1)
 # The stub unpacks the program's text from the string at its end and runs it. Before that it registers the text with
 # linecache, where tracebacks, inspect and Triton look for it. It reads the string as bytes from its own file. To Python
 # it is a raw string, which may hold every byte but zero, so two letters stand for a zero.
 STUB = """#coding:latin1
 {late}import linecache,pyppmd
-s=pyppmd.decompress_str(open(__file__,"rb").read().split(b{quote}*3)[1][:-1].replace(b"{zero}",b"\\0"),max_order=16)
+s=open(__file__,"rb").read().split(b{quote}*3)[1][:-1].replace(b"{zero}",b"\\0")
+s=pyppmd.decompress_str(s,max_order={order})
 n="train_gpt/program.py"
 linecache.cache[n]=len(s),None,s.splitlines(True),n
 exec(compile(s,n,"exec"))
@@ -93,13 +97,14 @@ def self_extracting(text: str, **late: int) -> bytes:
 
     Raises ValueError if PPMd does not give the same text back, or if no string can hold its output (see quoted).
     """
-    packed = pyppmd.compress(text, max_order=16)
-    if pyppmd.decompress_str(packed, max_order=16) != text:
-        raise ValueError("PPMd does not give the program back")
-    return quoted(packed, **late)
+    for order in PPMD_ORDERS:
+        packed = pyppmd.compress(text, max_order=order)
+        if pyppmd.decompress(packed, max_order=order) == text.encode():
+            return quoted(packed, order, **late)
+    raise ValueError("PPMd does not give the program back")
 
 
-def quoted(packed: bytes, **late: int) -> bytes:
+def quoted(packed: bytes, order: int = PPMD_ORDERS[0], **late: int) -> bytes:
     """The stub with these bytes as its string. Raises ValueError if they hold both kinds of triple quotes."""
     text = packed.decode("latin1")
     pairs = map("".join, permutations(string.ascii_lowercase, 2))
@@ -109,7 +114,9 @@ def quoted(packed: bytes, **late: int) -> bytes:
         raise ValueError("the compressed program holds both kinds of quotes in threes: change it a little")
     settings = "".join(f"{name}={value!r}\n" for name, value in late.items())
     data = text.replace("\0", zero)
-    return STUB.format(zero=zero, quote=repr(quotes[0]), quotes=quotes, data=data, late=settings).encode("latin1")
+    return STUB.format(zero=zero, order=order, quote=repr(quotes[0]), quotes=quotes, data=data, late=settings).encode(
+        "latin1"
+    )
 
 
 def requirements(text: str) -> str:

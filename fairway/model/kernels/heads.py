@@ -1,6 +1,8 @@
 # mypy: disallow-untyped-defs=False
 """Queries, keys and values as attention reads them, finished where their joint projection puts out its tiles.
 
+Where adapters add to what the projection puts out, they are finished by a pass of their own behind that.
+
 Legend: N tokens, D width, H query heads, K key/value heads, S = H + 2K in all, E width of a head, R rotated pairs.
 
 With x = n·Wᵀ by head, z = x/√(mean(x²) + ε), Rot the rotation of rope.py and g the gain of a query head (1 for keys):
@@ -75,6 +77,32 @@ def _forward(
         first, second = halves(product, ROWS, E)
         _finish(first, c, s, gain, x_out, q, k, v, n, head, H, K, E, R, ROWS)
         _finish(second, c, s, gain, x_out, q, k, v, n, head + 1, H, K, E, R, ROWS)
+
+
+@triton.jit
+def _finish_given(
+    x_in, cos, sin, gain, q, k, v, n_tokens, length,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Put out K heads of BLOCK tokens: of the queries, the keys or the values."""
+    n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None, None]
+    part, head, e, has = tl.program_id(1), tl.arange(0, K)[:, None], tl.arange(0, E), n < n_tokens
+    row = x_in + (n * (H + 2 * K) + part * K + head) * E
+    x = read(row + e, has)
+    if part * K == H + K:
+        tl.store(v + (n * K + head) * E + e, x, mask=has)
+    else:
+        # As in _backward; the inverse rotation has the other sign.
+        turned, angle = has & (e < 2 * R), (n % length) * R + e % R
+        c = tl.load(cos + angle, mask=turned, other=1.0)
+        s = tl.where(e < R, 1, -1) * read(sin + angle, turned)
+        g = tl.load(gain + part * K + head, mask=part * K + head < H, other=1.0)
+        pair = read(row + tl.where(e < R, e + R, e - R), turned)
+        y = (x * c + pair * s) * (g * tl.rsqrt(tl.sum(x * x, axis=2, keep_dims=True) / E + EPS))
+        if part * K < H:
+            tl.store(q + (n * H + part * K + head) * E + e, y, mask=has)
+        else:
+            tl.store(k + (n * K + head) * E + e, y, mask=has)
 
 
 @triton.jit
@@ -178,3 +206,34 @@ def _gradients(ctx, dq, dk, dv, _):
 
 
 heads.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("fairway::finished_heads", mutates_args=())
+def finished_heads(x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as of `heads`, from x (B, T, S·E), contiguous: products and what is added to them."""
+    q, k, v = outputs = _empty_finished(x, cos, sin, gain, kv_heads)
+    (n_tokens, length), heads = (x.size(0) * x.size(1), x.size(1)), gain.numel()
+    grid = triton.cdiv(n_tokens, BLOCK), heads // kv_heads + 2
+    sizes = (heads, kv_heads, k.size(3), cos.size(-1), BLOCK)
+    _finish_given[grid](x, cos, sin, gain, q, k, v, n_tokens, length, *sizes)
+    return outputs
+
+
+@finished_heads.register_fake
+def _empty_finished(x, cos, sin, gain, kv_heads):
+    head_dim = x.size(2) // (gain.numel() + 2 * kv_heads)
+    q, k = (x.new_empty(*x.shape[:2], count, head_dim) for count in (gain.numel(), kv_heads))
+    return q, k, torch.empty_like(k)
+
+
+def _save_finished(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+
+
+def _finished_gradients(ctx, dq, dk, dv):
+    gain = ctx.saved_tensors[-1]
+    dx, dgain = heads_backward(dq, dk, dv, *ctx.saved_tensors)
+    return dx, None, None, dgain.to(gain.dtype), None
+
+
+finished_heads.register_autograd(_finished_gradients, setup_context=_save_finished)

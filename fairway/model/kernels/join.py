@@ -8,7 +8,8 @@ With r = 1/√(mean(u²) + ε) per token and s the constant scale of the norm:
     forward     u = Σ_j c_j⊙x_j;  n = s·r·u, or the factors s·r alone, for a product to multiply its rows by
     backward    g = du + s·r·(dn − u·r²·mean(dn⊙u));  dx_j = c_j⊙g;  dc_j = Σ_N g⊙x_j
 
-Without weights (all 1) the gradient g is the same for all sources and written once.
+Without weights (all 1) the gradient g is the same for all sources and written once. Where the weights need no gradient,
+as in a network that only carries adapters, u is kept instead of the sources, and dx_j is written where it is needed.
 """
 
 import torch
@@ -72,12 +73,28 @@ def _norm_gradient(du, dn, total, scale, D: tl.constexpr):
 
 
 @triton.jit
-def _backward_sum(du, dn, u, g, n_tokens, scale, D: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_sources(du, dn, u, c, d0, d1, d2, n_tokens, scale, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradients of the sources that have a tensor for it; without weights d0 is that of them all.
+
+    Where only u or only n is used, the other's gradient is not there.
+    """
     at, has = _tile(tl.program_id(0), n_tokens, D, BLOCK)
-    total = read(u + at, has)
-    of_u = read(du + at, has)
-    of_n = read(dn + at, has)
-    tl.store(g + at, _norm_gradient(of_u, of_n, total, scale, D), mask=has)
+    g = tl.zeros((BLOCK, D), tl.float32)
+    if du is not None:
+        g = read(du + at, has)
+    if dn is not None:
+        total = read(u + at, has)
+        of_n = read(dn + at, has)
+        g = _norm_gradient(g, of_n, total, scale, D)
+    if c is None:
+        tl.store(d0 + at, g, mask=has)
+    else:
+        if d0 is not None:
+            tl.store(d0 + at, _weights(c, 0, D) * g, mask=has)
+        if d1 is not None:
+            tl.store(d1 + at, _weights(c, 1, D) * g, mask=has)
+        if d2 is not None:
+            tl.store(d2 + at, _weights(c, 2, D) * g, mask=has)
 
 
 @triton.jit
@@ -159,17 +176,11 @@ def _mixed(x0, x1, x2, c, rows, scale, aside):
 
 @torch.library.custom_op("fairway::mix_norm_backward", mutates_args=())
 def mix_norm_backward(
-    du: Tensor, dn: Tensor, x0: Tensor, x1: Tensor | None, x2: Tensor | None, c: Tensor | None, scale: float
+    du: Tensor, dn: Tensor, x0: Tensor, x1: Tensor, x2: Tensor | None, c: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the sources and of c, float32; empty for what is absent.
-
-    Without c the first source is u itself, and its gradient that of either.
-    """
-    d0, d1, d2, dc = gradients = _gradients_like(du, dn, x0, x1, x2, c, scale)
+    """Gradients of the sources, empty for what is absent, and of c, float32."""
+    d0, d1, d2, dc = _gradients_like(du, dn, x0, x1, x2, c, scale)
     (n_tokens, sizes), du, dn = _sizes(x0), du.contiguous(), dn.contiguous()
-    if c is None:
-        _backward_sum[(triton.cdiv(n_tokens, BLOCK),)](du, dn, x0, d0, n_tokens, scale, **sizes)
-        return gradients
     partial = c.new_empty(PROGRAMS, *c.shape, dtype=torch.float32)
     arguments = (du, dn, x0, x1, x2, c, d0, d1, d2, partial, n_tokens, scale)
     sizes["BLOCK"] = LARGE_TILE // x0.size(-1) or 1
@@ -180,20 +191,47 @@ def mix_norm_backward(
 @mix_norm_backward.register_fake
 def _gradients_like(du, dn, x0, x1, x2, c, scale):
     d0, d1, d2 = (x0.new_empty(0) if x is None else torch.empty_like(x) for x in (x0, x1, x2))
-    return d0, d1, d2, x0.new_empty(0 if c is None else c.shape, dtype=torch.float32)
+    return d0, d1, d2, x0.new_empty(c.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("fairway::mix_norm_backward_sources", mutates_args=())
+def mix_norm_backward_sources(
+    du: Tensor | None, dn: Tensor | None, u: Tensor, c: Tensor | None, needed: list[bool], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sources alone, empty for one that is not needed; without c that of any source is the first."""
+    gradients = _sources_like(du, dn, u, c, needed, scale)
+    n_tokens, sizes = _sizes(u)
+    written = [gradient if gradient.numel() else None for gradient in gradients]
+    given = [None if gradient is None else gradient.contiguous() for gradient in (du, dn)]
+    _backward_sources[(triton.cdiv(n_tokens, BLOCK),)](*given, u, c, *written, n_tokens, scale, **sizes)
+    return gradients
+
+
+@mix_norm_backward_sources.register_fake
+def _sources_like(du, dn, u, c, needed, scale):
+    d0, d1, d2 = (torch.empty_like(u) if one else u.new_empty(0) for one in needed)
+    return d0, d1, d2
 
 
 def _save(ctx, inputs, output):
     *sources, c, _, ctx.scale, _ = inputs
-    ctx.save_for_backward(*((output[0], None, None) if c is None else sources), c)
+    ctx.fixed = c is None or not c.requires_grad
+    # No zeros are made as the gradient of what is not used.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*((output[0], None, None) if ctx.fixed else sources), c)
 
 
 def _gradients(ctx, du, dn):
-    *_, x2, c = ctx.saved_tensors
-    d0, d1, d2, dc = mix_norm_backward(du, dn, *ctx.saved_tensors, ctx.scale)
+    x0, x1, x2, c = ctx.saved_tensors
+    if not ctx.fixed:
+        du, dn = (torch.zeros_like(x0) if gradient is None else gradient for gradient in (du, dn))
+        d0, d1, d2, dc = mix_norm_backward(du, dn, x0, x1, x2, c, ctx.scale)
+        return d0, d1, None if x2 is None else d2, dc.to(c.dtype), None, None, None
+    needed = [True, False, False] if c is None else list(ctx.needs_input_grad[:3])
+    gradients = mix_norm_backward_sources(du, dn, x0, c, needed, ctx.scale)
     if c is None:
-        return d0, d0, None, None, None, None, None
-    return d0, d1, None if x2 is None else d2, dc.to(c.dtype), None, None, None
+        return gradients[0], gradients[0], None, None, None, None, None
+    return *(d if one else None for d, one in zip(gradients, needed, strict=True)), None, None, None, None
 
 
 mix_norm.register_autograd(_gradients, setup_context=_save)

@@ -83,10 +83,18 @@ def _launch(
 
 @torch.library.custom_op("fairway::mlp", mutates_args=())
 def mlp(n: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, D), and P and A (N, F) for the backward pass, from n (N, D), Up (F, D) and Down (D, F); all bfloat16."""
-    pre, out = _hidden(n, up), _hidden(n, up)
-    _launch(n, up, pre, out)
-    return out @ down.T, pre, out
+    """y (..., D), and P and A (N, F) for the backward pass, of n (..., D), Up (F, D) and Down (D, F); all bfloat16."""
+    y, pre, out = _empty(n, up, down)
+    _launch(n.flatten(0, -2), up, pre, out)
+    # Not a view of the product: autograd would not let adapters add to that in place.
+    torch.mm(out, down.T, out=y.flatten(0, -2))
+    return y, pre, out
+
+
+@mlp.register_fake
+def _empty(n, up, down):
+    pre, out = (_hidden(n.flatten(0, -2), up) for _ in range(2))
+    return n.new_empty(n.shape), pre, out
 
 
 @torch.library.custom_op("fairway::activated", mutates_args=())
@@ -102,7 +110,6 @@ def _hidden(n: Tensor, up: Tensor) -> Tensor:
 
 
 activated.register_fake(lambda n, factors, up: _hidden(n, up))
-mlp.register_fake(lambda n, up, down: (torch.empty_like(n), _hidden(n, up), _hidden(n, up)))
 
 
 @torch.library.custom_op("fairway::mlp_backward", mutates_args=())
@@ -117,13 +124,19 @@ mlp_backward.register_fake(lambda dy, down, pre: torch.empty_like(pre))
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output[1:])
+    (n, up, down), (_, pre, out) = inputs, output
+    # P and A are read by nobody else: no zeros are made as their gradients.
+    ctx.set_materialize_grads(False)
+    # Matrices that adapters stand beside need no gradient, and then nor is there a use for what it is made of.
+    ctx.save_for_backward(n if up.requires_grad else None, up, down, pre, out if down.requires_grad else None)
 
 
 def _gradients(ctx, dy, *_):
     n, up, down, pre, out = ctx.saved_tensors
-    dpre = mlp_backward(dy, down, pre)
-    return dpre @ up, dpre.T @ n, dy.T @ out
+    dy_ND = dy.flatten(0, -2)
+    dpre = mlp_backward(dy_ND, down, pre)
+    dup, ddown = None if n is None else dpre.T @ n.flatten(0, -2), None if out is None else dy_ND.T @ out
+    return (dpre @ up).view_as(dy), dup, ddown
 
 
 mlp.register_autograd(_gradients, setup_context=_save)

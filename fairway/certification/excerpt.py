@@ -1,0 +1,101 @@
+"""The part of the validation stream that experiments run on: small, but the evaluator learns twice within it.
+
+Two kinds of parts are tried, with the evaluator's settings as they are. One is the beginning of the stream, in whole
+rows. The other is the shortest documents, whole and in the order of the stream; it is taken where a beginning would
+have to be four times as long. An evaluator that learns after so many documents then learns from short ones.
+
+How far one must look is read off the evaluator's own layout: what it learns from a chunk shows in the next chunk, and
+so a part of three chunks has two steps of learning in it.
+
+Legend: N targets.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairway.certification.black_box import KEPT_STATES, BlackBox
+from fairway.evaluation.document_batches import Document, documents
+from fairway.tokens.tokenizer import BOS
+
+# A beginning may be so many times as long as the shortest documents that will do.
+LONGER = 4
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Tokens (N+1,) int64, what they are, and whether the evaluator learns anywhere in the whole stream."""
+
+    tokens_N1: Tensor
+    what: str
+    learns: bool
+
+
+def choose_excerpt(box: BlackBox, tokens_N1: Tensor, *, tokens: int) -> Excerpt:
+    """The shortest part with two steps of learning (or all there are), a document's start and so many targets.
+
+    What even the whole stream has not got is not asked for. Raises UserError if the evaluator cannot take that stream.
+    """
+    chunks = box.begin(tokens_N1).chunks
+    starts, targets = bool((tokens_N1[1:] == BOS).any()), min(tokens, len(tokens_N1) - 1)
+
+    def holds(part_N1: Tensor) -> bool:
+        # The last token is only predicted, so that a document which starts with it is not seen.
+        if len(part_N1) - 1 < targets or (starts and not bool((part_N1[1:-1] == BOS).any())):
+            return False
+        return box.fits(part_N1) and box.begin(part_N1).chunks >= min(chunks, KEPT_STATES + 1)
+
+    beginning, shortest = _beginning(box, tokens_N1, holds), _shortest_documents(tokens_N1, holds)
+    part_N1, what = beginning if len(beginning[0]) <= LONGER * len(shortest[0]) else shortest
+    return Excerpt(part_N1, what, learns=chunks > 1)
+
+
+def _beginning(box: BlackBox, tokens_N1: Tensor, holds: Callable[[Tensor], bool]) -> tuple[Tensor, str]:
+    seq_len, targets = box.model.config.seq_len, len(tokens_N1) - 1
+    rows = _smallest(lambda rows: holds(tokens_N1[: rows * seq_len + 1]), -(-targets // seq_len))
+    part_N1 = tokens_N1[: rows * seq_len + 1]
+    if len(part_N1) == len(tokens_N1):
+        return tokens_N1, f"the whole stream of {targets:,} targets"
+    return part_N1, f"the first {len(part_N1) - 1:,} targets of the stream"
+
+
+def _shortest_documents(tokens_N1: Tensor, holds: Callable[[Tensor], bool]) -> tuple[Tensor, str]:
+    ascending = sorted(documents(tokens_N1.cpu()), key=lambda document: document.targets)
+    count = _smallest(lambda count: holds(_joined(tokens_N1, ascending[:count])), len(ascending))
+    part_N1 = _joined(tokens_N1, ascending[:count])
+    return part_N1, f"the {count:,} shortest documents, in the order of the stream, {len(part_N1) - 1:,} targets"
+
+
+def _joined(tokens_N1: Tensor, docs: list[Document]) -> Tensor:
+    """The documents' tokens in the order of the stream, and the one behind the last of them, which it predicts."""
+    in_order = sorted(docs, key=lambda document: document.begin)
+    pieces = [tokens_N1[document.begin : document.begin + document.targets] for document in in_order]
+    end = in_order[-1].begin + in_order[-1].targets
+    return torch.cat([*pieces, tokens_N1[end : end + 1]])
+
+
+def _smallest(holds: Callable[[int], bool], most: int) -> int:
+    """The smallest number of 1 ... most for which `holds`, if it holds for all larger ones; `most` if for none.
+
+    It is looked for upwards, since large numbers take long to look at.
+    """
+    least, reach = 1, 1
+    while reach < most and not holds(reach):
+        least, reach = reach + 1, min(2 * reach, most)
+    while least < reach:
+        middle = (least + reach) // 2
+        if holds(middle):
+            reach = middle
+        else:
+            least = middle + 1
+    return reach
+
+
+def short_beginning(box: BlackBox, tokens_N1: Tensor) -> Tensor:
+    """As short a beginning as the evaluator takes: a row and a quarter, or twice that, or four times, ..."""
+    length = box.model.config.seq_len * 5 // 4
+    while length < len(tokens_N1) - 1 and not box.fits(tokens_N1[: length + 1]):
+        length *= 2
+    return tokens_N1[: length + 1]

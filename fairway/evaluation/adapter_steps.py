@@ -1,0 +1,96 @@
+"""Scores and gradients of the adapters of a group of documents: on a GPU as recorded graphs, one pair for each shape.
+
+A group's numbers (evaluation/adapter_sets.py) are cast into one place, where the adapters of all shapes read them, and
+gradients are put into another: so the recorded graphs need not know which rows of which batch they work on.
+
+Legend: R rows of a group, C targets of a cut, D model width, V vocabulary, P numbers of a row's adapters.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairway.evaluation.cuda_graph import SharedMemory, TwoGraphs
+from fairway.evaluation.document_cuts import LENGTHS, Cut, windows
+from fairway.evaluation.lora_adapters import LoraAdapters, adapted_logits, numbers_of_a_set
+from fairway.evaluation.scoring import sent
+from fairway.model.gpt import GPT
+
+
+class AdapterSteps:
+    """Groups of at most `most` rows, scored by `model`, whose weights may change between calls, but only in place."""
+
+    def __init__(self, model: GPT, tokens_N1: Tensor, *, most: int, rank: int, scale: float) -> None:
+        self.model, self.tokens_N1, self.rank, self.scale = model, tokens_N1, rank, scale
+        _, numbers = numbers_of_a_set(model.config, rank)
+        self._numbers_BP, self._gradients_BP = (
+            torch.zeros(most, numbers, dtype=model.compute_dtype, device=tokens_N1.device) for _ in range(2)
+        )
+        self._adapters: dict[int, LoraAdapters] = {}
+        # By shape, from its second use on.
+        self._graphs: dict[tuple[int, int], TwoGraphs] = {}
+        self._met: set[tuple[int, int]] = set()
+        # What finds the gradients of the cut last scored.
+        self._last: tuple[Tensor, Tensor] | TwoGraphs | None = None
+        self._memory = SharedMemory() if tokens_N1.is_cuda else None
+
+    def score(self, cut: Cut, numbers_RP: Tensor) -> Tensor:
+        """The logits (R, C, V) float32 of a cut, which the next call may overwrite."""
+        self._numbers_BP[: len(numbers_RP)].copy_(numbers_RP)
+        # Whatever the last cut kept for its gradients is not needed any more, and its memory is.
+        self._last = None
+        shape, table_R4 = (len(numbers_RP), cut.length), sent(cut.table_R4, self.tokens_N1.device)
+        if self._memory is None or shape not in self._met:
+            self._met.add(shape)
+            logits_RCV = self._logits(table_R4, cut.length, cut.size)
+            self._last = table_R4, logits_RCV
+            return logits_RCV.detach()
+        if shape not in self._graphs:
+            self._graphs[shape] = self._record(table_R4, cut, self._memory)
+        self._last = graphs = self._graphs[shape]
+        return graphs.first(table_R4)
+
+    def gradients(self, cut: Cut) -> Tensor:
+        """Gradients (R, P) of the loss of the cut last scored, in the compute dtype; the next call overwrites them.
+
+        The loss is the sum of the documents' mean losses, without those that end with the cut.
+        """
+        if isinstance(self._last, TwoGraphs):
+            self._last.second()
+        elif self._last is not None:
+            self._put_gradients(*self._last, cut.length, cut.size)
+        return self._gradients_BP[: len(cut.table_R4)]
+
+    def _record(self, table_R4: Tensor, cut: Cut, memory: SharedMemory) -> TwoGraphs:
+        return TwoGraphs(
+            lambda table: self._logits(table, cut.length, cut.size),
+            lambda table, logits: self._put_gradients(table, logits, cut.length, cut.size),
+            table_R4,
+            memory,
+        )
+
+    @torch.enable_grad()
+    def _logits(self, table_R4: Tensor, length: int, size: int) -> Tensor:
+        """Logits of all places of a cut; those that are not scored are of some place or other."""
+        w, adapters = windows(self.tokens_N1, table_R4, length, size), self._adapters_of(len(table_R4))
+        # Scored places lie among the last `size` of the longest window, behind which it may be filled up.
+        wanted = min(length, size + LENGTHS - 1)
+        hid_RXD = self.model.hidden(w.tokens_RT, adapters=adapters, wanted=wanted if wanted < length else None)
+        place_X = torch.arange(length - wanted, length, device=table_R4.device)
+        # Picked by a product with ones and zeros: the gradient of indexing sorts its indices first.
+        picked_RCX = (w.columns_RC[..., None] == place_X).to(hid_RXD.dtype)
+        return adapted_logits(self.model, picked_RCX @ hid_RXD, adapters)
+
+    @torch.enable_grad()
+    def _put_gradients(self, table_R4: Tensor, logits_RCV: Tensor, length: int, size: int) -> None:
+        w, rows = windows(self.tokens_N1, table_R4, length, size), len(table_R4)
+        nats_RC = F.cross_entropy(logits_RCV.flatten(0, 1), w.targets_RC.flatten(), reduction="none").view(rows, size)
+        factors = self._adapters_of(rows).factors
+        found = torch.autograd.grad((nats_RC.mean(1) * w.goes_on_R).sum(), factors)
+        parts = self._gradients_BP[:rows].split([factor[0].numel() for factor in factors], 1)
+        torch._foreach_copy_([part.view_as(gradient) for part, gradient in zip(parts, found, strict=True)], found)
+
+    def _adapters_of(self, rows: int) -> LoraAdapters:
+        if rows not in self._adapters:
+            self._adapters[rows] = LoraAdapters(self.model.config, self._numbers_BP[:rows], self.rank, scale=self.scale)
+        return self._adapters[rows]

@@ -1,0 +1,193 @@
+"""Certificates: where an evaluator is tried, in which order it is causal, and what a decoder must be told for it."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_certify import CLEAN, LEGAL, LORA, SLIDING, _certified, _failed, _network, _stream
+from torch import Tensor
+
+from fairway.certification.accounting import Evaluation, accounting, order_bits, places_bits
+from fairway.certification.black_box import BlackBox, baseline
+from fairway.certification.coding_order import stream_order, visiting_order
+from fairway.certification.decoder import choose_slices
+from fairway.certification.excerpt import choose_excerpt
+from fairway.evaluation.document_batches import documents
+from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
+from fairway.evaluation.passes import Pass
+from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, plain_head
+from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
+from fairway.evaluation.windows import Windows, scored_once
+from fairway.model.gpt import GPT
+from fairway.runtime.distributed import World
+from fairway.tokens.tokenizer import BOS
+
+
+@pytest.mark.parametrize("name", LEGAL)
+def test_the_first_two_updates_and_the_start_of_a_document_are_decoded(name: str) -> None:
+    """With tokens on both sides of each."""
+    stream = _stream(2000)
+    box = BlackBox(LEGAL[name], _network())
+    base = baseline(box, choose_excerpt(box, stream, tokens=60).tokens_N1)
+    order = (visiting_order if name == "lora_ttt" else stream_order)(base)
+    slices = choose_slices(base, order, 60)
+    assert len(set(slices.indices.tolist())) == len(slices.indices) == 60
+    assert len(order.edges(base)) == 2
+    for edge in order.edges(base):
+        assert {edge - 5, edge - 1, edge, edge + 5} <= set(slices.indices.tolist())
+        before, behind = (int(base.chunk_N[order.positions[index]]) for index in (edge - 1, edge))
+        assert before < behind or name == "streaming"
+    starts = [position for position in slices.positions.tolist() if position and base.tokens_N1[position] == BOS]
+    assert starts
+
+
+def _documents_of(lengths: list[int]) -> Tensor:
+    """A stream (N+1,) of documents with so many targets each, of tokens that differ from document to document."""
+    texts = [[BOS, *(2 + (7 * index + place) % 38 for place in range(n - 1))] for index, n in enumerate(lengths)]
+    return torch.tensor([*(token for text in texts for token in text), BOS])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(20, 60), min_size=6, max_size=12), st.integers(1, 30))
+def test_an_excerpt_is_a_beginning_or_the_shortest_whole_documents(lengths: list[int], tokens: int) -> None:
+    """A single long document in front makes a beginning with two phases longer than the short documents behind it."""
+    stream = _documents_of([2000, *lengths])
+    box = BlackBox(LEGAL["lora_ttt"], _network())
+    found = choose_excerpt(box, stream, tokens=tokens)
+    part = found.tokens_N1
+    assert box.begin(part).chunks == 3
+    whole = [stream[d.begin : d.begin + d.targets] for d in documents(stream)]
+    chosen = [part[d.begin : d.begin + d.targets] for d in documents(part)]
+    places = [next(i for i, text in enumerate(whole) if torch.equal(text, piece)) for piece in chosen]
+    assert places == sorted(places)
+    shortest = sorted(len(text) for text in whole)[: len(chosen)]
+    assert sorted(map(len, chosen)) == shortest
+    assert found.what.startswith(f"the {len(chosen)} shortest documents")
+    # With one document fewer there is no second phase, or too few tokens.
+    fewer = _documents_of(shortest[:-1])
+    assert box.begin(fewer).chunks < 3 or len(fewer) - 1 < tokens
+
+
+def test_a_beginning_is_preferred_where_it_is_not_much_longer() -> None:
+    box = BlackBox(LEGAL["ttt"], _network())
+    found = choose_excerpt(box, _stream(2000), tokens=60)
+    assert found.what == "the first 336 targets of the stream"
+    assert (box.begin(found.tokens_N1).chunks, found.learns) == (3, True)
+
+
+def _lora(**changes: int) -> LoraTttEvaluator:
+    return LoraTttEvaluator(LoraTttSettings(**(LORA | changes)))
+
+
+def test_documents_visited_by_length_pass_in_that_order_for_who_is_told_where_they_start() -> None:
+    found = _certified(_lora, _stream(1100), 60)
+    assert (_failed(found.findings), found.starts_told) == (set(), True)
+    assert found.findings["causality"].evidence["order"] == "visits"
+    assert "is not causal for a decoder that does not know where they will start" in found.findings["causality"].why
+    decoder = found.findings["decoder"]
+    starts = decoder.evidence["given_starts"]
+    assert starts > 3
+    assert f"to a decoder that is told where the other {starts} documents tried start" in decoder.why
+    assert decoder.evidence["given_others"] == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(LEGAL) - {"lora_ttt"}))
+def test_who_goes_along_the_stream_is_told_nothing(name: str) -> None:
+    found = _certified(LEGAL[name], _stream(700), 40)
+    assert (_failed(found.findings), found.starts_told) == (set(), False)
+    assert found.findings["decoder"].evidence["given_starts"] == 0
+
+
+@dataclass(frozen=True)
+class ByDocument(SlidingEvaluator):
+    """Windows that never reach over the start of a document; which there are is read off the stream beforehand."""
+
+    def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
+        each = [self._windows(d.begin, d.targets, model.config.seq_len) for d in documents(tokens_N1.cpu())]
+        windows = Windows(*(torch.cat([getattr(w, name) for w in each]) for name in ("start", "first", "length")))
+        return WindowPass(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6)
+
+    def _windows(self, begin: int, targets: int, seq_len: int) -> Windows:
+        inside = scored_once(targets, seq_len=seq_len, stride=self.settings.stride)
+        return replace(inside, start=inside.start + begin)
+
+
+def test_windows_that_end_with_their_document_need_not_be_told_where_it_ends() -> None:
+    """The layout depends on later starts, but no prediction does: they become known in time."""
+    found = _certified(lambda: ByDocument(SlidingSettings(**SLIDING)), _stream(1100), 100)
+    assert (_failed(found.findings), found.starts_told) == (set(), False)
+    assert found.findings["causality"].evidence["order"] == "stream"
+
+
+@dataclass(frozen=True)
+class NearingTheEnd(SlidingEvaluator):
+    """Expects a document to end where the next one starts, which it looks up."""
+
+    def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
+        def head(model: GPT, batch: Batch, hid: Tensor) -> Tensor:
+            logits_MV = plain_head(model, batch, hid)
+            logits_MV[:, BOS] += 5.0 * (tokens_N1[batch.positions_M + 1] == BOS)
+            return logits_MV
+
+        windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=self.settings.stride)
+        return WindowPass(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6, head=head)
+
+
+def test_who_looks_up_where_documents_start_must_be_told() -> None:
+    found = _certified(lambda: NearingTheEnd(SlidingSettings(**SLIDING)), _stream(700), 40)
+    assert found.starts_told
+    assert found.findings["causality"].evidence["order"] == "visits"
+
+
+class ByContent(LoraTttEvaluator):
+    """Documents in an order that depends on what they say."""
+
+    def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
+        evaluation: Any = super().begin(model, tokens_N1, world)
+        batches = evaluation.batches
+        batches.sort(key=lambda batch: -int(tokens_N1[batch[0].begin + 1 : batch[0].begin + 30].sum()))
+        return evaluation
+
+
+def test_an_order_that_nobody_can_compute_fails_and_its_bits_are_told() -> None:
+    stream = _stream(2000)
+    found = _certified(lambda: ByContent(_lora(batch_documents=1).settings), stream, 60).findings
+    assert {"causality", "decoder"} <= _failed(found)
+    count = int((stream == BOS).sum())
+    told = f"to tell it an order of the {count} documents takes {order_bits(count):.0f} bits"
+    assert told in found["causality"].why
+
+
+def test_the_challenges_documents_take_so_many_bits() -> None:
+    """50,000 in an arbitrary order, and where they start among the CaseOps tokens."""
+    assert round(order_bits(50_000)) == 708_356
+    assert round(places_bits(47_851_520, 49_999)) == 567_199
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_bits_are_logarithms_of_counts(one: int, other: int) -> None:
+    few, many = sorted((one, other))
+    assert places_bits(many, few) == pytest.approx(math.log2(math.comb(many, few)), abs=1e-9)
+    assert order_bits(many) == pytest.approx(math.log2(math.factorial(many)), abs=1e-9)
+
+
+@pytest.mark.parametrize(("start_nats", "verdict"), [(1.0, "fail"), (12.0, "pass")])
+def test_a_score_that_leaves_out_what_must_be_told_is_no_code_length(start_nats: float, verdict: str) -> None:
+    """Unless the code of the starts, which is then not needed, is at least as long as what is told instead."""
+    told = torch.zeros(1000, dtype=torch.bool)
+    told[99::100] = True
+    nats = torch.where(told, start_nats, 2.0).double()
+    target_bytes = torch.ones(1000, dtype=torch.int64)
+    bpb = float(nats.sum()) / (1000 * math.log(2))
+    metrics = {"val_bpb": bpb, "targets": 1000, "scored": 1000, "bytes": 1000, "eval_s": 1.0}
+    found = accounting(Evaluation(metrics, nats, 10, CLEAN), target_bytes, told, cap_bytes=10)
+    bits = math.log2(math.comb(1000, 10))
+    assert found.verdict == verdict
+    assert found.evidence["told_bits"] == round(bits)
+    assert found.evidence["told_bpb"] == pytest.approx((990 * 2.0 / math.log(2) + bits) / 1000)
+    if verdict == "fail":
+        assert f"must also be told where 10 documents start, which takes {bits:.0f} bits" in found.why
