@@ -4,6 +4,7 @@ runtime, tokens, model, training, adaptation, codec, quantization, evaluation, c
 
 import os
 
-# OpenMP threads that wait by spinning take the cores from those they wait for: on a machine with anything else to do a
-# training step was seen to take nine times as long. PyTorch reads this once, when it is imported, hence it stands here.
+# OpenMP's threads wait for one another by spinning, unless told otherwise, and so keep processors from those that they
+# wait for: on a machine with other work a training step was seen to take nine times as long. PyTorch reads this
+# variable once, when it is imported, so it is set here, before any module of the project imports PyTorch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,9 +1,9 @@
-"""params.yaml, typed: one class per section, unknown and missing keys forbidden, cross-checked once.
+"""params.yaml as a typed object: which sections there are, and what must agree among them.
 
-`load_params("params.yaml")` is the only reader. Every key's meaning and unit stands in params.yaml itself, above the
-key; its type and its bounds stand beside the code that it configures. Here stands which sections there are, and what
-must agree among them. Beside these, a file has a section for each evaluator that it uses, under the evaluator's name
-(evaluation/registry.py).
+`load_params("params.yaml")` is the only way in which the pipeline reads it. An unknown or a missing key is an error.
+The meaning and unit of a key stand in params.yaml itself, above the key; its type and bounds stand in a class beside
+the code that the section configures. Besides the sections listed here, a file has one for each evaluator that it uses,
+under the evaluator's name (evaluation/registry.py).
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ EvaluatorName = Annotated[str, AfterValidator(_existing)]
 
 
 class ArtifactParams(Section):
-    """The sections that decide what becomes of tokens. They alone are written into the program that ships."""
+    """The sections that decide what is made of the tokens. Only these are written into the program that ships."""
 
     model: ModelConfig
     train: TrainSettings
@@ -56,7 +56,7 @@ class ArtifactParams(Section):
 class Params(ArtifactParams):
     """The whole of params.yaml.
 
-    What model_validate makes of a file is a subclass, with one more field for each section of an evaluator in it.
+    model_validate makes an object of a subclass, which has one more field for each section of an evaluator in the file.
     """
 
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(min_length=1)
@@ -77,7 +77,7 @@ class Params(ArtifactParams):
         return _class_for(raw).model_validate(raw)
 
     def evaluator_settings(self, name: str) -> EvaluatorSettings:
-        """The section of an evaluator. Raises UserError if there is no such evaluator, or no such section."""
+        """The section of an evaluator. Raises UserError if there is no such evaluator or no such section."""
         evaluator_class(name)
         if name not in self._evaluator_sections():
             raise UserError(f"params.yaml: {_missing(name)}")
@@ -140,9 +140,9 @@ class Params(ArtifactParams):
 
 
 def _class_for(raw: dict[str, Any]) -> type[Params]:
-    """Params with a field for every section of `raw` that has an evaluator's name.
+    """Params with one more field for every section of `raw` that has an evaluator's name.
 
-    Raises ValueError naming the first section that is none of Params and no evaluator's.
+    Raises ValueError naming the first section that is neither one of Params nor an evaluator's.
     """
     others = [name for name in raw if name not in Params.model_fields]
     unknown = next((name for name in others if not isinstance(name, str) or not is_evaluator(name)), None)
@@ -158,6 +158,7 @@ def _missing(name: str) -> str:
 
 
 def _need(ok: bool, message: str) -> None:
+    """Raise ValueError with the message unless `ok`."""
     if not ok:
         raise ValueError(message)
 

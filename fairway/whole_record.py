@@ -1,10 +1,10 @@
-"""The whole record in one process, without DVC: what ships as train_gpt.py.
+"""The whole record in one run, without DVC: what ships as train_gpt.py.
 
 Reads:  FOLDER/val_*.bin, and tokenizer.model or val_bytes_*.bin; FOLDER/model.bin or, to make one, FOLDER/train_*.bin
-Writes: FOLDER/model.bin if there is none; val_loss (nats per token) and val_bpb of model.bin to standard output
-Usage:  python -m fairway.whole_record FOLDER in the repository, where it reads params.yaml; elsewhere
-        python train_gpt.py [FOLDER], with the settings that compress has put into the file.
-        Under torchrun all processes train and the first goes on.
+Writes: FOLDER/model.bin if there is none; prints val_loss (nats per token) and val_bpb of model.bin
+Usage:  python -m fairway.whole_record FOLDER in the repository, where it reads params.yaml; anywhere else
+        python train_gpt.py [FOLDER], with the settings that pack has written into the program. Under torchrun all
+        processes train and adapt; the first one then does the rest alone.
 """
 
 import sys
@@ -35,10 +35,10 @@ from fairway.training.training_inputs import check_world, train_stream
 
 
 def shipped_arguments(params: Params) -> list[Any]:
-    """What the packer writes into the program as the arguments of run_shipped; the seed comes behind them.
+    """The arguments of run_shipped that the packer writes into the program; the seed follows them.
 
-    The params are cut to the sections that decide the artifact. The evaluator is given as its class, which the packer
-    writes as a name, and whose module it links: the program that ships has no files to import by name.
+    The params are cut to the sections that decide the artifact. The evaluator is given as its class. The packer links
+    the module of the class and writes its name, because the program that ships has no files to import by name.
     """
     name = params.compress.evaluator
     artifact = ArtifactParams(**{section: getattr(params, section) for section in ArtifactParams.model_fields})
@@ -46,7 +46,7 @@ def shipped_arguments(params: Params) -> list[Any]:
 
 
 def chosen_options(params: Params) -> dict[str, str]:
-    """Tables of the program in which the settings look up a single entry, with its key: no other ships."""
+    """The tables of which these settings use a single entry, with the key of that entry. The others need not ship."""
     chosen = {
         "fairway.codec.codecs.CODECS": params.compress.codec,
         "fairway.training.training_inputs.ORDERS": params.train.loader.kind,
@@ -65,12 +65,12 @@ def main() -> None:
 
 
 def run_shipped(params: ArtifactParams, evaluator: type[Evaluator], settings: EvaluatorSettings, seed: int) -> None:
-    """Run the record of the settings inside train_gpt.py, where this is called with `shipped_arguments`."""
+    """Run the record inside train_gpt.py, where this is called with the shipped_arguments and the seed."""
     run_stage(lambda: run_record(params, seed, _folder(), evaluator(settings)))
 
 
 def run_record(params: ArtifactParams, seed: int, folder: Path, evaluator: Evaluator) -> None:
-    """Make folder/model.bin unless it is there, then print what the evaluator makes of it."""
+    """Make folder/model.bin unless it is there, then print the score that the evaluator gives it."""
     path = folder / "model.bin"
     weights = None
     with start_world() as world:
@@ -86,7 +86,7 @@ def run_record(params: ArtifactParams, seed: int, folder: Path, evaluator: Evalu
 
 
 def trained_weights(params: ArtifactParams, seed: int, folder: Path, world: World) -> dict[str, Tensor]:
-    """Stages train and average."""
+    """Do what the stages train and average do: the weights of the kind that params.average names."""
     check_world(params.train, world)
     validation = load_validation(folder, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
     model = GPT(params.model)
@@ -110,7 +110,7 @@ def trained_weights(params: ArtifactParams, seed: int, folder: Path, world: Worl
 def adapted_weights(
     params: ArtifactParams, weights: dict[str, Tensor], folder: Path, world: World
 ) -> dict[str, Tensor]:
-    """Stage adapt."""
+    """Do what the stage adapt does: the same weights, or those adapted to the split that params.adapt names."""
     settings, config = params.adapt, params.model
     if not settings.epochs:
         return weights
@@ -130,7 +130,7 @@ def adapted_weights(
 def compressed(
     params: ArtifactParams, weights: dict[str, Tensor], seed: int, folder: Path, device: torch.device
 ) -> bytes:
-    """Stages quantize and compress."""
+    """Do what the stages quantize and compress do: the bytes of model.bin."""
     weights = {name: weight.cpu() for name, weight in weights.items()}
     codec = params.compress.codec
     hessians = calibrate(params.model, params.quantize.gptq, weights, folder, folder, seed=seed, device=device)
@@ -143,7 +143,7 @@ def compressed(
 
 
 def print_score(evaluator: Evaluator, path: Path, device: torch.device) -> None:
-    """Print what the evaluator makes of model.bin and the validation stream beside it."""
+    """Print the score that the evaluator gives model.bin on the validation stream beside it."""
     make_deterministic()
     model = load_artifact(path, device)
     config = model.config
@@ -158,6 +158,7 @@ def print_score(evaluator: Evaluator, path: Path, device: torch.device) -> None:
 
 
 def _folder() -> Path:
+    """The folder on the command line, or the working directory."""
     return Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 
 

@@ -1,4 +1,4 @@
 """The verbs: one file per stage of the pipeline, started as `python -m stages.<name>`."""
 
-# Sets how OpenMP's threads wait, which must happen before a stage imports PyTorch.
+# This import sets how OpenMP's threads wait, which must happen before a stage imports PyTorch.
 import fairway  # noqa: F401

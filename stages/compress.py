@@ -3,7 +3,8 @@
 Reads:  artifacts/quantize/<seed>/codes.safetensors, artifacts/pack/program.py, artifacts/tokens (validation stream)
 Writes: artifacts/compress/<seed>: model.bin (codec/container.py) and train_gpt.py (packing/bundle.py), if they score as
         the repository does (packing/shipped_run.py), and compress.json with the seconds that this took
-Method: a stream of codes per class of tensor, by compress.codec; the program's text compressed behind a stub
+Method: one stream of codes for each class of tensors, packed by compress.codec; the program's text is compressed
+        and put behind a stub that unpacks it
 Source: PR #1172 (Brotli, packed code), #1855 (streams by kind). Ours: checksum, bounded reading, checked round trip.
 """
 

@@ -29,7 +29,7 @@ ARTIFACTS = Path("artifacts")
 
 
 def main() -> None:
-    """Evaluate artifacts/compress/<seed> with <evaluator>."""
+    """Score artifacts/compress/<seed>/model.bin with <evaluator>."""
     seed, (name,) = stage_arguments(sys.argv[1:], "evaluate", "evaluator")
     params = load_params("params.yaml")
     settings = params.evaluator_settings(name)

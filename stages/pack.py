@@ -2,8 +2,8 @@
 
 Reads:  params.yaml; the code of fairway/
 Writes: artifacts/pack/program.py, and requirements.txt: the packages that the program imports, with their versions
-Method: modules linked, what nothing reaches dropped, the rest minified (packing/bundle.py)
-Source: PR #1172 and #1493 ship one packed script. Ours: the same code as the stages run, not a script beside it.
+Method: modules are linked, what nothing reaches is dropped, and the rest is minified (packing/bundle.py)
+Source: PR #1172 and #1493 ship one packed script. Ours: it is the code that the stages run, not a second script.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from fairway.whole_record import chosen_options, shipped_arguments
 
 
 def main() -> None:
-    """Write artifacts/pack."""
+    """Pack the record of params.yaml into artifacts/pack."""
     params = load_params("params.yaml")
     text = program_text(Path(), RECORD, shipped_arguments(params), late=["seed"], chosen=chosen_options(params))
     with output_folder(Path("artifacts/pack")) as out:

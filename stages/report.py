@@ -6,7 +6,7 @@ Writes: results/summary.json, report.md, and curve.csv, positions.csv, sizes.csv
         bytes, are small and are committed; results/times.json, the ledger of time, and report.html, the page, which
         tell seconds too, so that git ignores them
 Method: mean and sample deviation over seeds; Welch's test against a published record (reporting/comparison.py)
-Source: the track's rules for budgets and for a new record. No record had a report.
+Source: the track's rules for budgets and for a new record. The published records have no such report.
 """
 
 import json

@@ -1,8 +1,9 @@
 """Weigh the two files that ship against the track's cap.
 
 Reads:  artifacts/compress/<seed>/train_gpt.py, model.bin
-Writes: artifacts/size_check/<seed>/size.json (bytes by file and by class of tensor, headroom, bits per weight), and
-        within_cap if they are: always the same, so that what waits for it does not run again with every byte
+Writes: artifacts/size_check/<seed>: size.json (bytes by file and by class of tensor, headroom, bits per weight) and, if
+        the files keep to the cap, within_cap. Its content never changes, so that evaluate, which waits for it, does not
+        run again whenever the size changes by a byte.
 Source: the challenge's rule: code plus compressed model, at most 16,000,000 decimal bytes. No record enforced it.
 """
 
@@ -17,7 +18,7 @@ from fairway.runtime.files import output_folder, require_file, write_atomic
 
 
 def main() -> None:
-    """Weigh artifacts/compress/<seed>; size.json is written even when the cap is exceeded."""
+    """Weigh artifacts/compress/<seed>. size.json is written even if the cap is exceeded."""
     seed, _ = stage_arguments(sys.argv[1:], "size_check")
     params = load_params("params.yaml")
     shipped = Path(f"artifacts/compress/{seed}")

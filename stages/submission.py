@@ -1,11 +1,11 @@
-"""Make the folder that is submitted to the challenge: nothing in it is typed by hand.
+"""Make the folder that is submitted to the challenge. Nothing in it is typed by hand.
 
 Reads:  of every seed artifacts/train, adapt, quantize, compress, size_check, evaluate and certify, but the program of
         the first seed alone; artifacts/pack/requirements.txt; artifacts/tokens/tokenizer.model
 Writes: artifacts/submission/: README.md, submission.json, train_gpt.py, tokenizer.model, requirements.txt and
         train_seed<seed>.log of every seed
-Source: the challenge's rules (keys of submission.json: its baseline and the record folders). Ours: the certificate's
-        verdict stands in both, and an evaluator that is not proven legal is labelled so.
+Source: the challenge's rules; the keys of submission.json are those of its baseline and of the records' folders. Ours:
+        submission.json and README.md give the certificate's verdict, and a score not proven legal is labelled so.
 """
 
 import json
@@ -23,7 +23,7 @@ ARTIFACTS = Path("artifacts")
 
 
 def main() -> None:
-    """Write artifacts/submission."""
+    """Write artifacts/submission for the evaluator that ships."""
     params = load_params("params.yaml")
     evaluator = params.compress.evaluator
     runs = collect(ARTIFACTS, params.seeds, [evaluator])

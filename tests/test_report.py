@@ -114,7 +114,7 @@ def test_every_evaluator_of_the_pipeline_fits_into_the_summary(three: Figures) -
                 shutil.copytree(folder / "sliding", folder / name)
             write_certificate(three.folder, seed, certificate(name, unproven=("decoder",)))
     lora = yaml.safe_load((REPOSITORY / "records/r1958-lora-ttt.yaml").read_text())["lora_ttt"]
-    three.params |= {"lora_ttt": lora, "streaming": {"block_tokens": 64, "lanes": 1}}
+    three.params |= {"lora_ttt": lora, "streaming": {"block_tokens": 64, "lanes": 1, "within_documents": False}}
     three.params["evaluators"] += ["lora_ttt", "streaming"]
     found = summarize(three.facts())
     assert len(found | times(three.facts())) == 12

@@ -52,7 +52,7 @@ class GlobalNames(ast.NodeTransformer):
         return node
 
     def visit_alias(self, node: ast.alias) -> ast.AST:
-        """Replace the name that an import binds. Raises ValueError for a dotted import, which binds no other name."""
+        """Replace the name that an import binds. Raises ValueError for a dotted import: it can bind no other name."""
         bound = node.asname or node.name.split(".")[0]
         new = self._name(bound)
         if new != bound:
@@ -144,7 +144,7 @@ def parameters(arguments: ast.arguments) -> list[ast.arg]:
 
 
 def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """The node and all nodes of its scope, in order. Of a function or class in it only the definition is one."""
+    """The node and all nodes of its scope, in order. Of a function or class in it, that is only the definition."""
     waiting = [node]
     while waiting:
         node = waiting.pop()

@@ -65,7 +65,7 @@ class Settings:
         return ast.Call(ast.Name(self._name(type(value)), ast.Load()), [], [ast.keyword(None, _literal(data))])
 
     def _properties(self, kind: type[BaseModel]) -> list[str]:
-        """Properties that the program may read. Settings never change, so each is written as a further field."""
+        """Properties that the program may read. Settings never change, so a property is written as one more field."""
         own = [base for base in kind.__mro__ if base not in (BaseModel, object)]
         found = {name for base in own for name, part in vars(base).items() if isinstance(part, property)}
         return sorted(found & self.read)

@@ -127,7 +127,7 @@ def _own_figures(evaluator: Evaluator, network: GPT, validation: Validation) -> 
 
 
 def _shipped_figures(folder: Path) -> tuple[dict[str, float], str]:
-    """The figures that the program in the folder prints, NaN for one that it does not, and its complaint if any."""
+    """The figures that the program in the folder prints, NaN for those it does not, and its complaint if it fails."""
     command = [sys.executable, "-I", "train_gpt.py"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     printed = dict(re.findall(r"^(val_\w+): (\d+\.\d+)$", done.stdout, flags=re.MULTILINE))
