@@ -119,9 +119,10 @@ def test_every_target_is_scored_once_but_for_the_published_list(name: str) -> No
     assert int(times.max()) == (4 if name == "published" else 1)
 
 
-# TTT learns between seven chunks, SLOT with a carried offset between three. The batches of documents take 16 steps of
-# their adapters in all, and there are two phases.
+# TTT learns between seven chunks, SLOT with a carried offset between three, or four where documents are kept apart. The
+# batches of documents take 16 steps of their adapters in all, and there are two phases.
 UPDATES = {"ttt": 6, "ttt_bfloat16": 6, "ttt_slot": 6, "carried": 2, "lora_ttt": 16 + 2}
+UPDATES |= {"ttt_documents": 6, "carried_documents": 3}
 
 
 @EVERY

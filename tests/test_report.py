@@ -442,3 +442,12 @@ def test_hostile_names_arrive_as_text(one: Figures) -> None:
     html = one.page()
     assert "script" not in Document(html).tags
     assert "".join(Document(html).text).count(HOSTILE) >= 6
+
+
+def test_scores_of_a_part_of_the_held_out_documents_are_labelled_so(one: Figures) -> None:
+    assert one.facts().subset is None
+    scored = one.meta["val_documents"]
+    one.meta["held_out_documents"] = 50_000
+    label = f"the first {scored} of 50000 validation documents"
+    assert markdown(one.facts()).startswith(f"| bits per byte of {label} | ")
+    assert f"of {label}" in one.page()

@@ -36,8 +36,7 @@ PPMD_ORDERS = range(16, 7, -1)
 # it is a raw string, which may hold every byte but zero, so two letters stand for a zero.
 STUB = """#coding:latin1
 {late}import linecache,pyppmd
-s=open(__file__,"rb").read().split(b{quote}*3)[1][:-1].replace(b"{zero}",b"\\0")
-s=pyppmd.decompress_str(s,max_order={order})
+s=pyppmd.decompress_str(open(__file__,"rb").read().split(b{quote}*3)[1][:-1].replace(b"{zero}",b"\\0"),max_order={order})
 n="train_gpt/program.py"
 linecache.cache[n]=len(s),None,s.splitlines(True),n
 exec(compile(s,n,"exec"))

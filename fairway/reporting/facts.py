@@ -24,6 +24,8 @@ class Facts:
     budgets: list[Budget]
     reproduction: Reproduction | None
     comparison: Comparison | None
+    # "the first 800 of 50000 validation documents", where tokenize.val_limit_documents left the others out.
+    subset: str | None
 
 
 def facts(
@@ -54,5 +56,12 @@ def facts(
         rungs=ladder(runs, found, kept, comparable),
         budgets=budgets(runs, best.name),
         reproduction=reproduced,
+        subset=_subset(meta),
         comparison=compare(best, runs, *baseline) if baseline else None,
     )
+
+
+def _subset(meta: dict[str, Any]) -> str | None:
+    """What is scored, where that is less than all that is held out. `meta` is the tokens' meta.json."""
+    scored, held_out = meta["val_documents"], meta["held_out_documents"]
+    return f"the first {scored} of {held_out} validation documents" if scored < held_out else None

@@ -23,7 +23,8 @@ def markdown(facts: Facts) -> str:
     """
     runs = facts.runs
     several = len(runs) > 1
-    head = ["bits per byte of validation text", *(f"seed {run.seed}" for run in runs), *["mean ± std"] * several]
+    scored = f"bits per byte of {facts.subset or 'validation text'}"
+    head = [scored, *(f"seed {run.seed}" for run in runs), *["mean ± std"] * several]
     rows = [[f"`{name}`", *[f"{bpb:.4f}"] * (len(runs) + several)] for name, bpb in facts.compressors.items()]
     rows.append(["trained weights, rows of one window", *_cells([run.train["val_bpb"] for run in runs])])
     rows += [_score_row(score) for score in facts.scores]
