@@ -3,9 +3,10 @@
 Reads:  records/<record>.yaml, and with --lengths a text file of whole numbers
 Prints: milliseconds to score a group of documents and to fit its adapters, by rows and tokens of a window; the seconds
         that the challenge's 50,000 documents take a GPU for each lane, slowest lane by phase, added up step by step,
-        with recording and drawing once each and the steps of global SGD; with --lengths also the seconds that an
+        with one recording of every shape and the steps of global SGD; with --lengths also the seconds that an
         evaluation of random documents of these lengths takes this process, all lanes one after the other.
-Method: random weights and tokens; recorded graphs, repeated, in deterministic mode.
+Method: random weights and tokens; recorded graphs, the fastest of three runs, in deterministic mode. In a long run the
+        GPU is slower, because its power is limited: 50 s of steps by the table took 60 s in a row.
 Usage:  python -m benchmarks.lora_shapes r1958-lora-ttt --lengths lengths.txt --prefix 40
 """
 

@@ -53,11 +53,11 @@ def shallow_network(record: str = "r1150") -> GPT:
     return small_network(record, shallow=True).eval()
 
 
-def drawn_adapters(model: GPT, rows: int, *, rank: int = 2, generator: torch.Generator) -> LoraAdapters:
+def drawn_adapters(model: GPT, rows: int, *, rank: int = 2, seed: int = 1) -> LoraAdapters:
     """Adapters at scale 2 with drawn first factors, which add nothing yet."""
     numbers = torch.zeros(rows, numbers_of_a_set(model.config, rank)[1])
     adapters = LoraAdapters(model.config, numbers, rank, scale=2.0)
-    adapters.set_first(draw_factors(model.config, rows, rank, generator))
+    adapters.set_first(draw_factors(model.config, rows, rank, seed))
     return adapters
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from streams import PLAIN_FIT, PLAIN_TTT, PLAIN_WINDOWS, random_stream
 from test_model import R1150, SMALL
+from test_within_documents import documents
 from torch import Tensor
 
 from fairway.certification.accounting import Evaluation, Finding, Provenance, accounting, legal, with_provenance
@@ -22,12 +23,12 @@ from fairway.certification.follower import Follower
 from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
 from fairway.evaluation.passes import Pass, Prediction
-from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, plain_head
+from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, plain_head, stream_windows
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.slot import OffsetHead, Places, SlotEvaluator, context_places
 from fairway.evaluation.slot_offsets import SlotFitSettings, SlotSettings
 from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
-from fairway.evaluation.ttt import TttEvaluator, TttSettings
+from fairway.evaluation.ttt import TttEvaluator, TttPass, TttSettings
 from fairway.evaluation.windows import scored_once
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
@@ -58,8 +59,33 @@ LEGAL: dict[str, Make] = {
     "slot, carried": _slot(carried=True),
     "slot, context of each window": _slot(fitted_on="context", bias=True),
 }
+APART: dict[str, Any] = {"within_documents": True}
+WITHIN: dict[str, Make] = {
+    "sliding, within documents": lambda: SlidingEvaluator(SlidingSettings(**(SLIDING | APART))),
+    "streaming, within documents": lambda: StreamingEvaluator(StreamingSettings(block_tokens=32, lanes=2, **APART)),
+    "ttt, within documents": lambda: TttEvaluator(TttSettings(**(TTT | APART))),
+    "slot, carried, within documents": _slot(carried=True, **APART),
+    "slot, context, within documents": _slot(fitted_on="context", bias=True, **APART),
+    "an own head, within documents": lambda: Tempered(SlidingSettings(**(SLIDING | APART))),
+}
+LEGAL |= WITHIN
 # Those that carry something from chunk to chunk.
-LEARNING = [LEGAL[name] for name in ("streaming", "ttt", "lora_ttt", "slot, carried")]
+LEARNING = [make for name, make in LEGAL.items() if name.startswith(("streaming", "ttt", "lora_ttt", "slot, carried"))]
+
+
+@dataclass(frozen=True)
+class Tempered(Evaluator):
+    """Windows with a head that nobody knows."""
+
+    settings: SlidingSettings
+
+    def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
+        def head(model: GPT, batch: Batch, hid: Tensor) -> Tensor:
+            return plain_head(model, batch, hid) / 1.1
+
+        s = self.settings
+        chunks = in_chunks(stream_windows(model, tokens_N1, s), s.batch_windows, s.stretch)
+        return WindowPass(model, tokens_N1, chunks, world, batch_windows=s.batch_windows, stretch=s.stretch, head=head)
 
 
 def _network() -> GPT:
@@ -106,6 +132,16 @@ def _assert_passes(make: Make, tokens: int) -> None:
 @pytest.mark.parametrize("name", LEGAL)
 def test_who_predicts_from_the_past_passes_and_decodes(name: str) -> None:
     _assert_passes(LEGAL[name], tokens=100)
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_short_documents_decode_without_being_told_where_they_start(name: str) -> None:
+    """Of about twenty tokens each: windows, batches and what is learned from depend on where documents start."""
+    findings = _certified(WITHIN[name], documents(5, 1100, 0.05), 100).findings
+    assert _failed(findings) == set(), {name: findings[name] for name in _failed(findings)}
+    assert findings["causality"].evidence["order"] == "stream"
+    assert findings["decoder"].evidence["given_starts"] == 0
+    assert findings["decoder"].evidence["decoded"] == 100
 
 
 @pytest.mark.long
@@ -329,8 +365,9 @@ class LearningAhead(TttEvaluator):
     at_chunk: int
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        evaluation: Any = super().begin(model, tokens_N1, world)
-        learn, weight = evaluation.learn, dict(evaluation.model.named_parameters())["embed.token"]
+        evaluation = super().begin(model, tokens_N1, world)
+        assert isinstance(evaluation, TttPass)
+        learn, weight = evaluation.learn, evaluation.free["embed.token"]
 
         def learn_ahead(chunk: int) -> None:
             learn(chunk)

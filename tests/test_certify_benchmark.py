@@ -22,12 +22,16 @@ def _toy(record: str) -> Params:
 
 
 def test_a_line_is_printed_for_each_evaluator_that_differs() -> None:
-    """Those of a record as run and of its variants; the shortest documents are those that phased TTT is tried on."""
+    """Of a record and its variants, which keep documents apart. The shortest ones are what phased TTT is tried on."""
     records = {name: _toy(name) for name in ("r1958", "r1958-train-ttt", "r1958-lora-ttt")}
     lines = list(certificates(records, ["sliding", "lora_ttt"], [140] * 8 + [1500] * 60, torch.device("cpu")))
-    assert [(line.record, line.evaluator) for line in lines] == [("r1958", "sliding"), ("r1958-lora-ttt", "lora_ttt")]
-    sliding, lora = lines
-    assert (sliding.verdict(), sliding.certified.starts_told) == ("all pass", False)
+    assert [(line.record, line.evaluator) for line in lines] == [
+        ("r1958", "sliding"),
+        ("r1958-train-ttt", "sliding"),
+        ("r1958-lora-ttt", "lora_ttt"),
+    ]
+    *sliding, lora = lines
+    assert [(line.verdict(), line.certified.starts_told) for line in sliding] == 2 * [("all pass", False)]
     # log2 of the number of ways to choose 67 of 91,072 places.
     assert lora.verdict() == "all pass; 790 bits must be told"
     assert lora.row().startswith("| r1958-lora-ttt | lora_ttt | 840 | 2 | 40 | all pass; ")

@@ -1,14 +1,13 @@
 """Certificates: where an evaluator is tried, in which order it is causal, and what a decoder must be told for it."""
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_certify import CLEAN, LEGAL, LORA, SLIDING, _certified, _failed, _network, _stream
+from test_certify import CLEAN, LEGAL, LORA, SLIDING, SLOT, TTT, Make, _certified, _failed, _network, _stream
 from torch import Tensor
 
 from fairway.certification.accounting import Evaluation, accounting, order_bits, places_bits
@@ -17,11 +16,15 @@ from fairway.certification.coding_order import stream_order, visiting_order
 from fairway.certification.decoder import choose_slices
 from fairway.certification.excerpt import choose_excerpt
 from fairway.evaluation.document_batches import documents
-from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
+from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttPass, LoraTttSettings
 from fairway.evaluation.passes import Pass
 from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, plain_head
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
-from fairway.evaluation.windows import Windows, scored_once
+from fairway.evaluation.slot import SlotEvaluator
+from fairway.evaluation.slot_offsets import SlotSettings
+from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
+from fairway.evaluation.ttt import TttEvaluator, TttSettings
+from fairway.evaluation.windows import scored_once
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
 from fairway.tokens.tokenizer import BOS
@@ -102,24 +105,21 @@ def test_who_goes_along_the_stream_is_told_nothing(name: str) -> None:
     assert found.findings["decoder"].evidence["given_starts"] == 0
 
 
-@dataclass(frozen=True)
-class ByDocument(SlidingEvaluator):
-    """Windows that never reach over the start of a document; which there are is read off the stream beforehand."""
-
-    def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        each = [self._windows(d.begin, d.targets, model.config.seq_len) for d in documents(tokens_N1.cpu())]
-        windows = Windows(*(torch.cat([getattr(w, name) for w in each]) for name in ("start", "first", "length")))
-        return WindowPass(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6)
-
-    def _windows(self, begin: int, targets: int, seq_len: int) -> Windows:
-        inside = scored_once(targets, seq_len=seq_len, stride=self.settings.stride)
-        return replace(inside, start=inside.start + begin)
+APART: dict[str, Make] = {
+    "sliding": lambda: SlidingEvaluator(SlidingSettings(**(SLIDING | {"within_documents": True}))),
+    "streaming": lambda: StreamingEvaluator(StreamingSettings(block_tokens=32, lanes=2, within_documents=True)),
+    "ttt": lambda: TttEvaluator(TttSettings(**(TTT | {"within_documents": True}))),
+    "slot": lambda: SlotEvaluator(SlotSettings(**(SLOT | {"within_documents": True, "fitted_on": "context"}))),
+    "slot, carried": lambda: SlotEvaluator(SlotSettings(**(SLOT | {"within_documents": True, "carried": True}))),
+}
 
 
-def test_windows_that_end_with_their_document_need_not_be_told_where_it_ends() -> None:
-    """The layout depends on later starts, but no prediction does: they become known in time."""
-    found = _certified(lambda: ByDocument(SlidingSettings(**SLIDING)), _stream(1100), 100)
-    assert (_failed(found.findings), found.starts_told) == (set(), False)
+@pytest.mark.parametrize("name", APART)
+def test_who_keeps_documents_apart_need_not_be_told_where_they_start(name: str) -> None:
+    """The layout may depend on later starts, but no prediction does: they become known in time."""
+    found = _certified(APART[name], _stream(1100), 100)
+    assert _failed(found.findings) == set(), {k: found.findings[k] for k in _failed(found.findings)}
+    assert not found.starts_told
     assert found.findings["causality"].evidence["order"] == "stream"
 
 
@@ -147,9 +147,9 @@ class ByContent(LoraTttEvaluator):
     """Documents in an order that depends on what they say."""
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        evaluation: Any = super().begin(model, tokens_N1, world)
-        batches = evaluation.batches
-        batches.sort(key=lambda batch: -int(tokens_N1[batch[0].begin + 1 : batch[0].begin + 30].sum()))
+        evaluation = super().begin(model, tokens_N1, world)
+        assert isinstance(evaluation, LoraTttPass)
+        evaluation.batches.sort(key=lambda batch: -int(tokens_N1[batch[0].begin + 1 : batch[0].begin + 30].sum()))
         return evaluation
 
 

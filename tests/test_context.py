@@ -51,7 +51,7 @@ def test_rows_pieces_and_windows_agree(record: str, seed: int, cuts: set[int], s
 def _random_adapters(network: GPT, rows: int) -> LoraAdapters:
     """Adapters that add something at every site."""
     generator = torch.Generator().manual_seed(1)
-    adapters = drawn_adapters(network, rows, generator=generator)
+    adapters = drawn_adapters(network, rows)
     for B in adapters.second.values():
         B.data.copy_(0.1 * torch.randn(B.shape, generator=generator))
     return adapters

@@ -87,7 +87,7 @@ def test_documents_have_every_target_once(is_bos: list[bool], size: int) -> None
 
 
 def _adapters(model: Any, rows: int, *, seed: int = 1) -> LoraAdapters:
-    return drawn_adapters(model, rows, generator=torch.Generator().manual_seed(seed))
+    return drawn_adapters(model, rows, seed=seed)
 
 
 def test_adapters_that_add_nothing_change_nothing() -> None:

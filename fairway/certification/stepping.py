@@ -2,6 +2,7 @@
 
 A pass is begun on a buffer of tokens, which is filled in as they become known. A Stepper says what the pass would
 predict at a target with the tokens as they stand, and computes no more for it than it must. Nothing is learned by that.
+Shapes do not depend on what is known by then, so that the encoder, who knows everything, gets the same bits.
 A Follower (follower.py) goes through a whole stream so, and lets the pass learn from each chunk that lies behind.
 
 There are cheap steppers for the evaluators of this project, as long as their predictions do not depend on anything else
@@ -75,7 +76,8 @@ class WindowStepper(Stepper):
         row = self.windows.tokens_N1[start : start + length]
         positions_S = torch.arange(start + begin, min(start + begin + STEP, start + length), device=row.device)
         with torch.no_grad():
-            return positions_S, self.head(self._reader.step(row, begin, first)[: len(positions_S)])
+            # The head is given all places of a step, also behind a document's end, which a decoder does not know yet.
+            return positions_S, self.head(self._reader.step(row, begin, first))[: len(positions_S)]
 
 
 class OffsetStepper(Stepper):
@@ -94,10 +96,11 @@ class OffsetStepper(Stepper):
             # As above: what was cached belongs to other weights.
             self._chunk, self._context = chunk, torch.empty(0)
         window, group = _window(self.windows, chunk, position)
-        batch = make_batch(self.windows.tokens_N1, window, seq_len=self.windows.model.config.seq_len)
+        batch = _batch_alone(self.windows, window)
         with torch.no_grad():
             hid_1TD = self._hidden(batch.tokens_BT, int(window.first))
-            return batch.positions_M, self._alone(window, group)(self.windows.model, batch, hid_1TD)
+            logits_MV = self._alone(window, group)(self.windows.model, batch, hid_1TD)
+            return batch.positions_M, logits_MV[: len(batch.positions_M)]
 
     def _hidden(self, tokens_1T: Tensor, first: int) -> Tensor:
         """The hidden states of a window; those before the first scored place are kept while its tokens stay."""
@@ -131,6 +134,23 @@ class OffsetStepper(Stepper):
         return int((windows.first if context else windows.length - windows.first).sum())
 
 
+class DocumentWindowStepper(Stepper):
+    """For windows within documents with any head: the window by itself. Whole batches depend on later documents."""
+
+    exact = False
+
+    def __init__(self, evaluation: WindowPass, asked_N: Tensor) -> None:
+        super().__init__(evaluation, asked_N)
+        self.windows = evaluation
+
+    def at(self, chunk: int, position: int) -> Prediction:
+        """The window that scores the position."""
+        batch = _batch_alone(self.windows, _window(self.windows, chunk, position)[0])
+        with torch.no_grad():
+            logits_MV = self.windows.head(self.windows.model, batch, self.windows.model.hidden(batch.tokens_BT))
+            return batch.positions_M, logits_MV[: len(batch.positions_M)]
+
+
 class LaneStepper(Stepper):
     """For the lanes of a streaming evaluation, each with what it has cached in the chunks before."""
 
@@ -155,7 +175,7 @@ class LaneStepper(Stepper):
         positions_S = bounds[lane] + torch.arange(begin, min(begin + STEP, len(row)), device=row.device)
         with torch.no_grad():
             hid_SD = self._reader.step(row, begin, self._context)
-            return positions_S, self.lanes.model.logits(hid_SD[: len(positions_S)])
+            return positions_S, self.lanes.model.logits(hid_SD)[: len(positions_S)]
 
 
 class DocumentStepper(Stepper):
@@ -195,6 +215,8 @@ def make_stepper(evaluation: Pass, asked_N: Tensor) -> Stepper:
             return WindowStepper(evaluation, asked_N, evaluation.model.logits)
         if isinstance(evaluation.head, OffsetHead) and evaluation.head.settings.fitted_on != "batch":
             return OffsetStepper(evaluation, asked_N, evaluation.head)
+        if evaluation.stretch:
+            return DocumentWindowStepper(evaluation, asked_N)
     return Stepper(evaluation, asked_N)
 
 
@@ -210,6 +232,17 @@ def _window(evaluation: WindowPass, chunk: int, position: int) -> tuple[Windows,
             index = int(found[0])
             return w[index : index + 1], in_groups(w, evaluation.batch_windows)[index // evaluation.batch_windows]
     raise LookupError(f"position {position} is scored by no window")
+
+
+def _batch_alone(evaluation: WindowPass, window: Windows) -> Batch:
+    """A batch of one window, with all its places from the first scored one on as scored ones.
+
+    So it has the same shapes whether or not it is known yet where the document ends. Behind the positions of the batch
+    come places that are not scored.
+    """
+    seq_len = evaluation.model.config.seq_len
+    batch = make_batch(evaluation.tokens_N1, window, seq_len=seq_len)
+    return replace(batch, rows_M=torch.arange(int(window.first), seq_len, device=batch.rows_M.device))
 
 
 def _carried_logits(evaluation: CarriedPass, hid_MD: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class AdapterSets:
         """The step with this number, counted from 1, for some rows, in any dtype of gradients."""
         numbers, squares, o = self.numbers_BP[rows], self.squares_BP[rows], self.optimizer
         if numbers.is_cuda:
-            from fairway.model.kernels.adamw import adamw_step
+            from fairway.model.kernels.adamw_step import adamw_step
 
             settings = {"lr": o.lr, "beta2": o.beta2, "eps": EPS, "decay": o.weight_decay}
             adamw_step(numbers, squares, gradients_RP, step, **settings)

@@ -19,6 +19,7 @@ of a set.
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -46,13 +47,20 @@ def site_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 Factors = dict[str, Tensor]
 
 
-def draw_factors(config: ModelConfig, rows: int, rank: int, generator: torch.Generator) -> Factors:
-    """First factors, uniform in ±1/√D, drawn by a generator on the CPU."""
-    bound = config.width**-0.5
-    return {
-        site: (2 * torch.rand(count, rows, rank, config.width, generator=generator) - 1) * bound
-        for site, (count, _) in site_shapes(config).items()
-    }
+def draw_factors(config: ModelConfig, rows: int, rank: int, seed: int) -> Factors:
+    """First factors, uniform in ±1/√D, drawn on the CPU: each site by a generator and a thread of its own.
+
+    One generator alone takes more than a second for the 225 million numbers of a record's batch.
+    """
+    bound, sites = config.width**-0.5, site_shapes(config)
+
+    def draw(index: int, count: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * len(sites) + index)
+        return torch.empty(count, rows, rank, config.width).uniform_(-bound, bound, generator=generator)
+
+    with ThreadPoolExecutor() as threads:
+        drawn = threads.map(draw, range(len(sites)), (count for count, _ in sites.values()))
+        return dict(zip(sites, drawn, strict=True))
 
 
 # A site and an application of it.
