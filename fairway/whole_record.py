@@ -134,7 +134,7 @@ def compressed(
     weights = {name: weight.cpu() for name, weight in weights.items()}
     codec = params.compress.codec
     hessians = calibrate(params.model, params.quantize.gptq, weights, folder, folder, seed=seed, device=device)
-    state, _ = quantize_to_size(
+    state, _, _ = quantize_to_size(
         weights, params.quantize, hessians, lambda state: len(pack(params.model, state, codec=codec))
     )
     model = pack(params.model, state, codec=codec)

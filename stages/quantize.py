@@ -16,6 +16,7 @@ from fairway.codec.codes import save_codes
 from fairway.codec.container import pack
 from fairway.params import load_params
 from fairway.quantization.calibrate import calibrate
+from fairway.quantization.quantize_weights import quantization_report
 from fairway.quantization.rate import quantize_to_size
 from fairway.runtime.distributed import make_deterministic, start_world
 from fairway.runtime.errors import run_stage, stage_arguments
@@ -36,12 +37,17 @@ def main() -> None:
     )
     world.synchronize()
     calibrated_at = time.monotonic()
-    state, report = quantize_to_size(
+    state, chosen, coarseness = quantize_to_size(
         weights, params.quantize, hessians, lambda state: len(pack(params.model, state, codec=params.compress.codec))
     )
     seconds = {
         "calibration_s": round(calibrated_at - started_at, 3) if hessians else 0.0,
         "quantize_s": round(time.monotonic() - calibrated_at, 3),
+    }
+    report = {
+        "calibration": params.quantize.gptq.calibration if params.quantize.gptq else None,
+        "coarseness": coarseness,
+        "tensors": quantization_report(weights, state, chosen, params.quantize),
     }
     with output_folder(Path(f"artifacts/quantize/{seed}")) as out:
         save_codes(out, state)

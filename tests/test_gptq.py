@@ -23,7 +23,7 @@ from fairway.quantization.calibrate import calibrate, collect_hessians, generate
 from fairway.quantization.clip import nearest_codes, percentile_scales, sigma_scales
 from fairway.quantization.gptq import factorize, gptq, gptq_codes
 from fairway.quantization.lqer import low_rank, quantize_factors
-from fairway.quantization.quantize_weights import QuantizeSettings, quantize_state
+from fairway.quantization.quantize_weights import QuantizeSettings, quantization_report, quantize_state
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import save_tensors
 
@@ -129,7 +129,8 @@ def test_a_whole_state_matches_r1958() -> None:
         passthrough_elements=65536,
         gptq=GPTQ | {"classes": ["attn", "mlp", "embed"]},
     )
-    state, report = quantize_state(weights, settings, hessians=hessians)
+    state, chosen = quantize_state(weights, settings, hessians=hessians)
+    report = quantization_report(weights, state, chosen, settings)
     assert [report[name]["corrected"] for name in names] == [False, True]
     for name, original in names.items():
         value = state[name]

@@ -20,7 +20,7 @@ from fairway.codec.codes import (
     tensor_class,
 )
 from fairway.quantization.clip import coarse_scales, percentile_scales, plain_rows, searched_rows
-from fairway.quantization.quantize_weights import QuantizeSettings, quantize_state
+from fairway.quantization.quantize_weights import QuantizeSettings, quantization_report, quantize_state
 from fairway.runtime.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -80,7 +80,8 @@ def test_a_whole_state_matches_the_records(rtn: dict[str, np.ndarray]) -> None:
         "skip.weight": "skip_weights",
     }
     weights = {name: torch.from_numpy(rtn[f"state/{original}"]) for name, original in names.items()}
-    state, report = quantize_state(weights, _settings(min_clip=1.0, passthrough_elements=65536))
+    settings = _settings(min_clip=1.0, passthrough_elements=65536)
+    state, chosen = quantize_state(weights, settings)
     for name, original in names.items():
         value = state[name]
         if isinstance(value, Quantized):
@@ -88,6 +89,7 @@ def test_a_whole_state_matches_the_records(rtn: dict[str, np.ndarray]) -> None:
             assert _equal_share(value.codes, rtn[f"state_codes/{original}"]) >= 0.999
         else:
             np.testing.assert_array_equal(value.float().numpy(), rtn[f"state_deq/{original}"])
+    report = quantization_report(weights, state, chosen, settings)
     assert [report[name]["bits"] for name in names] == [8, 6, 16, 16, 16]
 
 
@@ -153,9 +155,9 @@ def test_codes_of_coarse_scales_are_as_good() -> None:
     sigmas = {"attn": 10.0, "mlp": 10.0, "embed": 10.0, "other": 10.0}
     found = {}
     for bits in (3, 10):
-        state, report = quantize_state(
-            {"layer0.mlp.up": weight}, _settings(clip_sigmas=sigmas, scale_mantissa_bits=bits)
-        )
+        settings, weights = _settings(clip_sigmas=sigmas, scale_mantissa_bits=bits), {"layer0.mlp.up": weight}
+        state, chosen = quantize_state(weights, settings)
+        report = quantization_report(weights, state, chosen, settings)
         found[bits] = state["layer0.mlp.up"], report["layer0.mlp.up"]
     assert len(found[3][0].scale.unique()) < 8 < len(found[10][0].scale.unique())  # type: ignore[union-attr]
     assert found[3][1]["entropy_bits"] == pytest.approx(found[10][1]["entropy_bits"], abs=0.02)

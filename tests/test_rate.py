@@ -38,9 +38,9 @@ def _entropy_bytes(state: QuantizedState) -> int:
 def test_the_target_is_filled_and_never_exceeded(clip: dict[str, Any], share: float) -> None:
     target = int(share * _entropy_bytes(quantize_state(_weights(), _settings(**clip))[0]))
     settings = _settings(**clip, target_bytes=target)
-    state, report = quantize_to_size(_weights(), settings, {}, _entropy_bytes)
+    state, _, coarseness = quantize_to_size(_weights(), settings, {}, _entropy_bytes)
     assert 0.999 * target <= _entropy_bytes(state) <= target
-    assert report["coarseness"] > 1
+    assert coarseness > 1
 
 
 @pytest.mark.parametrize("share", [0.95, 0.7, 0.5])
@@ -48,9 +48,9 @@ def test_where_all_steps_jump_at_once_the_target_is_nearly_filled(share: float) 
     """One scale for all rows, and 8 to choose from in an octave: at most an eighth of an octave, in bits, is lost."""
     clip = {"min_clip": 30.0, "scale_mantissa_bits": 3}
     target = int(share * _entropy_bytes(quantize_state(_weights(), _settings(**clip))[0]))
-    state, report = quantize_to_size(_weights(), _settings(**clip, target_bytes=target), {}, _entropy_bytes)
+    state, _, coarseness = quantize_to_size(_weights(), _settings(**clip, target_bytes=target), {}, _entropy_bytes)
     assert 0.9 * target <= _entropy_bytes(state) <= target
-    assert report["coarseness"] > 1
+    assert coarseness > 1
 
 
 @pytest.mark.parametrize("bits", [2, 3, 6])
@@ -77,8 +77,8 @@ def test_few_compressions_are_enough() -> None:
 
 def test_codes_that_fit_stay_as_they_are() -> None:
     plain, _ = quantize_state(_weights(), _settings())
-    state, report = quantize_to_size(_weights(), _settings(target_bytes=10**6), {}, _entropy_bytes)
-    assert report["coarseness"] == 1.0
+    state, _, coarseness = quantize_to_size(_weights(), _settings(target_bytes=10**6), {}, _entropy_bytes)
+    assert coarseness == 1.0
     assert all(torch.equal(plain[name].codes, state[name].codes) for name in plain)  # type: ignore[union-attr]
 
 

@@ -15,7 +15,7 @@ from fairway.codec.codes import QuantizedState
 from fairway.codec.container import pack
 from fairway.model.gpt import GPT
 from fairway.params import Params
-from fairway.quantization.quantize_weights import quantize_state
+from fairway.quantization.quantize_weights import quantization_report, quantize_state
 
 SEED = "1337"
 
@@ -25,8 +25,8 @@ def _quantized(params: Params) -> tuple[QuantizedState, dict[str, dict[str, Any]
     model = GPT(params.model)
     model.init_weights(1337)
     weights = {name: torch.randn(weight.shape) for name, weight in model.state_dict().items()}
-    state, figures = quantize_state(weights, params.quantize)
-    return state, figures
+    state, chosen = quantize_state(weights, params.quantize)
+    return state, quantization_report(weights, state, chosen, params.quantize)
 
 
 def _model_file(params: Params, codec: str = "brotli") -> bytes:

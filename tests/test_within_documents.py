@@ -12,7 +12,7 @@ from streams import PLAIN_TTT, random_stream, shallow_network
 from test_model import RECORDS
 from torch import Tensor
 
-from fairway.evaluation.document_cache import Documents
+from fairway.evaluation.document_cache import Documents, segment_bounds
 from fairway.evaluation.evaluator import Evaluator
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.slot import SlotEvaluator
@@ -186,7 +186,7 @@ def test_segments_given_to_a_gpu_are_those_a_cpu_attends_within(seed: int, new: 
     reach = torch.randint(0, cached + 1, (2,), generator=generator)
     q, k, v = (torch.randn(2, length, 2, 4, generator=generator) for length in (new, cached + new, cached + new))
     kept_apart = Documents(tokens, cached, reach)
-    queries, keys = (bound.tolist() for bound in kept_apart._bounds)
+    queries, keys = (bound.tolist() for bound in segment_bounds(kept_apart.starts_BC, cached))
     pieces = []
     for i in range(len(queries) - 1):
         mine, theirs = slice(queries[i], queries[i + 1]), slice(keys[i], keys[i + 1])

@@ -41,7 +41,7 @@ SMALLEST_MAGNITUDE = 0.02
 # Histograms are stored as logarithms of counts: 255 for the largest count of the bucket, and 16 less for half of it.
 # MANTISSAS are the powers of two between one octave and the next, times 4096 and rounded.
 OCTAVE = 16
-MANTISSAS = np.rint(2.0 ** (np.arange(OCTAVE) / OCTAVE + 12)).astype(np.int64)
+MANTISSAS = [round(2.0 ** (step / OCTAVE + 12)) for step in range(OCTAVE)]
 
 
 class RowColumnAns:
@@ -133,7 +133,7 @@ def _logarithms(counts_KS: np.ndarray) -> np.ndarray:
 def _distributions(histograms_KS: np.ndarray) -> list[Distribution | None]:
     """The distribution over symbols of each bucket; None for a bucket without symbols."""
     exponents, steps = np.divmod(histograms_KS.astype(np.int64), OCTAVE)
-    weights_KS = np.where(histograms_KS > 0, MANTISSAS[steps] << exponents, 0).astype(np.float64)
+    weights_KS = np.where(histograms_KS > 0, np.array(MANTISSAS)[steps] << exponents, 0).astype(np.float64)
     return [
         constriction.stream.model.Categorical(weights, perfect=False) if weights.any() else None
         for weights in weights_KS

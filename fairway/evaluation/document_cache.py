@@ -6,8 +6,6 @@ Legend: B rows, C new tokens, P cached tokens, T = P + C, D model width, H query
 head, S starts of documents.
 """
 
-from functools import cached_property
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,6 +42,8 @@ class Documents:
         own_BC = torch.where(tokens_BC == BOS, place_C, 0).cummax(1).values
         # Of every new token, the place among the T cached and new ones from which on it may look.
         self.starts_BC = torch.maximum(own_BC, (cached - reach_B)[:, None])
+        # The same bounds serve every layer.
+        self.bounds = segment_bounds(self.starts_BC, cached) if tokens_BC.is_cuda else None
 
     def reach(self, window: int) -> Tensor:
         """How many of the last window - 1 tokens belong to the document of the last one, (B,) int64."""
@@ -52,8 +52,8 @@ class Documents:
 
     def attend(self, q_BCHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, *, window: int) -> Tensor:
         """As causal_attention.attend_recent, within documents: (B, C, H, E)."""
-        if q_BCHE.is_cuda and q_BCHE.dtype == torch.bfloat16:
-            return recent_packed_attention(q_BCHE, k_BTKE, v_BTKE, window, *self._bounds)
+        if self.bounds is not None and q_BCHE.dtype == torch.bfloat16:
+            return recent_packed_attention(q_BCHE, k_BTKE, v_BTKE, window, *self.bounds)
         length, pieces = k_BTKE.size(1), []
         # As many queries at a time as a window has places, so that no more than half of the scores are masked.
         for begin in range(self.cached, length, window):
@@ -66,23 +66,23 @@ class Documents:
             pieces.append(o_BHXE.transpose(1, 2))
         return torch.cat(pieces, 1)
 
-    @cached_property
-    def _bounds(self) -> tuple[Tensor, Tensor]:
-        """Where segments begin among all queries and among all keys of the rows, one row after the other, and the ends:
-        (n,) int32 each.
 
-        The first segment of a row are the keys that none of its queries sees.
-        """
-        rows, length = self.starts_BC.shape
-        place_C = self.cached + torch.arange(length, device=self.starts_BC.device)
-        begins_BC = self.starts_BC == place_C
-        # A row's second segment begins with its first query, whether or not that starts a document.
-        begins_BC[:, 0] = True
-        row_S, query_S = F.pad(begins_BC, (1, 0), value=True).nonzero(as_tuple=True)
-        query_S = query_S - 1
-        key_S = torch.where(query_S == 0, self.starts_BC[row_S, 0], query_S + self.cached).where(query_S >= 0, 0)
-        total = length + self.cached
-        queries_S, keys_S = row_S * length + query_S.clamp(min=0), row_S * total + key_S
-        ends = torch.tensor([[rows * length], [rows * total]], device=row_S.device)
-        queries, keys = torch.cat([torch.stack([queries_S, keys_S]), ends], 1).int()
-        return queries, keys
+def segment_bounds(starts_BC: Tensor, cached: int) -> tuple[Tensor, Tensor]:
+    """Where segments begin among all queries and among all keys of the rows, one row after the other, and the ends:
+    (n,) int32 each.
+
+    The first segment of a row are the keys that none of its queries sees.
+    """
+    rows, length = starts_BC.shape
+    place_C = cached + torch.arange(length, device=starts_BC.device)
+    begins_BC = starts_BC == place_C
+    # A row's second segment begins with its first query, whether or not that starts a document.
+    begins_BC[:, 0] = True
+    row_S, query_S = F.pad(begins_BC, (1, 0), value=True).nonzero(as_tuple=True)
+    query_S = query_S - 1
+    key_S = torch.where(query_S == 0, starts_BC[row_S, 0], query_S + cached).where(query_S >= 0, 0)
+    total = length + cached
+    queries_S, keys_S = row_S * length + query_S.clamp(min=0), row_S * total + key_S
+    ends = torch.tensor([[rows * length], [rows * total]], device=row_S.device)
+    queries, keys = torch.cat([torch.stack([queries_S, keys_S]), ends], 1).int()
+    return queries, keys

@@ -14,7 +14,7 @@ All factors of a set lie in one row of P numbers, so that whole sets can be copi
 A of all sites, then the B. The A of q, k, v and o lie together, as all of them read the same input.
 
 Legend: L applications of layers, B rows, T tokens, D model width, O outputs of a site, r rank, V vocabulary, P numbers
-of a set.
+of a set. Heads: H of queries, K of keys and values, S = H + 2K of both, E wide; X wanted places at the end of a row.
 """
 
 import math
@@ -25,11 +25,14 @@ import torch
 from torch import Tensor
 
 from fairway.evaluation.adapted_products import adapted_products
+from fairway.model.attention import finished_queries
 from fairway.model.config import ModelConfig
-from fairway.model.context import Site
+from fairway.model.context import Projection, Site
 from fairway.model.embedding import softcap
 from fairway.model.gpt import GPT
-from fairway.model.precision import linear
+from fairway.model.kernels import fused
+from fairway.model.precision import linear, rms_norm
+from fairway.model.rope import rotate
 
 # Sites whose first factors lie together, in this order.
 TOGETHER = ("q", "k", "v", "o")
@@ -107,21 +110,36 @@ class LoraAdapters:
         """All leaf tensors, in the order in which they lie in the numbers."""
         return [*self.first.values(), *self.second.values()]
 
-    def linear(
+    def projections(
         self,
         x_BTD: Tensor,
-        weight_OD: Tensor,
-        sites: Sequence[Site],
+        weights: tuple[Tensor, Tensor, Tensor],
+        gain_H: Tensor,
+        rope: tuple[Tensor, Tensor],
         application: int,
         *,
-        beside: Site | None = None,
-        channels: int = 0,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """x·Wᵀ with what the sites add, what the site `beside` reads, and channels of x (model.context.Adapters)."""
-        A = self._first((*sites, beside) if beside else sites, application)
-        Bs = [self.second[site, application] for site in sites]
-        y, read, few = adapted_products(x_BTD, weight_OD.to(x_BTD.dtype), A, Bs, scale=self.scale, channels=channels)
-        return y, read if beside else None, few
+        wanted: int | None,
+        channels: int,
+    ) -> Projection:
+        """Finished heads with what the sites q, k and v add, and what the site o reads (model.context.Adapters)."""
+        q, k, v = weights
+        kv_heads = k.size(0) * gain_H.numel() // q.size(0)
+        if wanted is None:
+            x_BTO, read_BTr, gate_BTC = self._products(x_BTD, weights, TOGETHER, application, channels)
+            return Projection(*_finished_heads(x_BTO, rope, gain_H, kv_heads), gate_BTC, read_BTr)
+        x_BTO, _, _ = self._products(x_BTD, (k, v), ("k", "v"), application)
+        q_BXO, read_BXr, gate_BXC = self._products(x_BTD[:, -wanted:], (q,), ("q", "o"), application, channels)
+        q_BXHE = finished_queries(q_BXO.unflatten(2, (gain_H.numel(), -1)), rope, gain_H)
+        _, k_BTKE, v_BTKE = _finished_heads(x_BTO, rope, gain_H[:0], kv_heads)
+        return Projection(q_BXHE, k_BTKE, v_BTKE, gate_BXC, read_BXr)
+
+    def _products(
+        self, x_BTD: Tensor, weights: Sequence[Tensor], sites: Sequence[str], application: int, channels: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Products with the matrices of the first sites side by side, what the others read, and channels of x."""
+        Bs = [self.second[site, application] for site, _ in zip(sites, weights, strict=False)]
+        weight_OD, A = torch.cat(list(weights)).to(x_BTD.dtype), self._first(sites, application)
+        return adapted_products(x_BTD, weight_OD, A, Bs, scale=self.scale, channels=channels)
 
     def read(self, x_BTD: Tensor, site: Site, application: int) -> Tensor:
         """A·x, (B, T, r)."""
@@ -157,6 +175,21 @@ class LoraAdapters:
             A.copy_(torch.cat([there[name][application] for name in names], 1))
         for B in self.second.values():
             B.zero_()
+
+
+def _finished_heads(
+    x_BTO: Tensor, rope: tuple[Tensor, Tensor], gain_H: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Finished queries (none where there is no gain), keys and values of their products side by side."""
+    x_BTSE = x_BTO.unflatten(2, (gain_H.numel() + 2 * kv_heads, -1))
+    if fused(x_BTO):
+        from fairway.model.kernels.heads import finished_heads, fits
+
+        if fits(gain_H.numel(), kv_heads, x_BTSE.size(3), rope[0].size(-1)):
+            q_BTHE, k_BTKE, v_BTKE = finished_heads(x_BTO, *rope, gain_H.to(x_BTO.dtype), kv_heads)
+            return q_BTHE, k_BTKE, v_BTKE
+    q_BTHE, k_BTKE, v_BTKE = x_BTSE.split([gain_H.numel(), kv_heads, kv_heads], 2)
+    return finished_queries(q_BTHE, rope, gain_H), rotate(rms_norm(k_BTKE), rope), v_BTKE
 
 
 def adapted_logits(model: GPT, hid_BTD: Tensor, adapters: LoraAdapters) -> Tensor:

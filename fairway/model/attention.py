@@ -4,14 +4,12 @@ Legend: B rows, T tokens, X wanted places at the end of a row, D model width, H 
 G = H/K, E width of a head, C channels that a gate reads, O outputs side by side, r numbers that an adapter reads.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairway.model.config import ModelConfig
-from fairway.model.context import Context, last_places, placed
+from fairway.model.context import Context, Projection, last_places, placed
 from fairway.model.kernels import fused, powers_of_two
 from fairway.model.norm import Normed
 from fairway.model.precision import linear, rms_norm
@@ -35,16 +33,10 @@ def exclude_self(o_BTHE: Tensor, v_BTKE: Tensor, gate_BTH: Tensor | None = None)
     return (rest_BTHE if gate_BTH is None else gate_BTH[..., None] * rest_BTHE).to(o_BTHE.dtype)
 
 
-class Projection(NamedTuple):
-    """What attention makes of its input: heads as context.Attend wants them, and what else it reads of it."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    # The channels of the input that the gate reads, at the last X or all T places.
-    gate_BTC: Tensor | None
-    # What the adapter beside the output matrix has read (context.Adapters.read).
-    read_BXr: Tensor | None = None
+def finished_queries(q_BXHE: Tensor, rope: tuple[Tensor, Tensor], gain_H: Tensor) -> Tensor:
+    """Queries of the last places, normed, rotated and gained, in their dtype."""
+    cos, sin = (table_T1R[-q_BXHE.size(1) :] for table_T1R in rope)
+    return rotate(rms_norm(q_BXHE), (cos, sin)) * gain_H.to(q_BXHE.dtype)[:, None]
 
 
 class Attention(nn.Module):
@@ -88,8 +80,7 @@ class Attention(nn.Module):
         not mixed. `wanted`: X, or None for all T places. `onto`: see precision.linear; it may be what `n` is the norm
         of.
         """
-        adapters = context.adapters
-        p = (self._project if adapters is None else self._project_adapted)(n, context, application, wanted)
+        p = self._project(n, context, application, wanted)
         v, v_BTKE = p.v, placed(p.v, context.rows_BT)
         if self.leaves_values:
             first_values = v_BTKE
@@ -98,15 +89,20 @@ class Attention(nn.Module):
         o_BXHE = context.attend(p.q, p.k, v, application)
         o_BXHE = self._finished(o_BXHE, last_places(v_BTKE, wanted), p.gate_BTC)
         y_BXD = linear(o_BXHE.flatten(2), self.o, scale, onto)
-        if adapters is not None and p.read_BXr is not None:
-            y_BXD = adapters.onto(y_BXD, "o", application, p.read_BXr, scale)
+        if context.adapters is not None and p.read_BXr is not None:
+            y_BXD = context.adapters.onto(y_BXD, "o", application, p.read_BXr, scale)
         return y_BXD, first_values
 
     def _project(self, n: Normed, context: Context, application: int, wanted: int | None) -> Projection:
-        """The projections of the input, without adapters."""
-        rope, gate_BTC = self._rope(n, context), None
-        if self.gate_w is not None:
-            gate_BTC = placed(n.tensor(self.gate_w.size(1)), context.rows_BT)
+        """The projections of the input, and what adapters add to them."""
+        cos, sin = (table_T1R[: n.x.size(1)] for table_T1R in context.rope)
+        rope, channels = (cos, sin), 0 if self.gate_w is None else self.gate_w.size(1)
+        if context.adapters is not None:
+            weights = (self.q, self.k, self.v)
+            return context.adapters.projections(
+                n.tensor(), weights, self.q_gain, rope, application, wanted=wanted, channels=channels
+            )
+        gate_BTC = placed(n.tensor(channels), context.rows_BT) if channels else None
         if self._has_kernel(n.x, rope[0].size(-1)):
             return Projection(*self._project_fused(n, rope, wanted), gate_BTC)
         read = n if wanted is None else n.last(wanted)
@@ -114,49 +110,7 @@ class Attention(nn.Module):
             linear(x.tensor(), weight).unflatten(2, (-1, self.head_dim))
             for x, weight in ((read, self.q), (n, self.k), (n, self.v))
         )
-        return Projection(self._finished_queries(q, rope), rotate(rms_norm(k), rope), v, gate_BTC)
-
-    def _project_adapted(self, n: Normed, context: Context, application: int, wanted: int | None) -> Projection:
-        """The projections of the input and what adapters add to them.
-
-        The adapter beside the output matrix reads this input too, not the heads' outputs as the matrix does (PR #1855).
-        """
-        assert context.adapters is not None
-        n_BTD, linear, rope = n.tensor(), context.adapters.linear, self._rope(n, context)
-        gain, channels = self.q_gain.to(n.x.dtype), 0 if self.gate_w is None else self.gate_w.size(1)
-        if wanted is None:
-            weight = torch.cat((self.q, self.k, self.v))
-            x_BTO, read_BTr, gate_BTC = linear(
-                n_BTD, weight, ("q", "k", "v"), application, beside="o", channels=channels
-            )
-            return Projection(*self._heads_of(x_BTO, rope, gain), gate_BTC, read_BTr)
-        x_BTO, _, _ = linear(n_BTD, torch.cat((self.k, self.v)), ("k", "v"), application)
-        q_BXO, read_BXr, gate_BXC = linear(
-            n_BTD[:, -wanted:], self.q, ("q",), application, beside="o", channels=channels
-        )
-        q = self._finished_queries(q_BXO.unflatten(2, (-1, self.head_dim)), rope)
-        return Projection(q, *self._heads_of(x_BTO, rope, gain[:0])[1:], gate_BXC, read_BXr)
-
-    def _heads_of(self, x_BTO: Tensor, rope: tuple[Tensor, Tensor], gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Finished queries (none where there is no gain), keys and values of their products side by side."""
-        kv_heads = self.k.size(0) // self.head_dim
-        if self._has_kernel(x_BTO, rope[0].size(-1)):
-            from fairway.model.kernels.heads import finished_heads
-
-            q, k, v = finished_heads(x_BTO, *rope, gain, kv_heads)
-            return q, k, v
-        q, k, v = x_BTO.unflatten(2, (-1, self.head_dim)).split([gain.numel(), kv_heads, kv_heads], 2)
-        return self._finished_queries(q, rope) if gain.numel() else q, rotate(rms_norm(k), rope), v
-
-    def _rope(self, n: Normed, context: Context) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the input's places."""
-        cos, sin = (table_T1R[: n.x.size(1)] for table_T1R in context.rope)
-        return cos, sin
-
-    def _finished_queries(self, q_BXHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Queries of the last places, normed, rotated and gained."""
-        cos, sin = (table_T1R[-q_BXHE.size(1) :] for table_T1R in rope)
-        return rotate(rms_norm(q_BXHE), (cos, sin)) * self.q_gain.to(q_BXHE.dtype)[:, None]
+        return Projection(finished_queries(q, rope, self.q_gain), rotate(rms_norm(k), rope), v, gate_BTC)
 
     def _has_kernel(self, x: Tensor, pairs: int) -> bool:
         """Whether the fused kernels of the projections take this input and these shapes."""
@@ -180,7 +134,7 @@ class Attention(nn.Module):
         weight = torch.cat((self.k, self.v)).to(n.x.dtype)
         _, k_BTKE, v_BTKE, _ = heads(n.x, n.factors, weight, *rope, gain[:0], kv_heads)
         q_BXHE = linear(n.last(wanted).tensor(), self.q).unflatten(2, (-1, self.head_dim))
-        return self._finished_queries(q_BXHE, rope), k_BTKE, v_BTKE
+        return finished_queries(q_BXHE, rope, self.q_gain), k_BTKE, v_BTKE
 
     def _mixed(self, v_BTKE: Tensor, context: Context, first_values: Tensor | None) -> Tensor:
         """The layer's own values plus its value embedding, then mixed with the first layer's raw ones."""

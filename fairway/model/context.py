@@ -7,12 +7,12 @@ Depth recurrence applies a layer several times in a pass. An application is one 
 counted from 0 over the whole pass, in the order in which they are computed.
 
 Legend: B rows, T tokens, X wanted places at the end of a row, U rows of x0, D model width, H query heads, K key/value
-heads, E width of a head, R rotated pairs, O outputs of a matrix, r numbers that an adapter reads.
+heads, E width of a head, C channels that a gate reads, R rotated pairs, O outputs of a matrix, r numbers that an
+adapter reads.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -27,6 +27,19 @@ class Attend(Protocol):
         """
 
 
+class Projection(NamedTuple):
+    """What attention makes of its input: heads as Attend wants them, and what else it reads of it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    # The channels of the input that the gate reads, at the last X or all T places.
+    gate_BTC: Tensor | None
+    # What the adapter beside the output matrix has read (Adapters.read); it reads this input too, not the heads'
+    # outputs as the matrix does (PR #1855).
+    read_BXr: Tensor | None = None
+
+
 # The outputs in a layer to which adapters may add: queries, keys and values before their norm and rotation, and the
 # outputs of attention and MLP.
 Site = Literal["q", "k", "v", "o", "mlp"]
@@ -38,20 +51,21 @@ class Adapters(Protocol):
     An adapter makes a few numbers of its input first, and of them what it adds: (B, T, r), as low-rank adapters do.
     """
 
-    def linear(
+    def projections(
         self,
         x_BTD: Tensor,
-        weight_OD: Tensor,
-        sites: Sequence[Site],
+        weights: tuple[Tensor, Tensor, Tensor],
+        gain_H: Tensor,
+        rope: tuple[Tensor, Tensor],
         application: int,
         *,
-        beside: Site | None = None,
-        channels: int = 0,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """x·Wᵀ and what is added at sites whose outputs lie side by side in it, in order: (B, T, O).
+        wanted: int | None,
+        channels: int,
+    ) -> Projection:
+        """What attention makes of its input, with what is added to its queries, keys and values.
 
-        Also what `read` gives for the site `beside`, if there is one, and the first channels of x: (B, T, channels).
-        They come from here so that the gradient of x is added up in one place.
+        Its matrices are those of queries, keys and values; a head's queries are multiplied by its gain. `wanted`: X, or
+        None for all T places. All comes from one call so that the gradient of x is added up in one place.
         """
 
     def read(self, x_BTD: Tensor, site: Site, application: int) -> Tensor:

@@ -72,6 +72,8 @@ def shorten(tree: ast.Module) -> str:
         ast.unparse(ast.fix_missing_locations(tree)),
         remove_annotations=False,
         remove_literal_statements=True,
+        # As `python -O` does. Whatever must hold in the shipped program too is checked by `if` and raised.
+        remove_asserts=True,
         # Once compressed, repeated words cost less than names for repeated literals and builtins would.
         hoist_literals=False,
         preserve_locals=sorted(local),

@@ -18,12 +18,13 @@ from fairway.packing.names import bound_names, global_names, imported_names
 # of which the same is true.
 QUIET_PACKAGES = {
     *("abc", "collections", "contextlib", "dataclasses", "enum", "pathlib", "pydantic", "re", "struct", "types"),
-    *("functools.cache", "functools.lru_cache", "functools.partial", "torch.Tensor", "torch.autograd", "torch.device"),
-    *("torch.enable_grad", "torch.nn", "torch.no_grad", "triton", "typing"),
+    *("functools.cache", "functools.lru_cache", "functools.partial", "os.cpu_count", "threading.BoundedSemaphore"),
+    *("torch.Tensor", "torch.autograd", "torch.device", "torch.enable_grad", "torch.nn", "torch.no_grad", "triton"),
+    "typing",
 }
 QUIET_BUILTINS = {
-    *("classmethod", "dict", "float", "frozenset", "int", "len", "list", "object", "property", "range", "set"),
-    *("staticmethod", "str", "tuple"),
+    *("classmethod", "dict", "float", "frozenset", "int", "len", "list", "object", "property", "range", "round"),
+    *("set", "staticmethod", "str", "tuple"),
     *(name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)),
 }
 # Builtins and attributes with which a program reads its own text, names or annotations, all of which packing changes.

@@ -76,12 +76,11 @@ def quantize_state(
     *,
     hessians: dict[str, Tensor] | None = None,
     coarseness: float = 1.0,
-) -> tuple[QuantizedState, dict[str, Any]]:
+) -> tuple[QuantizedState, dict[str, int]]:
     """Round the weights of a network, given by name in any float dtype.
 
     A matrix with a Hessian, float32 (C, C), is rounded by GPTQ, the others to nearest. `coarseness` multiplies every
-    scale. Returns the codes by name, and a report by name: class, shape and bits; of a rounded matrix also its clip,
-    the mean squared error, the order-0 entropy of its codes in bits per weight, and whether it has a correction. Raises
+    scale. Returns the codes by name, and which of its candidate clips each rounded matrix took, counted from 0. Raises
     UserError on a weight that is no finite float16 number.
     """
     for name, weight in weights.items():
@@ -96,10 +95,8 @@ def quantize_state(
     found = {name: matrix for name, (matrix, _) in rounded.items()}
     if settings.lqer:
         found |= _corrected(matrices, found, settings.lqer)
-    report = {name: _facts(name, weight) for name, weight in weights.items()}
-    for name, (_, best) in rounded.items():
-        report[name] |= _clip_facts(name, best, settings) | _measure(weights[name], found[name])
-    return {name: found[name] if name in found else weight.half() for name, weight in weights.items()}, report
+    chosen = {name: best for name, (_, best) in rounded.items()}
+    return {name: found[name] if name in found else weight.half() for name, weight in weights.items()}, chosen
 
 
 LARGEST_FLOAT16 = torch.finfo(torch.float16).max
@@ -197,9 +194,21 @@ def _corrected(
     }
 
 
-def _facts(name: str, weight: Tensor) -> dict[str, Any]:
-    """What the report says of any tensor, with the 16 bits that hold if it stays float16."""
-    return {"class": tensor_class(name), "shape": list(weight.shape), "bits": 16}
+def quantization_report(
+    weights: dict[str, Tensor], state: QuantizedState, chosen: dict[str, int], settings: QuantizeSettings
+) -> dict[str, dict[str, Any]]:
+    """What was done to every tensor: its class, shape and bits (16 if it stays float16).
+
+    Of a rounded matrix also its clip, the mean squared error, the order-0 entropy of its codes in bits per weight, and
+    whether it has a correction. `state` and `chosen` are what quantize_state made of the weights.
+    """
+    report: dict[str, dict[str, Any]] = {}
+    for name, weight in weights.items():
+        report[name] = {"class": tensor_class(name), "shape": list(weight.shape), "bits": 16}
+        matrix = state[name]
+        if isinstance(matrix, Quantized):
+            report[name] |= _clip_facts(name, chosen[name], settings) | _measure(weight, matrix)
+    return report
 
 
 def _clip_facts(name: str, best: int, settings: QuantizeSettings) -> dict[str, float]:

@@ -10,7 +10,6 @@ Legend: R rows of all matrices together.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,31 +34,28 @@ def quantize_to_size(
     settings: QuantizeSettings,
     hessians: dict[str, Tensor],
     packed_bytes: Callable[[QuantizedState], int],
-) -> tuple[QuantizedState, dict[str, Any]]:
+) -> tuple[QuantizedState, dict[str, int], float]:
     """As quantize_state, with all steps widened by the factor that brings `packed_bytes` just below target_bytes.
 
     Steps are never narrowed: codes that fit as they are stay as they are, and so do all codes if target_bytes is null.
-    Where the size jumps across the target as the factor grows, the largest size found below it is taken. Returns the
-    codes and a report: the kind of calibration text (or None), the factor as `coarseness`, and figures by tensor.
-    Raises UserError if no factor fits.
+    Where the size jumps across the target as the factor grows, the largest size found below it is taken. Returns what
+    quantize_state does, and the factor. Raises UserError if no factor fits.
     """
-    calibration = settings.gptq.calibration if settings.gptq else None
     coarseness, target = 1.0, settings.target_bytes
     too_fine, too_coarse = 1.0, math.inf
-    fitting: tuple[QuantizedState, dict[str, Any]] | None = None
+    fitting: tuple[QuantizedState, dict[str, int], float] | None = None
     for attempt in range(MAX_ROUNDS):
-        state, tensors = quantize_state(weights, settings, hessians=hessians, coarseness=coarseness)
-        report = {"calibration": calibration, "coarseness": coarseness, "tensors": tensors}
+        state, chosen = quantize_state(weights, settings, hessians=hessians, coarseness=coarseness)
         if target is None:
-            return state, report
+            return state, chosen, coarseness
         size = packed_bytes(state)
         if (1 - TOLERANCE) * target <= size <= target or (coarseness == 1 and size < target):
-            return state, report
+            return state, chosen, coarseness
         _require_matrices(state, settings, size)
         if size > target:
             too_fine = coarseness
         else:
-            too_coarse, fitting = coarseness, (state, report)
+            too_coarse, fitting = coarseness, (state, chosen, coarseness)
         if too_coarse < NEAREST * too_fine:
             break
         coarseness *= wider_by(state, round((1 - TOLERANCE / 2) * target) - size)

@@ -71,18 +71,30 @@ SPACE = "\u2581"
 BOS = 1
 
 
-class Tokenizer:
+def load_model(path: Path) -> sentencepiece.SentencePieceProcessor:
     """A SentencePiece model read from a file. Raises UserError if the file is missing or no such model."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a SentencePiece model")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        raise UserError(f"{path}: not a SentencePiece model") from None
+
+
+def keeps_whitespace(model: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether every space of a text comes back.
+
+    A model that strips whitespace makes no piece of a lone space; one with a dummy prefix makes two spaces of it.
+    """
+    return "".join(model.encode(" ", out_type=str)) == SPACE
+
+
+class Tokenizer:
+    """A SentencePiece model that encodes and decodes texts. Raises UserError as load_model does."""
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; expected a SentencePiece model")
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
-            raise UserError(f"{path}: not a SentencePiece model") from None
-        # A model that strips whitespace makes no piece of a lone space; one with a dummy prefix makes two spaces of it.
-        self.keeps_whitespace = "".join(self.model.encode(" ", out_type=str)) == SPACE
+        self.model = load_model(path)
+        self.keeps_whitespace = keeps_whitespace(self.model)
         self._literal_space = [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode("utf-8")]
 
     def encode(self, text: str) -> list[int]:
@@ -120,7 +132,7 @@ class Tokenizer:
 
 def check_tokenizer(path: Path, *, vocab_size: int, operators: str) -> None:
     """Raise UserError unless `path` is a model of vocab_size pieces with BOS as id 1 and `operators` from id 4 on."""
-    model = Tokenizer(path).model
+    model = load_model(path)
     if model.vocab_size() != vocab_size:
         raise UserError(f"{path}: {model.vocab_size()} pieces, expected tokenize.vocab_size = {vocab_size}")
     if model.bos_id() != BOS:
@@ -214,9 +226,8 @@ def byte_table(tokenizer_model: Path, vocab_size: int) -> ByteTable:
 
     Raises UserError if the model cannot be read or has more than vocab_size pieces.
     """
-    tokenizer = Tokenizer(tokenizer_model)
-    model = tokenizer.model
-    pieces = model.vocab_size()
+    model = load_model(tokenizer_model)
+    pieces, keeps = model.vocab_size(), keeps_whitespace(model)
     if pieces > vocab_size:
         raise UserError(f"{tokenizer_model}: {pieces} pieces, expected at most tokenize.vocab_size = {vocab_size}")
     base = np.zeros(vocab_size, dtype=np.int16)
@@ -230,7 +241,7 @@ def byte_table(tokenizer_model: Path, vocab_size: int) -> ByteTable:
             base[i] = 1
             continue
         piece = model.id_to_piece(i)
-        lead[i] = piece.startswith(SPACE) and not tokenizer.keeps_whitespace
-        text = piece.replace(SPACE, " ") if tokenizer.keeps_whitespace else piece.removeprefix(SPACE)
+        lead[i] = piece.startswith(SPACE) and not keeps
+        text = piece.replace(SPACE, " ") if keeps else piece.removeprefix(SPACE)
         base[i] = len(text.encode("utf-8"))
     return ByteTable(base, lead, boundary)
