@@ -20,7 +20,7 @@ from fairway.params import Params, load_params
 from fairway.preflight import check_training
 from fairway.runtime.distributed import World, start_world
 from fairway.runtime.errors import run_stage, stage_arguments
-from fairway.runtime.live_log import TrainLog, silent
+from fairway.runtime.progress import TrainLog, silent
 from fairway.runtime.resume import ResumePoints, only_run
 from fairway.tokens.loader import Prefetcher
 from fairway.tokens.validation import load_validation

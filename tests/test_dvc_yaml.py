@@ -115,7 +115,6 @@ def test_what_comes_late_re_runs_nothing_early() -> None:
         "stages/doctor.py",
         "fairway/preflight.py",
         "fairway/machine.py",
-        "fairway/runtime/live_log.py",
         "fairway/runtime/progress.py",
         "fairway/runtime/errors.py",
     ],

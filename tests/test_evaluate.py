@@ -152,7 +152,7 @@ def test_points_belong_to_the_code_that_made_them(compressed: Experiment) -> Non
         "fairway/model/attention.py",
         "fairway/evaluation/ttt.py",
         "fairway/adaptation/trainable.py",
-        "fairway/model/rounding.py",
+        "fairway/model/precision.py",
     )
     before, train, *others = compressed.printed_as_sources_change(code, "fairway/training/loop.py", *matter)
     assert len({before, *others}) == 5

@@ -6,7 +6,7 @@ import torch
 from forks import ranks
 from torch import Tensor
 
-from fairway.adaptation.lanes import sum_gradients, sum_over_lanes
+from fairway.adaptation.trainable import sum_gradients, sum_over_lanes
 from fairway.runtime.distributed import alone, start_world
 
 LANES = 8

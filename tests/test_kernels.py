@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fairway.evaluation.overlapping import overlapping_hidden
 from fairway.model import attention, causal_attention, embedding, norm
+from fairway.model.attention import rotary_table, rotate
 from fairway.model.backends import attention_backend, compiled
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
-from fairway.model.mlp import Mlp
 from fairway.model.precision import rms_norm
-from fairway.model.rope import rotary_table, rotate
+from fairway.model.residual import Mlp
 
 pytestmark = [
     pytest.mark.gpu,

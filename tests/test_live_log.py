@@ -10,7 +10,7 @@ import torch
 from fairway.evaluation.collect import RunningScore
 from fairway.runtime import progress
 from fairway.runtime.distributed import World
-from fairway.runtime.live_log import Figures, TrainLog
+from fairway.runtime.progress import Figures, TrainLog
 
 
 class HandSetClock:

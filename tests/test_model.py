@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from fairway.model.attention import frequencies
 from fairway.model.backends import compiled
 from fairway.model.causal_attention import attend
 from fairway.model.config import ModelConfig, Rope
 from fairway.model.embedding import bigram_bucket
 from fairway.model.gpt import GPT, param_groups
 from fairway.model.precision import rms_norm
-from fairway.model.rope import frequencies
 from fairway.tokens.tokenizer import BOS
 
 # The published networks (PR #1150, #1172, #1488, #1958), as differences from the first.

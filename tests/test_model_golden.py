@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fairway.model.attention import frequencies, rotary_table
 from fairway.model.config import AttnGate, Bigram, Loop, ModelConfig, Rope, Smear, ValueEmbedding
 from fairway.model.embedding import bigram_bucket
 from fairway.model.gpt import GPT
-from fairway.model.rope import frequencies, rotary_table
 
 RECORDS = ("r1150", "r1172", "r1488", "r1958")
 CASES = [(record, "plain") for record in RECORDS] + [("r1958", case) for case in ("loop", "docs", "docs_loop")]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fairway.model.gpt import GPT
-from fairway.model.rounding import row_scales, soft_round, straight_through
+from fairway.model.precision import row_scales, soft_round, straight_through
 from fairway.params import Params
 from fairway.training.forwards import compiled_forward
 from fairway.training.qat import QatSettings, Rounded, rounding_begins

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from test_bytes import write_model
 
 from fairway.runtime.errors import UserError
-from fairway.runtime.fingerprint import file_sha256
+from fairway.runtime.files import file_sha256
 from fairway.tokens.shards import ShardWriter, open_shard, shard_paths, write_shard
 from fairway.tokens.validation import load_validation, verify_tokens
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fairway.evaluation.kv_cache import cached_hidden
 from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
+from fairway.model.attention import rotary_table
 from fairway.model.causal_attention import attend_recent
 from fairway.model.context import Context
-from fairway.model.rope import rotary_table
 from fairway.runtime.distributed import alone
 from fairway.runtime.errors import UserError
 

@@ -239,7 +239,7 @@ def test_changed_code_does_not_see_the_resume_point(ready: Experiment) -> None:
         "from fairway.training.training_inputs import fingerprint;"
         "p = load_params('params.yaml'); print(fingerprint(p.model, p.train, 1, Path('artifacts/tokens')))"
     )
-    shown = ("fairway/runtime/live_log.py", "fairway/runtime/progress.py", "stages/doctor.py")
+    shown = ("fairway/runtime/progress.py", "stages/doctor.py")
     sources = (*shown, "fairway/reporting/page.py", "fairway/model/attention.py", "fairway/training/loop.py")
     before, *displays, report, model, train = ready.printed_as_sources_change(code, *sources)
     assert set(displays) == {before}

@@ -1,6 +1,6 @@
 """AdamW on whole rows of a token stream, before quantization.
 
-The rows are dealt to lanes (lanes.py), which are coupled in one of two ways:
+The rows are dealt to lanes (trainable.py), which are coupled in one of two ways:
 
     step    each lane has a run of rows; a step averages the gradients of all lanes, then clips them (PR #1488)
     epoch   batches of rows are dealt to the lanes in turn; each lane trains alone, with moments of its own, and after
@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
-from fairway.adaptation.lanes import sum_gradients, sum_over_lanes
-from fairway.adaptation.trainable import Loss, RoundedWeights, loss_with, trainable
+from fairway.adaptation.trainable import Loss, RoundedWeights, loss_with, sum_gradients, sum_over_lanes, trainable
 from fairway.model.backends import compiled_on_gpu
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World, alone

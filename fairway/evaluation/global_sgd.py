@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from fairway.adaptation.lanes import sum_gradients
-from fairway.adaptation.trainable import RoundedWeights
+from fairway.adaptation.trainable import RoundedWeights, sum_gradients
 from fairway.evaluation.cuda_graph import as_cuda_graph
 from fairway.evaluation.ttt import cosine
 from fairway.model.gpt import GPT

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fairway.evaluation.document_cache import Documents, embed_documents
+from fairway.model.attention import rotary_table
 from fairway.model.causal_attention import attend_recent
 from fairway.model.context import Context
 from fairway.model.embedding import LOOK_BACK
 from fairway.model.gpt import GPT
-from fairway.model.rope import rotary_table
 
 # Keys and values (B, P, K, E) of every application of a layer in turn: k, v, k, v, ... Empty before the first token.
 # Where documents are kept apart, one more tensor (B,) int64 follows, from the first token on: how many of the P tokens

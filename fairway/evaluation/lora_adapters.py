@@ -25,14 +25,13 @@ import torch
 from torch import Tensor
 
 from fairway.evaluation.adapted_products import adapted_products
-from fairway.model.attention import finished_queries
+from fairway.model.attention import finished_queries, rotate
 from fairway.model.config import ModelConfig
 from fairway.model.context import Projection, Site
 from fairway.model.embedding import softcap
 from fairway.model.gpt import GPT
 from fairway.model.kernels import fused
 from fairway.model.precision import linear, rms_norm
-from fairway.model.rope import rotate
 
 # Sites whose first factors lie together, in this order.
 TOGETHER = ("q", "k", "v", "o")

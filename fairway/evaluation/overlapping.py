@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fairway.model.attention import rotary_table
 from fairway.model.causal_attention import WithinRows
 from fairway.model.context import Context, by_row, placed
 from fairway.model.embedding import LOOK_BACK
 from fairway.model.gpt import GPT
 from fairway.model.kernels import fused, powers_of_two
-from fairway.model.rope import rotary_table
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,7 @@ from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
-from fairway.runtime.files import require_file
-from fairway.runtime.fingerprint import file_sha256, stage_sources_sha256
+from fairway.runtime.files import file_sha256, require_file, stage_sources_sha256
 from fairway.tokens.validation import Validation, load_validation
 
 PACKAGE = "fairway.evaluation"

@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
-from fairway.adaptation.lanes import sum_gradients
-from fairway.adaptation.trainable import Loss, Named, RoundedWeights, loss_with, trainable
+from fairway.adaptation.trainable import Loss, Named, RoundedWeights, loss_with, sum_gradients, trainable
 from fairway.evaluation.cuda_graph import as_cuda_graph
 from fairway.evaluation.evaluator import Evaluator
 from fairway.evaluation.passes import Pass, State

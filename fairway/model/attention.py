@@ -1,19 +1,56 @@
-"""The attention of a layer, with grouped key/value heads and the mechanisms that the records add to it.
+"""The attention of a layer: rotary positions, grouped key/value heads and the mechanisms that the records add to it.
+
+Rotary position embedding (RoPE, arXiv:2104.09864) turns the first channels of each head by an angle that grows with the
+position.
 
 Legend: B rows, T tokens, X wanted places at the end of a row, D model width, H query heads, K key/value heads,
-G = H/K, E width of a head, C channels that a gate reads, O outputs side by side, r numbers that an adapter reads.
+G = H/K, E width of a head, R rotated pairs, C channels that a gate reads, O outputs side by side, r numbers that an
+adapter reads.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairway.model.config import ModelConfig
+from fairway.model.config import ModelConfig, Rope
 from fairway.model.context import Context, Projection, last_places, placed
 from fairway.model.kernels import fused, powers_of_two
 from fairway.model.norm import Normed
 from fairway.model.precision import linear, rms_norm
-from fairway.model.rope import rotate
+
+
+def frequencies(rope: Rope, length: int, device: torch.device) -> Tensor:
+    """Radians per position, (R,) float32, for rows of `length` tokens.
+
+    Rows longer than `reference_len` stretch the base, so that the slowest pair turns no further than it does in a row
+    of that length (NTK-aware scaling by u/bloc97; PR #1150). PR #1855 keeps the frequencies in a buffer that a cast of
+    the whole network has rounded to bfloat16: part of the trained network, since positions run to 98303.
+    """
+    base = rope.base
+    if rope.reference_len is not None and length > rope.reference_len:
+        base *= (length / rope.reference_len) ** (rope.dims / (rope.dims - 2))
+    # In float64, so that every device rounds to the same float32.
+    exponents = torch.arange(0, rope.dims, 2, device=device, dtype=torch.float64) / rope.dims
+    omega = (base**-exponents).float()
+    return omega.bfloat16().float() if rope.bf16_frequencies else omega
+
+
+def rotary_table(rope: Rope, length: int, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles at positions of rows of `length` tokens, each (T, 1, R), rounded to `dtype`.
+
+    Angles have the dtype of the positions: float32, as in the records, or float64 where they go far beyond a row. The
+    records count positions from 0 at the start of the row, also where a packed row holds several documents.
+    """
+    angles = torch.outer(positions_T, frequencies(rope, length, positions_T.device).to(positions_T.dtype))[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_BTHE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (j, j + R) of each head by minus their angle; channels from 2R on pass through."""
+    cos, sin = table
+    pairs = cos.size(-1)
+    first, second, rest = x_BTHE.split([pairs, pairs, x_BTHE.size(-1) - 2 * pairs], dim=-1)
+    return torch.cat([first * cos + second * sin, second * cos - first * sin, rest], dim=-1)
 
 
 def exclude_self(o_BTHE: Tensor, v_BTKE: Tensor, gate_BTH: Tensor | None = None) -> Tensor:

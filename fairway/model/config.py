@@ -12,7 +12,7 @@ from fairway.runtime.settings import Section
 
 
 class Rope(Section):
-    """Rotary position embedding on the first `dims` channels of each head (rope.py)."""
+    """Rotary position embedding on the first `dims` channels of each head (attention.py)."""
 
     dims: int = Field(gt=0, multiple_of=2)
     base: float = Field(gt=0)

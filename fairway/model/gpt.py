@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from fairway.model.attention import rotary_table
 from fairway.model.causal_attention import WithinRows
 from fairway.model.config import ModelConfig
 from fairway.model.context import Adapters, Context
@@ -32,7 +33,6 @@ from fairway.model.embedding import (
 from fairway.model.init import initialize
 from fairway.model.precision import rms_norm
 from fairway.model.residual import Block, Lanes, Skips
-from fairway.model.rope import rotary_table
 from fairway.runtime.errors import UserError
 
 

@@ -1,11 +1,15 @@
-"""Files that appear whole or not at all, and the reading of what a stage wrote.
+"""Files that appear whole or not at all, the reading of what a stage wrote, and fingerprints of files and of code.
 
 Every artifact is written under a temporary name beside its place, flushed to disk and then renamed, so that a killed
 stage leaves either its old output or none. Sets of tensors are safetensors files, figures are JSON objects, and the
 scores of single tokens are an array in an .npz file. A file that is missing or damaged is a UserError that names the
 command which makes it.
+
+A fingerprint is a SHA-256 of files or of a stage's code. It says whether a result on disk still belongs to the code and
+the data at hand.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +21,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import safetensors
+import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -118,3 +123,23 @@ def read_array(path: Path, name: str, made_by: str) -> np.ndarray:
             return array
     except (OSError, EOFError, ValueError, KeyError, BadZipFile):
         raise UserError(f"{path}: not an .npz file with an array {name!r}; run `{made_by}` again") from None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stage_sources_sha256(stage: str) -> str:
+    """SHA-256 over the path and content of every .py file that dvc.yaml lists as a dependency of a stage.
+
+    dvc.yaml and the code are those of the repository that holds this file, whatever the working directory is.
+    """
+    root = Path(__file__).parents[2]
+    deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    code = [root / dep for dep in deps if dep.split("/")[0] in ("fairway", "stages")]
+    digest = hashlib.sha256()
+    for path in sorted(path for dep in code for path in (dep.rglob("*.py") if dep.is_dir() else [dep])):
+        digest.update(f"{path.relative_to(root)} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()

@@ -21,7 +21,7 @@ from typing import Any
 import zstandard
 
 from fairway.runtime.errors import UserError
-from fairway.runtime.fingerprint import file_sha256
+from fairway.runtime.files import file_sha256
 from fairway.runtime.progress import Progress
 from fairway.tokens.documents import documents_path, open_lines, read_texts
 from fairway.tokens.encoding import DocumentEncoder, Encoded, LineBatch, encode_batch, make_encoder

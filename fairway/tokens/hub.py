@@ -22,8 +22,7 @@ import numpy as np
 from pydantic import Field
 
 from fairway.runtime.errors import UserError
-from fairway.runtime.files import write_atomic
-from fairway.runtime.fingerprint import file_sha256
+from fairway.runtime.files import file_sha256, write_atomic
 from fairway.runtime.progress import Progress
 from fairway.runtime.settings import Section
 from fairway.tokens.shards import open_shard, shard_paths

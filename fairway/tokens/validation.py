@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from fairway.runtime.errors import UserError
-from fairway.runtime.files import require_file
-from fairway.runtime.fingerprint import file_sha256
+from fairway.runtime.files import file_sha256, require_file
 from fairway.tokens.shards import open_shard, shard_paths, sidecar_paths, write_shard
 from fairway.tokens.tokenizer import BOS, byte_table
 

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fairway.model.gpt import GPT, param_groups
-from fairway.model.rounding import soft_round, straight_through
+from fairway.model.precision import soft_round, straight_through
 from fairway.runtime.settings import Section
 
 

@@ -15,7 +15,7 @@ import torch
 from fairway.model.config import ModelConfig
 from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
-from fairway.runtime.fingerprint import file_sha256, stage_sources_sha256
+from fairway.runtime.files import file_sha256, stage_sources_sha256
 from fairway.tokens.data_orders import (
     CoprimeLoader,
     CoprimeWindows,

@@ -5,7 +5,7 @@ Where adapters add to what the projection puts out, they are finished by a pass 
 
 Legend: N tokens, D width, H query heads, K key/value heads, S = H + 2K in all, E width of a head, R rotated pairs.
 
-With x = n·Wᵀ by head, z = x/√(mean(x²) + ε), Rot the rotation of rope.py and g the gain of a query head (1 for keys):
+With x = n·Wᵀ by head, z = x/√(mean(x²) + ε), Rot the rotation of attention.py, g the gain of a query head (1 for keys):
 
     forward     y = g·Rot(z);  values are x
     backward    t = Rotᵀ(dy);  dg = Σ t·z;  dx = (g·t − z·mean(g·t·z)) / √(mean(x²) + ε);  dn = dx·W;  dW = dxᵀ·n
