@@ -19,13 +19,13 @@ import yaml
 from fairway.model.gpt import GPT
 from fairway.params import Params
 from fairway.runtime.distributed import start_world
+from fairway.runtime.progress import Figures
 from fairway.tokens.documents import open_lines
 from fairway.tokens.export import tokenize_documents
 from fairway.tokens.loader import Prefetcher
 from fairway.tokens.validation import load_validation
 from fairway.training.loop import train
-from fairway.training.run import Figures
-from fairway.training.training_inputs import train_stream
+from fairway.training.training_files import train_stream
 
 SHOWN_STEPS = (1, 2, 3, 10)
 

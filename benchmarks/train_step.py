@@ -29,7 +29,7 @@ from fairway.tokens.data_orders import BOS, document_bounds
 from fairway.tokens.loader import Batch
 from fairway.training.averages import Ema
 from fairway.training.optimizer import Optimizer
-from fairway.training.train_settings import TrainSettings
+from fairway.training.schedule import TrainSettings
 
 
 def main() -> None:

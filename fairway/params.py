@@ -27,7 +27,7 @@ from fairway.tokens.hub import FetchHub
 from fairway.tokens.sdists import FetchSdists
 from fairway.tokens.tokenizer import TokenizeSettings
 from fairway.training.averages import AverageSettings
-from fairway.training.train_settings import TrainSettings
+from fairway.training.schedule import TrainSettings
 
 
 def _existing(name: str) -> str:

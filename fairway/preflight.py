@@ -24,7 +24,7 @@ from fairway.runtime.resume import only_run
 from fairway.tokens.hub import FetchHub
 from fairway.tokens.sdists import FetchSdists
 from fairway.tokens.validation import load_validation, verify_tokens
-from fairway.training.training_inputs import train_stream
+from fairway.training.training_files import train_stream
 
 
 def check_training(params: Params, seed: int, tokens: Path, resume: Path) -> None:

@@ -31,7 +31,7 @@ from fairway.runtime.progress import Progress
 from fairway.tokens.loader import Prefetcher
 from fairway.tokens.validation import load_validation
 from fairway.training.loop import train
-from fairway.training.training_inputs import check_world, train_stream
+from fairway.training.training_files import check_world, train_stream
 
 
 def shipped_arguments(params: Params) -> list[Any]:
@@ -49,7 +49,7 @@ def chosen_options(params: Params) -> dict[str, str]:
     """The tables of which these settings use a single entry, with the key of that entry. The others need not ship."""
     chosen = {
         "fairway.codec.codecs.CODECS": params.compress.codec,
-        "fairway.training.training_inputs.ORDERS": params.train.loader.kind,
+        "fairway.training.training_files.ORDERS": params.train.loader.kind,
     }
     gptq = params.quantize.gptq
     texts = {"fairway.quantization.calibrate.TEXTS": gptq.calibration} if gptq else {}

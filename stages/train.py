@@ -25,9 +25,8 @@ from fairway.runtime.resume import ResumePoints, only_run
 from fairway.tokens.loader import Prefetcher
 from fairway.tokens.validation import load_validation
 from fairway.training.loop import Trained, train
-from fairway.training.train_settings import run_budget
-from fairway.training.training_inputs import check_world, fingerprint, memory_named, train_stream
-from fairway.training.training_outputs import write_outputs
+from fairway.training.schedule import run_budget
+from fairway.training.training_files import check_world, fingerprint, memory_named, train_stream, write_outputs
 
 TOKENS = Path("artifacts/tokens")
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from fairway.model.gpt import GPT
 from fairway.model.precision import row_scales, soft_round, straight_through
 from fairway.params import Params
-from fairway.training.forwards import compiled_forward
 from fairway.training.qat import QatSettings, Rounded, rounding_begins
+from fairway.training.run import compiled_forward
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "gptq_rtn.npz")
 RECORDS: dict[str, Any] = {"bits": 6, "min_clip": 1.0}

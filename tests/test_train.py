@@ -29,14 +29,14 @@ from fairway.preflight import check_training
 from fairway.runtime.distributed import World, alone
 from fairway.runtime.errors import UserError, stage_arguments
 from fairway.runtime.files import load_tensors
+from fairway.runtime.progress import Figures
 from fairway.runtime.resume import ResumePoints, only_run
 from fairway.tokens.loader import Prefetcher
 from fairway.tokens.shards import shard_paths
 from fairway.tokens.validation import load_validation
 from fairway.training.loop import Trained, train
 from fairway.training.optimizer import Optimizer
-from fairway.training.run import Figures
-from fairway.training.training_inputs import check_world, fingerprint, memory_named, train_stream
+from fairway.training.training_files import check_world, fingerprint, memory_named, train_stream
 
 SEED = "1337"
 ALONE = alone(torch.device("cpu"))
@@ -236,7 +236,7 @@ def test_a_changed_experiment_does_not_see_the_resume_point(ready: Experiment) -
 def test_changed_code_does_not_see_the_resume_point(ready: Experiment) -> None:
     code = (
         "from pathlib import Path; from fairway.params import load_params;"
-        "from fairway.training.training_inputs import fingerprint;"
+        "from fairway.training.training_files import fingerprint;"
         "p = load_params('params.yaml'); print(fingerprint(p.model, p.train, 1, Path('artifacts/tokens')))"
     )
     shown = ("fairway/runtime/progress.py", "stages/doctor.py")

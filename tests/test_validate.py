@@ -10,7 +10,7 @@ from streams import golden, golden_network, golden_tokens
 from fairway.runtime.distributed import alone
 from fairway.tokens.data_orders import document_bounds
 from fairway.tokens.validation import Validation
-from fairway.training.forwards import validate
+from fairway.training.loop import validate
 
 ALONE = alone(torch.device("cpu"))
 

@@ -17,14 +17,13 @@ from torch import Tensor
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
+from fairway.runtime.progress import Figures
 from fairway.runtime.resume import ResumePoints
-from fairway.tokens.loader import Prefetcher
+from fairway.tokens.loader import Batch, Prefetcher, Segmenter
 from fairway.tokens.validation import Validation
-from fairway.training.forwards import Forward, validate
 from fairway.training.qat import rounding_begins
-from fairway.training.run import Figures, Run
-from fairway.training.schedule import Clock, Moment, loop_is_on, lr_multiplier, muon_momentum
-from fairway.training.train_settings import TrainSettings
+from fairway.training.run import Forward, Run
+from fairway.training.schedule import Clock, Moment, TrainSettings, loop_is_on, lr_multiplier, muon_momentum
 
 # Called with the number of steps done and with figures, either of the last step or of a validation behind it.
 Callback = Callable[[int, Figures], None]
@@ -198,6 +197,41 @@ def _validate(run: Run, validation: Validation) -> tuple[float, float]:
         looped=loop_is_on(run.settings.schedule, run.budget, run.now),
         segment=run.loader.segment,
     )
+
+
+@torch.no_grad()
+def validate(
+    forward: Forward,
+    validation: Validation,
+    world: World,
+    *,
+    row: int,
+    batch_tokens: int,
+    looped: bool,
+    segment: Segmenter | None = None,
+) -> tuple[float, float]:
+    """Mean loss (nats per token) and bits per byte over all rows of `row` tokens, the same on every rank.
+
+    This says how good the weights of a run under way are. Each row of the stream is scored on its own, so that a token
+    sees the tokens before it in its row alone; the evaluators of fairway/evaluation let it see more and score better.
+
+    Each rank scores its share of the rows, batch_tokens // row of them at a time. With `segment` the rows of a batch
+    are joined to one packed row, in which documents do not see each other, as PR #1958 trains and validates. Sums are
+    float64, so that the number of ranks changes the last digits at most.
+    """
+    batch_rows = batch_tokens // row
+    targets = len(validation.bytes)
+    first, last = (targets // row * rank // world.size for rank in (world.rank, world.rank + 1))
+    nats = torch.zeros((), dtype=torch.float64, device=world.device)
+    for begin in range(first, last, batch_rows):
+        end = min(begin + batch_rows, last)
+        span = validation.tokens[begin * row : end * row + 1]
+        width = len(span) - 1 if segment else row
+        bounds = torch.from_numpy(segment(span[:-1].numpy())) if segment else None
+        inputs, labels, segments = Batch(span[:-1].view(-1, width), span[1:].view(-1, width), bounds).to(world.device)
+        nats += forward(inputs, labels, segments=segments, looped=looped).double() * inputs.numel()
+    total = float(world.sum(nats).wait())
+    return total / targets, total / math.log(2) / int(validation.bytes.sum())
 
 
 def _warm_up(run: Run) -> float:

@@ -11,7 +11,7 @@ from fairway.runtime.distributed import World
 from fairway.training.adamw import AdamW
 from fairway.training.gradients import Gradients, Named, clip_factor
 from fairway.training.muon import Muon
-from fairway.training.train_settings import TrainSettings
+from fairway.training.schedule import TrainSettings
 
 
 class Optimizer:

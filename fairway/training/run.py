@@ -1,22 +1,62 @@
-"""The state of a training run between two steps: all that changes while it goes on, to be saved and restored as one."""
+"""A training run: its forward passes, and its state between two steps.
 
+The forward passes are made once before the first step: with the weights as they are or rounded (qat.py), and compiled
+or not. The state is all that changes while the run goes on, to be saved and restored as one.
+
+Legend: B rows, T tokens of a row.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fairway.model.backends import compiled
 from fairway.model.gpt import GPT, param_groups
 from fairway.runtime.distributed import World
+from fairway.runtime.progress import Figures
 from fairway.tokens.loader import Prefetcher
 from fairway.training.averages import Ema, Swa
-from fairway.training.forwards import Forwards
 from fairway.training.optimizer import Optimizer, under
-from fairway.training.schedule import Budget, Moment
-from fairway.training.train_settings import TrainSettings, run_budget
+from fairway.training.qat import Rounded
+from fairway.training.schedule import Budget, Moment, TrainSettings, run_budget
 
-# The figures of one step, by name.
-Figures = dict[str, float]
+# forward(inputs_BT, targets_BT, *, segments, looped) is the mean loss of a micro-batch (0-d), as GPT.forward is.
+Forward = Callable[..., Tensor]
+
+
+class Forwards:
+    """The forward pass of a network, and with train.qat the one with rounded matrices that replaces it late in the run.
+
+    `plain` is a Forward; `rounded_at` returns the other one.
+    """
+
+    def __init__(self, model: GPT, settings: TrainSettings, device: torch.device) -> None:
+        self.plain = compiled_forward(model) if settings.compile else model
+        if settings.qat:
+            self.rounding = Rounded(model, settings.qat, device)
+            self.rounded = compiled_forward(self.rounding.forward) if settings.compile else self.rounding.forward
+
+    def rounded_at(self, steps: int) -> Forward:
+        """The forward pass with rounded matrices, as it is `steps` steps after rounding began. Only with train.qat."""
+        self.rounding.harden(steps)
+        return self.rounded
+
+
+def compiled_forward(forward: Forward, backend: Any = "inductor") -> Forward:
+    """The forward pass, compiled for fixed shapes; only the number of a packed row's bounds may vary."""
+    graph = compiled(forward, backend=backend)
+
+    def call(inputs_BT: Tensor, targets_BT: Tensor, *, segments: Tensor | None, looped: bool) -> Tensor:
+        if segments is not None:
+            torch._dynamo.mark_dynamic(segments, 0)
+        loss: Tensor = graph(inputs_BT, targets_BT, segments=segments, looped=looped)
+        return loss
+
+    return call
+
 
 START = Moment(0, 0.0)
 
