@@ -23,11 +23,9 @@ from torch import Tensor
 from benchmarks.document_lengths import CHALLENGE_DOCUMENTS, document_stream, document_targets
 from benchmarks.evaluate import random_network
 from benchmarks.phased_ttt import TimedPass, global_steps, time_global_step
-from fairway.evaluation.adapter_sets import AdamW, AdapterSets
-from fairway.evaluation.adapter_steps import AdapterSteps
+from fairway.evaluation.adapter_steps import AdamW, AdapterSets, AdapterSteps
 from fairway.evaluation.collect import collect
-from fairway.evaluation.document_batches import Document, by_length, phase_ends
-from fairway.evaluation.document_cuts import Cut, row_groups, window_length
+from fairway.evaluation.document_batches import Cut, Document, by_length, phase_ends, row_groups, window_length
 from fairway.evaluation.lora_adapters import numbers_of_a_set
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
 from fairway.model.gpt import GPT

@@ -15,12 +15,10 @@ from test_lora_ttt import SMALL
 from test_model import RECORDS
 from torch import Tensor
 
-from fairway.evaluation.adapted_products import adapted_products
-from fairway.evaluation.adapter_sets import EPS, AdamW, AdapterSets
+from fairway.evaluation.adapter_steps import EPS, AdamW, AdapterSets
 from fairway.evaluation.collect import collect
-from fairway.evaluation.document_batches import Document
-from fairway.evaluation.document_cuts import GROUP_TOKENS, Cut, row_groups, window_length, windows
-from fairway.evaluation.lora_adapters import LoraAdapters, adapted_logits, numbers_of_a_set
+from fairway.evaluation.document_batches import GROUP_TOKENS, Cut, Document, row_groups, window_length, windows
+from fairway.evaluation.lora_adapters import LoraAdapters, adapted_logits, adapted_products, numbers_of_a_set
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttPass, LoraTttSettings
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT

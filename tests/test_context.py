@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fairway.evaluation.kv_cache import Cache, cached_hidden
 from fairway.evaluation.lora_adapters import LoraAdapters
-from fairway.evaluation.overlapping import overlapping_hidden
+from fairway.evaluation.windows import overlapping_hidden
 from fairway.model.gpt import GPT
 
 ROW = 16

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_model import EVERY_RECORD, RECORDS
 from torch import Tensor
 
-from fairway.evaluation.overlapping import overlapping_hidden
+from fairway.evaluation.windows import overlapping_hidden
 from fairway.model import attention, causal_attention, embedding, norm
 from fairway.model.attention import rotary_table, rotate
 from fairway.model.backends import attention_backend, compiled

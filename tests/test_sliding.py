@@ -14,11 +14,10 @@ from test_model import RECORDS
 from torch import Tensor
 
 from fairway.evaluation.collect import bpb, collect, measure
-from fairway.evaluation.overlapping import overlapping_hidden
 from fairway.evaluation.registry import make_evaluator
 from fairway.evaluation.scoring import WindowPass
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
-from fairway.evaluation.windows import Windows, published, scored_once
+from fairway.evaluation.windows import Windows, overlapping_hidden, published, scored_once
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import alone
 from fairway.runtime.errors import UserError

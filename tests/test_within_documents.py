@@ -12,8 +12,8 @@ from streams import PLAIN_TTT, random_stream, shallow_network
 from test_model import RECORDS
 from torch import Tensor
 
-from fairway.evaluation.document_cache import Documents, segment_bounds
 from fairway.evaluation.evaluator import Evaluator
+from fairway.evaluation.kv_cache import Documents, segment_bounds
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.slot import SlotEvaluator
 from fairway.evaluation.slot_offsets import SlotFitSettings, SlotSettings

@@ -1,8 +1,15 @@
-"""Documents of a stream, in the batches and in the order in which PR #1855 visits them.
+"""Documents of a stream in batches, in the order in which PR #1855 visits them, and cuts of the documents of a batch.
 
-Legend: N targets.
+A cut is a run of targets, the same in every document of a batch: these are scored together. Lengths ascend within a
+batch, so the documents that have any of them are its last rows, and rows that have ended are left out as the batch goes
+on. What is left is taken in groups of few different shapes, because each shape is recorded once (adapter_steps.py): a
+group has a power of two of rows, and windows are filled up at their end, which no place before can see, to a multiple
+of LENGTHS.
+
+Legend: R rows of a group, C targets of a cut, T tokens of a window, M scored targets of a group, N targets of a stream.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,3 +71,85 @@ def up_to_wanted(batches: list[list[Document]], wanted: Tensor | None) -> list[l
         if any(bool(wanted[document.begin : document.begin + document.targets].any()) for document in batch)
     ]
     return batches[: max(wanted_batches, default=0)]
+
+
+# Windows have a multiple of so many tokens, or as many as a row of the network, and a group has at most so many tokens:
+# with 32 rows of 2048 the evaluation of r1958 takes 24 GiB. Multiples of 128 would leave less to compute, but 46 shapes
+# to record instead of 26 for documents such as the challenge's.
+LENGTHS, GROUP_TOKENS = 256, 65536
+
+
+def window_length(docs: Sequence[Document], end: int, seq_len: int) -> int:
+    """How many tokens the windows of a cut have that ends with so many targets of each document."""
+    longest = min(max(document.targets for document in docs), end, seq_len)
+    return min(-(-longest // LENGTHS) * LENGTHS, seq_len)
+
+
+def row_groups(docs: Sequence[Document], begin: int, length: int) -> list[slice]:
+    """Groups of the rows that have targets from `begin` on, in ascending order; `docs` ascend in length.
+
+    A group that is not full holds rows that have ended, as far as there are any.
+    """
+    going = sum(document.targets > begin for document in docs)
+    groups, end, most = [], len(docs), _power_of_two(max(1, GROUP_TOKENS // length))
+    while going > 0:
+        rows = min(_power_of_two(2 * going - 1), most)
+        if rows > end:
+            rows = _power_of_two(end)
+        groups.append(slice(end - rows, end))
+        going, end = going - rows, end - rows
+    return groups[::-1]
+
+
+def _power_of_two(at_most: int) -> int:
+    return 1 << (at_most.bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What a group reads: tokens (R, T), and of every target of the cut its column there and the target (R, C)."""
+
+    tokens_RT: Tensor
+    columns_RC: Tensor
+    targets_RC: Tensor
+    # 1 for documents with more targets behind the cut: only they learn from it.
+    goes_on_R: Tensor
+
+
+class Cut:
+    """The windows of a group of documents in which the targets begin ... begin + C - 1 of each are scored.
+
+    A document's window ends where these targets end, or with the document, and has at most seq_len tokens. A document
+    that has ended before keeps its last window and scores nothing.
+    """
+
+    def __init__(self, docs: Sequence[Document], begin: int, size: int, seq_len: int) -> None:
+        self.size, self.length = size, window_length(docs, begin + size, seq_len)
+        targets_R = torch.tensor([document.targets for document in docs])
+        first_R = torch.tensor([document.begin for document in docs])
+        end_R = targets_R.clamp(max=begin + size)
+        # Where in its document each window begins.
+        from_R = (end_R - seq_len).clamp(min=0)
+        goes_on_R = targets_R > begin + size
+        self.learns = bool(goes_on_R.any())
+        # By row: where its window begins in the stream, how many tokens it has, the column of the cut's first target,
+        # and whether the document goes on behind the cut. This is all that the device is told of a cut.
+        self.table_R4 = torch.stack([first_R + from_R, end_R - from_R, begin - from_R, goes_on_R.long()], 1)
+        place_C = begin + torch.arange(size)
+        inside_RC = place_C < end_R[:, None]
+        # Which of the R·C places are scored, and their positions in the stream.
+        self.scored_M = inside_RC.flatten().nonzero()[:, 0]
+        self.positions_M = (first_R[:, None] + place_C)[inside_RC]
+
+
+def windows(tokens_N1: Tensor, table_R4: Tensor, length: int, size: int) -> Windows:
+    """The windows of a cut (Cut.table_R4), on the device of the stream."""
+    begin_R1, width_R1, first_R1, goes_on_R1 = table_R4.split(1, 1)
+    place_T, last = torch.arange(length, device=tokens_N1.device), len(tokens_N1) - 1
+    columns_RC = first_R1 + torch.arange(size, device=tokens_N1.device)
+    return Windows(
+        tokens_RT=tokens_N1[(begin_R1 + place_T).clamp(max=last)] * (place_T < width_R1),
+        columns_RC=columns_RC,
+        targets_RC=tokens_N1[(begin_R1 + columns_RC + 1).clamp(max=last)] * (columns_RC < width_R1),
+        goes_on_R=goes_on_R1[:, 0],
+    )

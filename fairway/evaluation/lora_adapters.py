@@ -13,18 +13,28 @@ times). Source: PR #1855.
 All factors of a set lie in one row of P numbers, so that whole sets can be copied, cast and stepped at once: first the
 A of all sites, then the B. The A of q, k, v and o lie together, as all of them read the same input.
 
-Legend: L applications of layers, B rows, T tokens, D model width, O outputs of a site, r rank, V vocabulary, P numbers
+A product with a fixed matrix W and those with the adapters beside it are one differentiable function. Autograd's own
+rules would give every reader of the input a gradient of its own and add them up one by one, each time a pass over
+(B, T, D), and would put together slices of the outputs by passes over (B, T, O). Here everything is added where it
+lies. With dy, dl and df the gradients of the three results, and l the reads of all adapters:
+
+    forward     l = A·x;  y = W·x + scale·B(l);  f = the first channels of x
+    backward    dl = scale·Bᵀdy, beside it dl as given;  dx = Wᵀdy + Aᵀdl + df;  dA = dl·xᵀ;  dB = scale·dy·lᵀ
+
+Legend: L applications of layers, B rows, T tokens, D model width, O outputs of a site,
+or of several side by side, r rank, V vocabulary, P numbers
 of a set. Heads: H of queries, K of keys and values, S = H + 2K of both, E wide; X wanted places at the end of a row.
 """
 
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fairway.evaluation.adapted_products import adapted_products
 from fairway.model.attention import finished_queries, rotate
 from fairway.model.config import ModelConfig
 from fairway.model.context import Projection, Site
@@ -86,6 +96,51 @@ def _shapes(config: ModelConfig, rank: int) -> tuple[dict[Place, tuple[int, int]
     for site, (applications, width) in sites.items():
         second |= {(site, application): (width, rank) for application in range(applications)}
     return first | {("head", 0): (rank, config.width)}, second
+
+
+def adapted_products(
+    x_BTD: Tensor, weight_OD: Tensor, A: Tensor, Bs: Sequence[Tensor], *, scale: float, channels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, T, O), reads of further adapters (B, T, n·r), and the first channels of x; all in the dtype of x.
+
+    The `Bs`, (B, outputs, r) each, belong to the outputs of y, side by side in their order. A (B, m·r, D) has their
+    first factors in the same order, and then those of the n further adapters. The matrix gets no gradient.
+    """
+    y, read, few = _AdaptedProducts.apply(x_BTD, weight_OD, A, scale, channels, *Bs)
+    return y, read, few
+
+
+class _AdaptedProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, A: Tensor, scale: float, channels: int, *Bs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, reads, rank = F.linear(x, weight), x @ A.mT, Bs[0].size(2)
+        for added_to, read, B in zip(y.split(_outputs(Bs), 2), reads.split(rank, 2), Bs, strict=False):
+            added_to.baddbmm_(read, B.mT, alpha=scale)
+        ctx.save_for_backward(x, weight, A, reads, *Bs)
+        ctx.scale, ctx.channels = scale, channels
+        return y, reads[..., rank * len(Bs) :].clone(), x[..., :channels].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy, dfurther, dfew), (x, weight, A, reads, *Bs) = gradients, ctx.saved_tensors
+        dreads, rank, dBs = torch.empty_like(reads), Bs[0].size(2), []
+        parts = zip(dy.split(_outputs(Bs), 2), Bs, reads.split(rank, 2), dreads.split(rank, 2), strict=False)
+        for dpart, B, read, dread in parts:
+            dread.baddbmm_(dpart, B, beta=0, alpha=ctx.scale)
+            dBs.append(torch.empty_like(B).baddbmm_(dpart.mT, read, beta=0, alpha=ctx.scale))
+        dreads[..., rank * len(Bs) :] = dfurther
+        dx = None
+        # The first layer reads tokens alone, which need no gradient.
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).baddbmm_(dreads, A)
+            dx[..., : ctx.channels] += dfew
+        return dx, None, dreads.mT @ x, None, None, *dBs
+
+
+def _outputs(Bs: Sequence[Tensor]) -> list[int]:
+    return [B.size(1) for B in Bs]
 
 
 class LoraAdapters:

@@ -15,9 +15,17 @@ from torch import Tensor
 from fairway.evaluation.collect import POINTS
 from fairway.evaluation.cuda_graph import as_cuda_graph
 from fairway.evaluation.evaluator import EvaluatorSettings
-from fairway.evaluation.overlapping import overlapping_hidden
 from fairway.evaluation.passes import Pass, Prediction, State
-from fairway.evaluation.windows import Windows, by_chunk, in_groups, published, runs, scored_once, within_documents
+from fairway.evaluation.windows import (
+    Windows,
+    by_chunk,
+    in_groups,
+    overlapping_hidden,
+    published,
+    runs,
+    scored_once,
+    within_documents,
+)
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
