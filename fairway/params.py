@@ -18,8 +18,8 @@ from fairway.evaluation.evaluator import EvaluatorSettings
 from fairway.evaluation.registry import evaluator_class, evaluator_names, is_evaluator, settings_class
 from fairway.model.config import ModelConfig
 from fairway.quantization.quantize_weights import QuantizeSettings
+from fairway.reporting.comparison import ReportSettings
 from fairway.reporting.handed_in import SubmissionSettings
-from fairway.reporting.published import ReportSettings
 from fairway.runtime.errors import UserError
 from fairway.runtime.settings import Section, load_section
 from fairway.tokens.documents import FetchFile

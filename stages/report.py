@@ -14,9 +14,9 @@ from pathlib import Path
 
 from fairway.params import load_params
 from fairway.reporting import tables
+from fairway.reporting.comparison import load_published
 from fairway.reporting.facts import facts
 from fairway.reporting.page import page
-from fairway.reporting.published import load_published
 from fairway.reporting.runs import collect
 from fairway.reporting.tables import markdown, summarize, time_table, times, timing
 from fairway.runtime.errors import run_stage

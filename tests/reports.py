@@ -9,9 +9,9 @@ import yaml
 from conftest import REPOSITORY, Experiment
 
 from fairway.params import load_params
+from fairway.reporting.comparison import load_published
 from fairway.reporting.facts import Facts, facts
 from fairway.reporting.page import page
-from fairway.reporting.published import load_published
 from fairway.reporting.runs import collect
 
 # The stages whose figures the report reads, besides certify.

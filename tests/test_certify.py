@@ -15,9 +15,8 @@ from torch import Tensor
 
 from fairway.certification.accounting import Evaluation, Finding, Provenance, accounting, legal, with_provenance
 from fairway.certification.black_box import BlackBox, baseline
-from fairway.certification.coding_order import visiting_order
 from fairway.certification.decoder import choose_slices
-from fairway.certification.excerpt import choose_excerpt
+from fairway.certification.excerpt import choose_excerpt, visiting_order
 from fairway.certification.experiments import Certified, CertifySettings, certify
 from fairway.certification.follower import Follower
 from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fairway.certification.accounting import Evaluation, accounting, order_bits, places_bits
 from fairway.certification.black_box import BlackBox, baseline
-from fairway.certification.coding_order import stream_order, visiting_order
 from fairway.certification.decoder import choose_slices
-from fairway.certification.excerpt import choose_excerpt
+from fairway.certification.excerpt import choose_excerpt, stream_order, visiting_order
 from fairway.evaluation.document_batches import documents
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttPass, LoraTttSettings
 from fairway.evaluation.passes import Pass

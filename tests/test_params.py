@@ -17,7 +17,7 @@ from fairway.evaluation.lora_ttt import LoraTttSettings
 from fairway.evaluation.registry import evaluator_kinds
 from fairway.params import Params, load_params
 from fairway.quantization.gptq import GptqSettings
-from fairway.reporting.published import PublishedSeed
+from fairway.reporting.comparison import PublishedSeed
 from fairway.runtime.errors import UserError
 from fairway.runtime.settings import Section, parse_section
 from fairway.training.schedule import ScheduleSettings

@@ -16,9 +16,8 @@ from reports import Figures, certificate, certify, write_certificate
 
 from fairway.reporting import tables
 from fairway.reporting.budgets import Entry, budgets, eval_s, ledger, train_s
-from fairway.reporting.comparison import compare, welch
+from fairway.reporting.comparison import compare, load_published, welch
 from fairway.reporting.facts import Facts
-from fairway.reporting.published import load_published
 from fairway.reporting.tables import markdown, summarize, time_table, times, timing
 from fairway.runtime.errors import UserError
 

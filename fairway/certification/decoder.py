@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fairway.certification.accounting import Finding, places_bits
 from fairway.certification.black_box import Baseline, BlackBox, baseline
-from fairway.certification.coding_order import Order, stream_order
+from fairway.certification.excerpt import Order, stream_order
 from fairway.certification.follower import Follower
 from fairway.tokens.tokenizer import BOS
 

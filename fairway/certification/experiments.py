@@ -14,9 +14,8 @@ from torch import Tensor
 from fairway.certification.accounting import Finding
 from fairway.certification.black_box import Baseline, BlackBox, baseline
 from fairway.certification.causality import causality, score_first
-from fairway.certification.coding_order import Order
 from fairway.certification.decoder import choose_slices, decoder
-from fairway.certification.excerpt import Excerpt, choose_excerpt, short_beginning
+from fairway.certification.excerpt import Excerpt, Order, choose_excerpt, short_beginning
 from fairway.certification.normalisation import normalisation
 from fairway.evaluation.evaluator import Evaluator
 from fairway.model.gpt import GPT

@@ -10,10 +10,9 @@ from statistics import mean
 from typing import Any
 
 from fairway.reporting.budgets import eval_s, train_s
-from fairway.reporting.facts import Facts
+from fairway.reporting.facts import Facts, Rung
 from fairway.reporting.plot import Line, Plot, plot, signed
-from fairway.reporting.runs import Run, Standing, share
-from fairway.reporting.scores import Rung, Score
+from fairway.reporting.runs import Run, Score, Standing, share
 from fairway.runtime.track import EVAL_S, TRAIN_S
 
 # The number of hues that the page's style sheet defines. Further lines use them again from the first one on.

@@ -1,13 +1,39 @@
-"""All that the report says, worked out once. The summary, the table, the plots and the page only write it down."""
+"""All that the report says, worked out once. The summary, the table, the plots and the page only write it down.
+
+A ladder of bits per byte shows what each measured step gained or lost: the last weights, the weights that were kept,
+then every evaluator. Stages that change weights without measuring them (adapt, quantize, compress) have no level of
+their own. What they did shows in the evaluators' levels, which therefore all start from the kept weights.
+"""
 
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 from fairway.reporting.budgets import Budget, budgets
-from fairway.reporting.comparison import Comparison, Reproduction, compare, reproduction
-from fairway.reporting.published import Published, ReportSettings, named_record
-from fairway.reporting.runs import Run
-from fairway.reporting.scores import Rung, Score, ladder, scores
+from fairway.reporting.comparison import (
+    Comparison,
+    Published,
+    PublishedRecord,
+    ReportSettings,
+    Reproduction,
+    compare,
+    named_record,
+    reproduction,
+)
+from fairway.reporting.runs import Run, Score, Standing, scores
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A level of the ladder: the mean bpb over seeds, and the level that it is compared with (None for the first)."""
+
+    name: str
+    label: str
+    bpb: float
+    before: float | None
+    standing: Standing | None
+    # The mean over the published seeds, if params.yaml names a record that measured the same.
+    published: float | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +85,25 @@ def facts(
         subset=_subset(meta),
         comparison=compare(best, runs, *baseline) if baseline else None,
     )
+
+
+def ladder(runs: list[Run], scores: list[Score], kept: str, record: PublishedRecord | None) -> list[Rung]:
+    """The levels: last weights, kept weights (`kept` is training's name for them), then each evaluator."""
+    trained = mean(run.train["val_bpb"] for run in runs)
+    rungs = [Rung("trained", "last weights", trained, None, None, _published(record, "trained"))]
+    level = trained
+    if kept != "last":
+        level = mean(run.kept_bpb(kept) for run in runs)
+        rungs.append(Rung("averaged", f"kept weights, {kept}", level, trained, None, _published(record, "averaged")))
+    return rungs + [
+        Rung(score.name, score.title, score.spread.mean, level, score.standing, _published(record, score.name))
+        for score in scores
+    ]
+
+
+def _published(record: PublishedRecord | None, name: str) -> float | None:
+    values = record.bpb(name) if record else []
+    return mean(values) if values else None
 
 
 def _subset(meta: dict[str, Any]) -> str | None:

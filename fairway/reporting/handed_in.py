@@ -9,8 +9,7 @@ of what the later stages wrote.
 from typing import Any
 
 from fairway.reporting.budgets import budgets, eval_s, train_s
-from fairway.reporting.runs import Run, Standing
-from fairway.reporting.scores import spread, standing
+from fairway.reporting.runs import Run, Standing, spread, standing
 from fairway.runtime.settings import Section
 from fairway.runtime.track import CAP_BYTES, TRACK
 

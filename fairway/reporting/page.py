@@ -16,8 +16,7 @@ from fairway.reporting.charts import charts, hue, ladder_bars, ladder_range, tim
 from fairway.reporting.comparison import MARGIN_NATS, SIGNIFICANCE
 from fairway.reporting.facts import Facts
 from fairway.reporting.plot import signed
-from fairway.reporting.runs import Condition, Run
-from fairway.reporting.scores import Score, spread, worst
+from fairway.reporting.runs import Condition, Run, Score, spread, worst
 from fairway.reporting.tables import size_parts
 from fairway.runtime.track import EVAL_S, TRAIN_S
 

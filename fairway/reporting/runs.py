@@ -1,11 +1,14 @@
-"""What the stages left behind, gathered by seed: figures, certificates, and the course of every score along the stream.
+"""What the stages left behind, gathered by seed, and the score of each evaluator over all seeds.
 
-Nothing is judged here. What follows from the figures of all seeds together is worked out in the other files.
+By seed there are figures, certificates, and the course of every score along the stream. A score has its mean and
+spread over the seeds, and the standing that its certificates give it. What else follows from the figures of all seeds
+together is worked out in the other files.
 """
 
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, Literal
 
 import numpy as np
@@ -95,7 +98,7 @@ def _run(artifacts: Path, seed: int, evaluators: list[str]) -> Run:
         quantize=figures("quantize", "quantize.json", "calibration_s", "quantize_s"),
         compress=figures("compress", "compress.json", "pack_s", "trial_s"),
         size=figures("size_check", "size.json"),
-        scores={name: _score(artifacts, seed, name) for name in evaluators},
+        scores={name: _metrics(artifacts, seed, name) for name in evaluators},
         certificates={name: _certificate(artifacts, seed, name) for name in evaluators},
         curves={name: _curve(logged / f"{name}.tsv", name, f"python -m stages.train {seed}") for name in CURVES},
         profiles={name: _profile(artifacts, seed, name) for name in evaluators},
@@ -107,7 +110,7 @@ def _made(artifacts: Path, stage: str, seed: int, evaluator: str, file: str) -> 
     return artifacts / f"{stage}/{seed}/{evaluator}/{file}", f"python -m stages.{stage} {seed} {evaluator}"
 
 
-def _score(artifacts: Path, seed: int, evaluator: str) -> dict[str, Any]:
+def _metrics(artifacts: Path, seed: int, evaluator: str) -> dict[str, Any]:
     path, made_by = _made(artifacts, "evaluate", seed, evaluator, "metrics.json")
     return read_figures(path, made_by, ("updates", "load_s", "eval_s"))
 
@@ -162,3 +165,93 @@ def profile(nats_N: np.ndarray) -> list[float]:
 def share(part: int, parts: int) -> float:
     """Where the middle of a part of the stream lies, in percent of the stream."""
     return 100 * (part + 0.5) / parts
+
+
+# What each kind of evaluator is, in the words of a table. A name in params.yaml is a kind, or a kind with a suffix.
+TITLES = {
+    "sliding": "sliding window",
+    "ttt": "score-first test-time training",
+    "slot": "SLOT, an offset fitted at evaluation",
+    "lora_ttt": "low-rank test-time training by document",
+    "streaming": "one pass with rolling keys and values",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (n - 1) of a figure over seeds; std is None for a single seed."""
+
+    mean: float
+    std: float | None
+
+
+def spread(values: list[float]) -> Spread:
+    """Mean and deviation of at least one value."""
+    return Spread(mean(values), stdev(values) if len(values) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Bits per byte of one evaluator by seed, with the standing that its certificates give it."""
+
+    name: str
+    bpb: list[float]
+    standing: Standing
+    # Names of the conditions that fail.
+    broken: list[str]
+
+    @property
+    def spread(self) -> Spread:
+        """Mean and deviation over the seeds."""
+        return spread(self.bpb)
+
+    @property
+    def label(self) -> str:
+        """The name, with the standing unless it is legal: "slot (illegal)"."""
+        return self.name if self.standing == "legal" else f"{self.name} ({self.standing})"
+
+    @property
+    def title(self) -> str:
+        """What the evaluator is, in a few words."""
+        kinds = [kind for kind in TITLES if self.name == kind or self.name.startswith(f"{kind}_")]
+        return TITLES[max(kinds, key=len)] if kinds else "an evaluator of your own"
+
+    @property
+    def remark(self) -> str:
+        """The standing, followed by the conditions that fail: "illegal: causality, normalisation"."""
+        words = ", ".join(name.replace("_", " ") for name in self.broken)
+        return f"{self.standing}: {words}" if words else self.standing
+
+
+def scores(runs: list[Run]) -> list[Score]:
+    """One score for each evaluator, in the order of params.yaml."""
+    return [_score(name, runs) for name in runs[0].scores]
+
+
+def _score(name: str, runs: list[Run]) -> Score:
+    certificates = [run.certificates[name] for run in runs]
+    bpb = [run.scores[name]["val_bpb"] for run in runs]
+    return Score(name, bpb, standing(certificates), broken(certificates))
+
+
+def standing(certificates: list[Certificate]) -> Standing:
+    """The standing over all seeds: legal if it is legal on every seed, and illegal if it is so on any."""
+    found = {certificate.standing for certificate in certificates}
+    if "illegal" in found:
+        return "illegal"
+    return "legal" if found == {"legal"} else "unproven"
+
+
+def broken(certificates: list[Certificate]) -> list[str]:
+    """Names of the conditions that fail on any seed, in the order of the certificates."""
+    names = dict.fromkeys(name for certificate in certificates for name in certificate.conditions)
+    return [name for name in names if (finding := worst(certificates, name)) and finding.verdict == "fail"]
+
+
+def worst(certificates: list[Certificate], condition: str) -> Condition | None:
+    """Of all seeds' findings on a condition the one that decides: a failure before a doubt before a pass.
+
+    None if no certificate names the condition.
+    """
+    found = [certificate.conditions[condition] for certificate in certificates if condition in certificate.conditions]
+    return min(found, key=lambda finding: VERDICTS.index(finding.verdict), default=None)

@@ -12,8 +12,7 @@ from typing import Any
 from fairway.reporting.budgets import ledger
 from fairway.reporting.comparison import MARGIN_NATS, SIGNIFICANCE
 from fairway.reporting.facts import Facts
-from fairway.reporting.runs import Run, share
-from fairway.reporting.scores import Score, spread
+from fairway.reporting.runs import Run, Score, share, spread
 
 
 def markdown(facts: Facts) -> str:
