@@ -35,10 +35,10 @@ def imports(module: str) -> frozenset[str]:
     """The project's modules that a module imports by itself, at its top or inside a function."""
     found = set(EVALUATORS) if module == REGISTRY else set[str]()
     for node in ast.walk(tree(module)):
-        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+        if isinstance(node, ast.ImportFrom) and node.module:
             inner = {f"{node.module}.{alias.name}" for alias in node.names} & set(MODULES)
-            # `from package import module` reads the module; any other name stands in the package's own file.
-            found |= inner if len(inner) == len(node.names) else inner | {node.module}
+            # `from package import module` reads the module; any other name stands in the named file itself.
+            found |= inner if len(inner) == len(node.names) else inner | {node.module} & set(MODULES)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names} & set(MODULES)
     return frozenset(found)

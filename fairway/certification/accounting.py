@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import read_array, read_figures
-from fairway.runtime.track import EVAL_S
+from fairway.runtime.settings import EVAL_S
 
 Verdict = Literal["pass", "fail", "unproven"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fairway.reporting.runs import Run
-from fairway.runtime.track import EVAL_S, TRAIN_S
+from fairway.runtime.settings import EVAL_S, TRAIN_S
 
 TimeBudget = Literal["training", "evaluation"]
 

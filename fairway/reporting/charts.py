@@ -13,7 +13,7 @@ from fairway.reporting.budgets import eval_s, train_s
 from fairway.reporting.facts import Facts, Rung
 from fairway.reporting.plot import Line, Plot, plot, signed
 from fairway.reporting.runs import Run, Score, Standing, share
-from fairway.runtime.track import EVAL_S, TRAIN_S
+from fairway.runtime.settings import EVAL_S, TRAIN_S
 
 # The number of hues that the page's style sheet defines. Further lines use them again from the first one on.
 HUES = 7

@@ -10,8 +10,7 @@ from typing import Any
 
 from fairway.reporting.budgets import budgets, eval_s, train_s
 from fairway.reporting.runs import Run, Standing, spread, standing
-from fairway.runtime.settings import Section
-from fairway.runtime.track import CAP_BYTES, TRACK
+from fairway.runtime.settings import CAP_BYTES, TRACK, Section
 
 
 class SubmissionSettings(Section):

@@ -18,7 +18,7 @@ from fairway.reporting.facts import Facts
 from fairway.reporting.plot import signed
 from fairway.reporting.runs import Condition, Run, Score, spread, worst
 from fairway.reporting.tables import size_parts
-from fairway.runtime.track import EVAL_S, TRAIN_S
+from fairway.runtime.settings import EVAL_S, TRAIN_S
 
 
 def page(facts: Facts, meta: dict[str, Any]) -> str:

@@ -1,1 +1,0 @@
-"""Certificates: whether a score is the length of a code that can be decoded."""

@@ -1,1 +1,0 @@
-"""Evaluators: ways to score a network on a stream."""

@@ -1,1 +1,0 @@
-"""What every other package stands on: errors, files, settings, progress, processes, resume points, fingerprints."""
