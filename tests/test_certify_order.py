@@ -85,6 +85,16 @@ def _lora(**changes: int) -> LoraTttEvaluator:
     return LoraTttEvaluator(LoraTttSettings(**(LORA | changes)))
 
 
+def test_an_excerpt_has_documents_long_enough_for_a_phase_to_train_on() -> None:
+    """Two long documents make a step of 320 tokens; the shortest ones alone would have to be nearly all of them."""
+    stream = _documents_of([20] * 150 + [200] * 20)
+    box = BlackBox(lambda: _lora(global_chunk_tokens=320), _network())
+    found = choose_excerpt(box, stream, tokens=60)
+    assert found.what == "the 14 shortest documents and 2 long ones, in the order of the stream, 680 targets"
+    part = box.begin(found.tokens_N1)
+    assert [part.learns(chunk) for chunk in range(part.chunks)] == [True, True, False]
+
+
 def test_documents_visited_by_length_pass_in_that_order_for_who_is_told_where_they_start() -> None:
     found = _certified(_lora, _stream(1100), 60)
     assert (_failed(found.findings), found.starts_told) == (set(), True)

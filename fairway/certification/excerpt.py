@@ -1,12 +1,13 @@
 """The part of the validation stream that experiments run on, and the order in which its targets are coded.
 
-The part is small, but the evaluator learns twice within it. Two kinds of parts are tried, with the evaluator's
-settings as they are. One is the beginning of the stream, in whole rows. The other is the shortest documents, whole and
-in the order of the stream; it is taken where a beginning would have to be four times as long. An evaluator that learns
-after so many documents then learns from short ones.
+The part is small, but the evaluator learns twice within it. Three kinds of parts are tried, with the evaluator's
+settings as they are. One is the beginning of the stream, in whole rows. The others are whole documents in the order of
+the stream: the shortest ones, so that an evaluator that learns after so many documents learns from short ones, or the
+shortest ones and some long ones, for an evaluator that needs so many tokens for a step. The smaller of these two is
+taken where a beginning would have to be four times as long.
 
 How far one must look is read off the evaluator's own layout: what it learns from a chunk shows in the next chunk, and
-so a part of three chunks has two steps of learning in it.
+so a part of three chunks has two steps of learning in it, if their documents are long enough for a step.
 
 In the order of the stream a decoder is told nothing but the first token before it begins. (How many tokens there are is
 known to everybody.) An evaluator that visits documents in an order of its own is causal in that order at best, and only
@@ -28,6 +29,8 @@ from fairway.tokens.tokenizer import BOS
 
 # A beginning may be so many times as long as the shortest documents that will do.
 LONGER = 4
+# Where long documents are taken too, they are one in so many, and are longer than this share of all documents.
+LONG_EVERY, LONG_FROM = 8, 0.9
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,24 @@ def choose_excerpt(box: BlackBox, tokens_N1: Tensor, *, tokens: int) -> Excerpt:
 
     What even the whole stream has not got is not asked for. Raises UserError if the evaluator cannot take that stream.
     """
-    chunks = box.begin(tokens_N1).chunks
+    whole = box.begin(tokens_N1)
+    chunks, learns = whole.chunks, any(map(whole.learns, range(whole.chunks)))
     starts, targets = bool((tokens_N1[1:] == BOS).any()), min(tokens, len(tokens_N1) - 1)
 
     def holds(part_N1: Tensor) -> bool:
         # The last token is only predicted, so that a document which starts with it is not seen.
         if len(part_N1) - 1 < targets or (starts and not bool((part_N1[1:-1] == BOS).any())):
             return False
-        return box.fits(part_N1) and box.begin(part_N1).chunks >= min(chunks, KEPT_STATES + 1)
+        if not box.fits(part_N1):
+            return False
+        part = box.begin(part_N1)
+        return part.chunks >= min(chunks, KEPT_STATES + 1) and (any(map(part.learns, range(part.chunks))) or not learns)
 
-    beginning, shortest = _beginning(box, tokens_N1, holds), _shortest_documents(tokens_N1, holds)
-    part_N1, what = beginning if len(beginning[0]) <= LONGER * len(shortest[0]) else shortest
-    return Excerpt(part_N1, what, learns=chunks > 1)
+    beginning, by_document = _beginning(box, tokens_N1, holds), _shortest_documents(tokens_N1, holds)
+    if LONGER * len(by_document[0]) > len(tokens_N1):
+        by_document = min(by_document, _with_long_ones(tokens_N1, holds), key=lambda part: len(part[0]))
+    part_N1, what = beginning if len(beginning[0]) <= LONGER * len(by_document[0]) else by_document
+    return Excerpt(part_N1, what, learns=learns)
 
 
 def _beginning(box: BlackBox, tokens_N1: Tensor, holds: Callable[[Tensor], bool]) -> tuple[Tensor, str]:
@@ -72,6 +81,23 @@ def _shortest_documents(tokens_N1: Tensor, holds: Callable[[Tensor], bool]) -> t
     count = _smallest(lambda count: holds(_joined(tokens_N1, ascending[:count])), len(ascending))
     part_N1 = _joined(tokens_N1, ascending[:count])
     return part_N1, f"the {count:,} shortest documents, in the order of the stream, {len(part_N1) - 1:,} targets"
+
+
+def _with_long_ones(tokens_N1: Tensor, holds: Callable[[Tensor], bool]) -> tuple[Tensor, str]:
+    ascending = sorted(documents(tokens_N1.cpu()), key=lambda document: document.targets)
+    long_ones = ascending[int(LONG_FROM * len(ascending)) :]
+
+    def part(count: int) -> Tensor:
+        return _joined(tokens_N1, ascending[: count * (LONG_EVERY - 1)] + long_ones[:count])
+
+    # So many that no document is taken twice.
+    most = len(ascending) // (LONG_EVERY + 2)
+    count = _smallest(lambda count: holds(part(count)), most) if most else 0
+    if not count or not holds(part(count)):
+        return tokens_N1, "the whole stream"
+    long = f"{count:,} long ones" if count > 1 else "a long one"
+    what = f"the {count * (LONG_EVERY - 1):,} shortest documents and {long}, in the order of the stream"
+    return part(count), f"{what}, {len(part(count)) - 1:,} targets"
 
 
 def _joined(tokens_N1: Tensor, docs: list[Document]) -> Tensor:

@@ -194,6 +194,10 @@ class LoraTttPass(Pass):
             self._sgd.train(self.phase_tokens(chunk))
             self._refresh()
 
+    def learns(self, chunk: int) -> bool:
+        """Whether the phase after a chunk has tokens enough for a step."""
+        return super().learns(chunk) and len(self.phase_tokens(chunk)) - 1 > self.settings.global_chunk_tokens
+
     def phase_tokens(self, chunk: int) -> Tensor:
         """What the phase after a chunk trains on: the shortest prefix·(chunk+1)/phases documents done, one by one."""
         done = [document for batch in reversed(self.batches[: self.bounds[chunk + 1]]) for document in batch]

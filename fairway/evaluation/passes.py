@@ -35,6 +35,10 @@ class Pass(ABC):
         """
         return 0
 
+    def learns(self, chunk: int) -> bool:
+        """Whether `learn` can change something for later chunks: as far as the lengths of documents tell."""
+        return chunk < self.chunks - 1
+
     @abstractmethod
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Iterator[Prediction]:
         """This process's predictions of a chunk, a batch at a time.
