@@ -1,4 +1,4 @@
-"""A typed section of a settings file, the one function that reads such a file, and the limits that no setting changes."""
+"""A typed section of a settings file, the one function that reads such a file, and the limits that are no settings."""
 
 import re
 from pathlib import Path
