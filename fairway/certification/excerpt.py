@@ -4,7 +4,7 @@ The part is small, but the evaluator learns twice within it. Three kinds of part
 settings as they are. One is the beginning of the stream, in whole rows. The others are whole documents in the order of
 the stream: the shortest ones, so that an evaluator that learns after so many documents learns from short ones, or the
 shortest ones and some long ones, for an evaluator that needs so many tokens for a step. The smaller of these two is
-taken where a beginning would have to be four times as long.
+taken where a beginning would have to be twice as long.
 
 How far one must look is read off the evaluator's own layout: what it learns from a chunk shows in the next chunk, and
 so a part of three chunks has two steps of learning in it, if their documents are long enough for a step.
@@ -25,12 +25,14 @@ from torch import Tensor
 
 from fairway.certification.black_box import KEPT_STATES, Baseline, BlackBox
 from fairway.evaluation.document_batches import Document, documents
+from fairway.runtime.errors import UserError
 from fairway.tokens.tokenizer import BOS
 
-# A beginning may be so many times as long as the shortest documents that will do.
-LONGER = 4
-# Where long documents are taken too, they are one in so many, and are longer than this share of all documents.
-LONG_EVERY, LONG_FROM = 8, 0.9
+# A beginning may be so many times as long as the documents that will do.
+LONGER = 2
+# Long documents are tried too where the shortest that will do are more than this share of the stream.
+# One in so many is then a long one, longer than this share of all documents. So many numbers of them are tried.
+MUCH, LONG_EVERY, LONG_FROM, LONG_TRIALS = 0.25, 8, 0.9, 100
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,14 @@ def choose_excerpt(box: BlackBox, tokens_N1: Tensor, *, tokens: int) -> Excerpt:
         # The last token is only predicted, so that a document which starts with it is not seen.
         if len(part_N1) - 1 < targets or (starts and not bool((part_N1[1:-1] == BOS).any())):
             return False
-        if not box.fits(part_N1):
+        try:
+            part = box.begin(part_N1)
+        except UserError:
             return False
-        part = box.begin(part_N1)
         return part.chunks >= min(chunks, KEPT_STATES + 1) and (any(map(part.learns, range(part.chunks))) or not learns)
 
     beginning, by_document = _beginning(box, tokens_N1, holds), _shortest_documents(tokens_N1, holds)
-    if LONGER * len(by_document[0]) > len(tokens_N1):
+    if len(by_document[0]) > MUCH * len(tokens_N1):
         by_document = min(by_document, _with_long_ones(tokens_N1, holds), key=lambda part: len(part[0]))
     part_N1, what = beginning if len(beginning[0]) <= LONGER * len(by_document[0]) else by_document
     return Excerpt(part_N1, what, learns=learns)
@@ -90,10 +93,11 @@ def _with_long_ones(tokens_N1: Tensor, holds: Callable[[Tensor], bool]) -> tuple
     def part(count: int) -> Tensor:
         return _joined(tokens_N1, ascending[: count * (LONG_EVERY - 1)] + long_ones[:count])
 
-    # So many that no document is taken twice.
+    # Beyond these, a document would be taken twice. They are tried in turn, because one more document can undo what
+    # held before: it changes which ones an evaluator puts into a batch.
     most = len(ascending) // (LONG_EVERY + 2)
-    count = _smallest(lambda count: holds(part(count)), most) if most else 0
-    if not count or not holds(part(count)):
+    count = next((count for count in range(1, most + 1, -(-most // LONG_TRIALS) or 1) if holds(part(count))), None)
+    if count is None:
         return tokens_N1, "the whole stream"
     long = f"{count:,} long ones" if count > 1 else "a long one"
     what = f"the {count * (LONG_EVERY - 1):,} shortest documents and {long}, in the order of the stream"

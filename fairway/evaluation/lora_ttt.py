@@ -21,6 +21,7 @@ numbers of a document's adapters.
 import copy
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from pydantic import Field, model_validator
@@ -107,12 +108,14 @@ class LoraTttEvaluator(Evaluator):
         """A pass whose chunks end where phases begin."""
         s = self.settings
 
-        # Drawn once, and used again whenever adapters are drawn anew: a GPU would wait for every draw.
-        drawn = draw_factors(model.config, s.batch_documents, s.rank, s.seed)
-        there = {site: A.to(tokens_N1.device) for site, A in drawn.items()}
+        @cache
+        def drawn() -> Factors:
+            """Drawn once, and used again whenever adapters are drawn anew: a GPU would wait for every draw."""
+            factors = draw_factors(model.config, s.batch_documents, s.rank, s.seed)
+            return {site: A.to(tokens_N1.device) for site, A in factors.items()}
 
         def draw(rows: int) -> Factors:
-            return {site: A[:, :rows] for site, A in there.items()}
+            return {site: A[:, :rows] for site, A in drawn().items()}
 
         return LoraTttPass(copy.deepcopy(model), tokens_N1, world, s, draw)
 
