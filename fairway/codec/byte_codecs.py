@@ -20,7 +20,7 @@ import zstandard
 from fairway.runtime.errors import UserError
 
 # What to do if the program lrzip is missing.
-LRZIP_REMEDY = "apt-get install lrzip, or set compress.codec to ans, which packs smaller"
+LRZIP_REMEDY = "apt-get install lrzip, or set compress.codec to ans, which packs as small and faster"
 
 
 class ByteCodec(Protocol):
