@@ -22,8 +22,8 @@ from fairway.reporting.comparison import ReportSettings
 from fairway.reporting.handed_in import SubmissionSettings
 from fairway.runtime.errors import UserError
 from fairway.runtime.settings import Section, load_section
-from fairway.tokens.documents import FetchFile
 from fairway.tokens.hub import FetchHub
+from fairway.tokens.own_text import FetchFile
 from fairway.tokens.sdists import FetchSdists
 from fairway.tokens.tokenizer import TokenizeSettings
 from fairway.training.averages import AverageSettings

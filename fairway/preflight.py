@@ -121,7 +121,8 @@ def _sources(params: Params) -> list[Check]:
     if isinstance(fetch, FetchSdists):
         remedy = "let pip reach an index, or set fetch.source to file"
         return [Check("package index reachable", all(machine.pip_finds(sdist.name) for sdist in fetch.sdists), remedy)]
-    return [Check("document file", Path(fetch.path).is_file(), f"put the documents at {fetch.path} (fetch.path)")]
+    there = all(Path(path).exists() for path in fetch.path)
+    return [Check("documents", there, f"put the documents at {', '.join(fetch.path)} (fetch.path)")]
 
 
 def _sizes(params: Params) -> list[Check]:

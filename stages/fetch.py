@@ -1,7 +1,7 @@
 """Get the documents that everything is trained and scored on.
 
-Reads:  what the section `fetch` of params.yaml names: pinned source distributions on PyPI, a local file, or a published
-        export on the Hugging Face hub
+Reads:  what the section `fetch` of params.yaml names: pinned source distributions on PyPI, files of one's own, or a
+        published export on the Hugging Face hub
 Writes: data/docs/docs.jsonl (or .jsonl.zst): one JSON object with `text` a line, in the order that holds from here on;
         the first tokenize.val_documents lines validate. Of a published export: its shards and tokenizer, and hub.json
 Source: the layout of the challenge's docs_selected.jsonl. The laptop's documents are Django's documentation.
@@ -12,8 +12,8 @@ from pathlib import Path
 from fairway.params import load_params
 from fairway.runtime.errors import run_stage
 from fairway.runtime.files import output_folder
-from fairway.tokens.documents import FetchFile, fetch_file
 from fairway.tokens.hub import fetch_hub
+from fairway.tokens.own_text import FetchFile, fetch_own_text
 from fairway.tokens.sdists import FetchSdists, fetch_sdists
 
 
@@ -27,7 +27,7 @@ def main() -> None:
             if fetched.skipped:
                 print(f"fetch: left out {fetched.skipped} files that are blank or not UTF-8")
         elif isinstance(fetch, FetchFile):
-            print(f"fetch: {fetch_file(Path(fetch.path), folder)} documents of {fetch.path}")
+            print(f"fetch: {fetch_own_text(fetch, folder)} documents of {', '.join(fetch.path)}")
         else:
             print(f"fetch: {len(fetch_hub(fetch, folder).files)} files of {fetch.variant}")
 

@@ -34,7 +34,7 @@ END = "-- end of a command --\n"
 def tiny_params(corpus: Path) -> dict[str, Any]:
     """The laptop default at a size that runs in seconds, reading its documents from `corpus`."""
     params: dict[str, Any] = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    params["fetch"] = {"source": "file", "path": str(corpus)}
+    params["fetch"] = {"source": "file", "path": str(corpus), "column": "text", "shuffle_seed": None}
     params["tokenize"] |= {"vocab_size": 320, "val_documents": 4}
     params["model"] |= {"vocab_size": 320, "layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "mlp_hidden": 64}
     params["model"] |= {"seq_len": 64, "xsa_last_layers": 1}

@@ -72,7 +72,7 @@ def test_a_bare_machine_lacks_programs_hub_and_gpus(experiment: Experiment) -> N
     assert marks(output, "dvc") == ["✗"] * 5
     assert marks(output, "hub reachable") == ["·", *"✗✗✗✗"]
     assert marks(output, "8 GPUs") == ["·", *"✗✗✗✗"]
-    assert marks(output, "document file") == ["✓", *"····"]
+    assert marks(output, "documents") == ["✓", *"····"]
     assert "\n✗ lrzip (r1958): apt-get install lrzip" in output
     assert f"\n✗ hub reachable (r1150, r1172, r1488, r1958): let this machine reach {NOWHERE}" in output
 

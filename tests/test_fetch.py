@@ -141,7 +141,7 @@ def test_a_damaged_archive_is_an_error(tmp_path: Path) -> None:
 
 def fetch_file(experiment: Experiment, name: str, content: bytes) -> None:
     (experiment.folder / name).write_bytes(content)
-    experiment.set_params(experiment.params | {"fetch": {"source": "file", "path": name}})
+    experiment.set_params(experiment.params | {"fetch": experiment.params["fetch"] | {"path": name}})
 
 
 TEXTS = ["one", "", "zwei \u2028\u2029\x85 drei", "\U0001f600"]
@@ -178,7 +178,11 @@ def test_a_local_file_is_passed_on_in_order(name: str, content: bytes, experimen
         ("x.jsonl", b'{"text": "a"}\n{"text": 3}\n', "x.jsonl, line 2: `text` is int, expected a string"),
         ("x.jsonl", b'{"text": "\\ud800"}\n', "x.jsonl, line 1: `text` has a lone surrogate"),
         ("x.jsonl", b"", "x.jsonl: no documents"),
-        ("x.txt", b"text", "x.txt: expected a .jsonl, .jsonl.zst or .parquet file"),
+        (
+            "x.txt",
+            b"text",
+            "x.txt: expected a folder of .txt and .md files, or one of .jsonl, .jsonl.zst,",
+        ),
         ("x.jsonl.zst", LINES, "x.jsonl.zst: damaged zstandard stream"),
         ("x.jsonl.zst", zstandard.compress(LINES)[:-9], "x.jsonl.zst: damaged zstandard stream (it ends inside"),
         ("x.jsonl.zst", b"", "x.jsonl.zst: damaged zstandard stream (it ends inside"),
@@ -200,7 +204,7 @@ def test_a_missing_local_file_is_named(experiment: Experiment) -> None:
 
 def write_parquet(experiment: Experiment, columns: dict[str, list[Any]]) -> None:
     parquet.write_table(pyarrow.table(columns), experiment.folder / "x.parquet", row_group_size=2)
-    experiment.set_params(experiment.params | {"fetch": {"source": "file", "path": "x.parquet"}})
+    experiment.set_params(experiment.params | {"fetch": experiment.params["fetch"] | {"path": "x.parquet"}})
 
 
 def test_the_text_column_of_a_parquet_file_is_passed_on_in_order(experiment: Experiment) -> None:
@@ -212,7 +216,7 @@ def test_the_text_column_of_a_parquet_file_is_passed_on_in_order(experiment: Exp
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"body": ["a"]}, "x.parquet: expected a column `text` of strings, found none"),
+        ({"body": ["a"]}, "x.parquet: expected a column `text`, which fetch.column names; found `body`"),
         ({"text": [1]}, "x.parquet: expected a column `text` of strings, found int64"),
         ({"text": ["a", None]}, "x.parquet, row 2: `text` is null, expected a string"),
         ({"text": pyarrow.array([], pyarrow.string())}, "x.parquet: no documents"),

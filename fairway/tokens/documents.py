@@ -1,22 +1,23 @@
-"""The documents file: how stages read it, and how one is made of a local file.
+"""The documents file: how stages read it, and how a document is recognised wherever it stands.
 
 It holds one JSON object with `text` a line, plain or compressed with zstandard; its order decides everything after it.
-Lines are separated by LF alone and parsed one by one, so that a fault is told with its line number and a corpus of any
-size needs a few megabytes of memory.
+Files of one's own, which the stage fetch makes it of, may also be compressed with gzip, and keep their text under
+another key. Lines are separated by LF alone and parsed one by one, so that a fault is told with its line number and a
+corpus of any size needs a few megabytes of memory.
 """
 
+import gzip
+import hashlib
 import json
-import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import zstandard
-from pydantic import field_validator
 
 from fairway.runtime.errors import UserError
-from fairway.runtime.settings import Section
 
 # Some corpora are compressed with windows of up to 128 MiB (zstd --long=27), more than zstandard allows by default.
 # Allowing the format's own limit costs nothing.
@@ -35,15 +36,25 @@ def documents_path(folder: Path) -> Path:
 def open_lines(path: Path) -> Iterator[tuple[Iterator[bytes], BinaryIO]]:
     """The lines of a documents file, decompressed, and the open file, whose position tells how far the reading is.
 
-    Raises UserError if the file is missing, or if its name ends in .zst and it is no whole zstandard stream.
+    Raises UserError if the file is missing, or if its name ends in .zst or .gz and it is no whole stream of that kind.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected documents, one JSON object with `text` a line")
+        raise UserError(f"{path}: no such file; expected documents, one JSON object a line")
     with path.open("rb") as file:
-        yield (_decompressed_lines(file, path) if path.suffix == ".zst" else file), file
+        unpacked = {".zst": _zstandard_lines, ".gz": _gzip_lines}.get(path.suffix)
+        yield (unpacked(file, path) if unpacked else file), file
 
 
-def _decompressed_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def _gzip_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The lines of a gzip file, which may consist of several members."""
+    try:
+        with gzip.open(file) as lines:
+            yield from lines
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip stream ({error})") from None
+
+
+def _zstandard_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
     """The lines (without LF) of a zstandard file, which may consist of several frames.
 
     The frames are decompressed here, since the library's own reader ends without an error where a file was cut off.
@@ -66,96 +77,44 @@ def _decompressed_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
         yield rest
 
 
-def parse_text(line: bytes, where: str) -> str:
-    """The text of one line. Raises UserError if the line holds none; `where` (file and line) begins its message."""
+def parse_text(line: bytes, where: str, key: str = "text") -> str:
+    """The text under `key` of a line's JSON object. Raises UserError if there is none.
+
+    `where` (file and line) begins the message of the error.
+    """
     try:
-        document = json.loads(line)
+        # Python reads no whole number of more than 4300 digits. None of them is needed here: 0 stands for each.
+        document = json.loads(line, parse_int=lambda digits: 0)
     except ValueError:
         raise UserError(f"{where}: not JSON") from None
-    if not isinstance(document, dict) or "text" not in document:
-        raise UserError(f"{where}: expected an object with the key `text`")
-    text = document["text"]
+    except RecursionError:
+        raise UserError(f"{where}: more brackets inside one another than Python's JSON reader takes") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{where}: expected an object with the key `{key}`, found {type(document).__name__}")
+    if key not in document:
+        found = ", ".join(f"`{name}`" for name in document) or "no keys"
+        raise UserError(f"{where}: expected an object with the key `{key}`, which fetch.column names; found {found}")
+    text = document[key]
     if not isinstance(text, str):
-        raise UserError(f"{where}: `text` is {type(text).__name__}, expected a string")
+        raise UserError(f"{where}: `{key}` is {type(text).__name__}, expected a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{where}: `text` has a lone surrogate, which no UTF-8 text can hold") from None
+        raise UserError(f"{where}: `{key}` has a lone surrogate, which no UTF-8 text can hold") from None
     return text
 
 
-def read_texts(path: Path, *, start: int = 0) -> Iterator[str]:
+def read_texts(path: Path, *, start: int = 0, key: str = "text") -> Iterator[str]:
     """The texts of a documents file in order, from document number `start` on, counted from 0.
 
-    Raises UserError naming the file, and the line where there is one, if it holds anything but documents.
+    Raises UserError naming the file, and the line where there is one, if it holds anything but documents with `key`.
     """
     with open_lines(path) as (lines, _):
         for number, line in enumerate(lines):
             if number >= start:
-                yield parse_text(line, f"{path}, line {number + 1}")
+                yield parse_text(line, f"{path}, line {number + 1}", key)
 
 
-# The folders that stages write. A stage deletes what stood there, so no input may lie in them.
-PIPELINES_OWN = ("data/docs", "artifacts")
-
-
-class FetchFile(Section):
-    """Documents from a local JSONL, JSONL.zst or Parquet file: one object with `text` per line, or a column `text`."""
-
-    source: Literal["file"]
-    path: str
-
-    @field_validator("path")
-    @classmethod
-    def _outside(cls, path: str) -> str:
-        for folder in PIPELINES_OWN:
-            if Path(path).resolve().is_relative_to(Path(folder).resolve()):
-                raise ValueError(f"{path} lies in {folder}, which is the pipeline's own: keep the documents elsewhere")
-        return path
-
-
-def fetch_file(source: Path, folder: Path) -> int:
-    """Write the documents of a .jsonl, .jsonl.zst or .parquet file to `folder`, in their order; return their number.
-
-    JSON lines are checked and copied unchanged; the column `text` of a Parquet file becomes docs.jsonl.zst. Raises
-    UserError naming the file, and the line where there is one, if it holds anything but documents, or none.
-    """
-    if source.suffix == ".parquet":
-        documents = _convert_parquet(source, folder / "docs.jsonl.zst")
-    elif suffix := next((suffix for suffix in (".jsonl", ".jsonl.zst") if source.name.endswith(suffix)), None):
-        documents = sum(1 for _ in read_texts(source))
-        shutil.copyfile(source, folder / f"docs{suffix}")
-    else:
-        raise UserError(f"{source}: expected a .jsonl, .jsonl.zst or .parquet file (fetch.path)")
-    if not documents:
-        raise UserError(f"{source}: no documents (fetch.path)")
-    return documents
-
-
-# How many documents are in memory at a time while a Parquet file is read.
-PARQUET_ROWS = 1024
-
-
-def _convert_parquet(source: Path, target: Path) -> int:
-    """Write the column `text` of a Parquet file as compressed JSON lines; return the number of rows."""
-    try:
-        from pyarrow import ArrowInvalid, parquet, types
-    except ImportError:
-        raise UserError(f"{source}: reading Parquet needs the package pyarrow (pip install pyarrow)") from None
-    if not source.is_file():
-        raise UserError(f"{source}: no such file (fetch.path)")
-    rows = 0
-    try:
-        with parquet.ParquetFile(source) as file, zstandard.open(target, "wt", encoding="utf-8", newline="\n") as out:
-            kind = file.schema_arrow.field("text").type if "text" in file.schema_arrow.names else None
-            if kind is None or not (types.is_string(kind) or types.is_large_string(kind)):
-                raise UserError(f"{source}: expected a column `text` of strings, found {kind or 'none'}")
-            for batch in file.iter_batches(PARQUET_ROWS, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    rows += 1
-                    if text is None:
-                        raise UserError(f"{source}, row {rows}: `text` is null, expected a string")
-                    out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    except (ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not a readable Parquet file ({' '.join(str(error).split())})") from None
-    return rows
+def text_hash(text: str) -> bytes:
+    """16 bytes that are the same for equal texts and, but for chance far below one in 2**64, for no others."""
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
