@@ -30,6 +30,14 @@ def main() -> None:
         write_atomic(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
     for split in ("train", "val"):
         print(f"tokenize: {split}: {meta[f'{split}_documents']} documents, {meta[f'{split}_tokens']} tokens")
+    print(f"tokenize: {_told(meta['dropped_train_documents'])}")
+
+
+def _told(dropped: int | None) -> str:
+    """What became of training documents that repeat a held-out one; None where nobody looked for them."""
+    if dropped is None:
+        return "published shards are taken as they are: whether training repeats validation documents was not checked"
+    return f"{dropped} documents are not trained on, since their text is that of a document held out for validation"
 
 
 if __name__ == "__main__":

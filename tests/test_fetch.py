@@ -376,6 +376,7 @@ def test_published_shards_become_tokens(hub: Hub, tmp_path: Path) -> None:
     folder, meta = adopt(fetch_into(tmp_path, hub), tmp_path)
     verify_tokens(folder, vocab_size=263)
     assert (meta["train_tokens"], meta["val_tokens"], meta["val_documents"]) == (2002, 5, 2)
+    assert meta["dropped_train_documents"] is None, "not looked for"
     assert meta["val_bytes"] == 3
     assert load_validation(folder, seq_len=4, vocab_size=263).bytes.tolist() == [1, 2, 0, 0]
 

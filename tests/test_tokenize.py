@@ -2,7 +2,9 @@
 
 import json
 import lzma
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -88,7 +90,9 @@ def test_every_text_comes_back_and_its_tokens_count_its_bytes(encoder: PlainEnco
 
 def test_a_folding_tokenizer_counts_the_text_it_decodes_to(folding_model: Path) -> None:
     lines = [json.dumps({"text": text}).encode() for text in (" a  a ", "é\n", "")]
-    encoded = encode_batch(PlainEncoder(folding_model, VOCAB_SIZE), LineBatch("x", "val", 1, lines))
+    encoded = encode_batch(
+        PlainEncoder(folding_model, VOCAB_SIZE), LineBatch("x", "val", 1, lines), held_out=frozenset()
+    )
     assert encoded.tokens.tolist() == [1, 260, 262, 1, 4 + 0xC3, 4 + 0xA9, 4 + 0x0A, 1]
     assert encoded.text_bytes == len(" a  a é\n".encode())
     assert encoded.counted_bytes == len("a aé\n".encode())
@@ -96,8 +100,9 @@ def test_a_folding_tokenizer_counts_the_text_it_decodes_to(folding_model: Path) 
 
 def test_a_tokenizer_without_byte_fallback_is_refused(tmp_path: Path) -> None:
     encoder = PlainEncoder(write_model(tmp_path / "m.model", {4: "a", 5: "▁"}, VOCAB_SIZE), VOCAB_SIZE)
+    batch = LineBatch("x", "train", 7, [b'{"text": "a"}', b'{"text": "ab"}'])
     with pytest.raises(UserError, match=r"x, line 8: the tokens count 1 bytes and decode to \d: no byte fallback"):
-        encode_batch(encoder, LineBatch("x", "train", 7, [b'{"text": "a"}', b'{"text": "ab"}']))
+        encode_batch(encoder, batch, held_out=frozenset())
 
 
 def run_export(
@@ -156,6 +161,70 @@ def test_of_what_is_held_out_a_limit_keeps_the_first_documents_alone(
     assert (meta["val_documents"], meta["held_out_documents"]) == (2, VAL_DOCUMENTS)
 
 
+@settings(deadline=None, max_examples=30)
+@given(drawn=st.lists(st.sampled_from(["", "a", "a ", "é\n", "\u2581", "a text", "A text"]), min_size=5, max_size=20))
+def test_no_text_that_validates_is_trained_on(encoder: PlainEncoder, model: Path, drawn: list[str]) -> None:
+    """And nothing else is lost: documents are the held-out ones, those that train, and those that are dropped."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        documents = folder / "docs.jsonl"
+        documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in drawn))
+        meta = run_export(documents, model, folder / "out", limit=2)
+        texts = {split: decoded(encoder, folder / "out", split) for split in SPLITS if meta[f"{split}_documents"]}
+    held_out = drawn[:VAL_DOCUMENTS]
+    kept = [text for text in drawn[VAL_DOCUMENTS:] if text not in held_out]
+    assert texts["val"] == held_out[:2]
+    assert texts.get("train", []) == kept
+    assert meta["dropped_train_documents"] == len(drawn) - VAL_DOCUMENTS - len(kept)
+
+
+SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
+
+
+def decoded(encoder: PlainEncoder, folder: Path, split: Literal["train", "val"]) -> list[str]:
+    """The documents of a split, each of which begins with BOS."""
+    tokens = stream(folder, split)
+    starts = np.flatnonzero(tokens == 1)
+    assert starts[0] == 0
+    return [encoder.tokenizer.decode(document[1:].tolist()) for document in np.split(tokens, starts[1:])]
+
+
+def test_copies_of_held_out_documents_teach_neither_tokenizer_nor_network(
+    experiment: Experiment, tokenized: Experiment
+) -> None:
+    """With them behind the training documents all artifacts are the same as without, but for the count."""
+    corpus = experiment.folder / "corpus.jsonl"
+    lines = corpus.read_text().splitlines(keepends=True)
+    corpus.write_text("".join([*lines, *lines[:VAL_DOCUMENTS]]))
+    experiment.stage("fetch")
+    printed = experiment.stage("tokenize").stdout
+    assert "tokenize: 4 documents are not trained on, since their text is that of a document held out" in printed
+    made, without = (
+        json.loads((each.folder / "artifacts/tokens/meta.json").read_text()) for each in (experiment, tokenized)
+    )
+    assert without["dropped_train_documents"] == 0
+    assert made == without | {"dropped_train_documents": VAL_DOCUMENTS}
+
+
+def test_a_split_without_text_is_refused(experiment: Experiment, folding_model: Path) -> None:
+    def refused(*texts: str) -> str:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (experiment.folder / "corpus.jsonl").write_text(lines)
+        experiment.stage("fetch")
+        error = experiment.fails("tokenize")
+        assert not (experiment.folder / "artifacts/tokens").exists()
+        return error
+
+    copies = refused("a", "b", "c", "d", "a", "d")
+    assert "docs.jsonl: every document behind the first 4 (tokenize.val_documents) repeats one of them" in copies
+    assert "docs.jsonl: the first 4 documents, which validate, are all empty" in refused("", "", "", "", "a")
+    shutil.copy(folding_model, experiment.folder / "given.model")
+    experiment.params["tokenize"]["model"] = "given.model"
+    experiment.set_params(experiment.params)
+    folded = refused(" ", "  ", " ", "", "a")
+    assert "docs.jsonl: the tokenizer leaves nothing of the documents that validate, so that no byte" in folded
+
+
 def test_the_number_of_processes_changes_nothing(
     corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +263,7 @@ def test_the_tokenizer_is_trained_on_the_training_split_only(tokenized: Experime
 
 def test_a_given_model_is_used_as_it_is(experiment: Experiment, folding_model: Path) -> None:
     shutil.copy(folding_model, experiment.folder / "given.model")
-    (experiment.folder / "corpus.jsonl").write_text('{"text": " a  a "}\n' * 6)
+    (experiment.folder / "corpus.jsonl").write_text('{"text": " a  a "}\n' * 4 + '{"text": "a"}\n')
     experiment.params["tokenize"]["model"] = "given.model"
     experiment.set_params(experiment.params)
     experiment.stage("fetch")
@@ -239,6 +308,15 @@ def test_a_vocabulary_too_large_for_the_text_is_an_error() -> None:
         train(iter(["a small text"]), vocab_size=4000)
 
 
+def test_the_vocabulary_that_the_error_names_is_one_that_fits() -> None:
+    with pytest.raises(UserError, match=r"more text, or \d+ here and as model\.vocab_size, will do") as caught:
+        train(iter(["a small text"]), vocab_size=4000)
+    fits = int(re.findall(r"\d+", str(caught.value))[-1])
+    assert train(iter(["a small text"]), vocab_size=fits)
+    with pytest.raises(UserError):
+        train(iter(["a small text"]), vocab_size=fits + 1)
+
+
 def test_a_vocabulary_too_small_for_the_characters_is_an_error() -> None:
     text = "".join(chr(code) for code in range(0x4E00, 0x4F00))
     with pytest.raises(
@@ -248,7 +326,7 @@ def test_a_vocabulary_too_small_for_the_characters_is_an_error() -> None:
 
 
 def test_blank_training_text_is_an_error() -> None:
-    with pytest.raises(UserError, match="SentencePiece cannot train"):
+    with pytest.raises(UserError, match="SentencePiece cannot train on this text: it is empty"):
         train(iter(["", ""]), vocab_size=300)
 
 

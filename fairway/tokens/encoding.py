@@ -1,13 +1,14 @@
 """Documents to tokens: a document becomes BOS and its ids, and the bytes that its tokens stand for are counted.
 
 Consecutive lines of the documents file go in, their tokens and totals come out. No such batch of lines depends on
-another, so any number of processes may share the work without changing the result. There is one encoder for each value
-of tokenize.transform. Each checks that no byte of a document is lost or counted twice, since bytes are what a score is
-divided by (data.md 8).
+another, so any number of processes may share the work without changing the result. A line whose text is held out for
+validation is left out of training. There is one encoder for each value of tokenize.transform. Each checks that no byte
+of a document is lost or counted twice, since bytes are what a score is divided by (data.md 8).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from fairway.runtime.errors import UserError
 from fairway.tokens import caseops
-from fairway.tokens.documents import parse_text
+from fairway.tokens.documents import parse_text, text_hash
 from fairway.tokens.shards import Split
 from fairway.tokens.tokenizer import BOS, Tokenizer, Transform, byte_table
 
@@ -48,11 +49,14 @@ class Document:
 class Encoded:
     """What a batch of lines became: its tokens (n,) uint16, its byte sidecar (n,) uint16 or None, and totals of bytes.
 
+    documents are the lines that became tokens, dropped those left out since their text is held out for validation.
     text_bytes are the UTF-8 bytes of the texts; counted_bytes are those that the tokens stand for.
     """
 
     tokens: np.ndarray
     sidecar: np.ndarray | None
+    documents: int
+    dropped: int
     text_bytes: int
     counted_bytes: int
 
@@ -135,19 +139,33 @@ def make_encoder(model: Path, vocab_size: int, transform: Transform) -> Document
     return PlainEncoder(model, vocab_size) if transform == "none" else CaseOpsEncoder(model)
 
 
-def encode_batch(encoder: DocumentEncoder, batch: LineBatch) -> Encoded:
-    """The tokens, sidecar and totals of a batch of lines. Raises UserError naming the line at fault."""
+def make_batch_encoder(
+    model: Path, vocab_size: int, transform: Transform, held_out: frozenset[bytes]
+) -> Callable[[LineBatch], Encoded]:
+    """encode_batch for the SentencePiece model in the file `model` and the hashes of the held-out texts."""
+    return partial(encode_batch, make_encoder(model, vocab_size, transform), held_out=held_out)
+
+
+def encode_batch(encoder: DocumentEncoder, batch: LineBatch, *, held_out: frozenset[bytes]) -> Encoded:
+    """The tokens, sidecar and totals of a batch of lines. Raises UserError naming the line at fault.
+
+    Lines of the training split whose text has its hash (text_hash) in `held_out` are dropped.
+    """
     documents: list[Document] = []
     text_bytes = 0
     for number, line in enumerate(batch.lines, start=batch.first):
         where = f"{batch.source}, line {number}"
         text = parse_text(line, where)
+        if batch.split == "train" and text_hash(text) in held_out:
+            continue
         text_bytes += len(text.encode("utf-8"))
         documents.append(encoder.document(text, batch.split, where))
     counts = [document.token_bytes for document in documents if document.token_bytes is not None]
     return Encoded(
-        tokens=np.concatenate([document.tokens for document in documents]),
+        tokens=np.concatenate([np.zeros(0, dtype=np.uint16), *(document.tokens for document in documents)]),
         sidecar=np.concatenate(counts) if counts and encoder.writes_sidecar else None,
+        documents=len(documents),
+        dropped=len(batch.lines) - len(documents),
         text_bytes=text_bytes,
         counted_bytes=sum(int(count.sum()) for count in counts),
     )

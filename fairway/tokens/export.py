@@ -1,8 +1,9 @@
 """From documents to everything in artifacts/tokens: the tokenizer, the token shards, and figures about them.
 
 The first tokenize.val_documents documents of the file are held out for validation, and tokenize.val_limit_documents may
-keep the first few of these alone. All others train, and no shard holds both. Beside the
-counts stands how small general-purpose compressors make the validation text: a yardstick for a model's bits per byte.
+keep the first few of these alone. All others train, but for those whose text is that of a held-out document, and no
+shard holds both. Beside the counts stands how small general-purpose compressors make the validation text: a yardstick
+for a model's bits per byte.
 """
 
 import lzma
@@ -10,11 +11,11 @@ import multiprocessing
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ import zstandard
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import file_sha256
 from fairway.runtime.progress import Progress
-from fairway.tokens.documents import documents_path, open_lines, read_texts
-from fairway.tokens.encoding import DocumentEncoder, Encoded, LineBatch, encode_batch, make_encoder
+from fairway.tokens.documents import documents_path, open_lines, read_texts, text_hash
+from fairway.tokens.encoding import Encoded, LineBatch, make_batch_encoder
 from fairway.tokens.shards import ShardWriter, Split
 from fairway.tokens.tokenizer import RESERVED, TokenizeSettings, check_tokenizer, train_tokenizer
 
@@ -32,47 +33,64 @@ from fairway.tokens.tokenizer import RESERVED, TokenizeSettings, check_tokenizer
 def check_documents(fetched: Path, settings: TokenizeSettings) -> Path:
     """The documents file of a folder, after the checks that need little time.
 
-    Raises UserError if the file is missing or holds too few documents, or if the given tokenizer does not fit the
-    settings.
+    Raises UserError if the file is missing or holds too few documents, if no text validates or trains, or if the given
+    tokenizer does not fit the settings.
     """
     documents = documents_path(fetched)
     if settings.model is not None:
         check_tokenizer(Path(settings.model), vocab_size=settings.vocab_size, operators=RESERVED[settings.transform])
-    require_documents(documents, settings.val_documents)
+    require_documents(documents, settings)
     return documents
 
 
-def require_documents(documents: Path, val_documents: int) -> None:
-    """Raise UserError unless the file has more than val_documents documents, one of which can train.
+def require_documents(documents: Path, settings: TokenizeSettings) -> None:
+    """Raise UserError unless a document with text validates, and one behind the held-out ones may train.
 
     No more of the file is read than that needs.
     """
-    found = 0
-    with open_lines(documents) as (lines, _):
-        for _ in lines:
-            found += 1
-            if found > val_documents:
-                return
-    if not found:
+    texts, held_out = read_texts(documents), settings.val_documents
+    hashes = [text_hash(text) for text in islice(texts, held_out)]
+    if not hashes:
         raise UserError(f"{documents}: no documents")
-    raise UserError(f"{documents}: {found} documents, expected more than tokenize.val_documents = {val_documents}")
+    if (first := next(texts, None)) is None:
+        raise UserError(f"{documents}: {len(hashes)} documents, expected more than tokenize.val_documents = {held_out}")
+    if set(hashes[: settings.scored_documents]) == {text_hash("")}:
+        raise UserError(f"{documents}: the first {settings.scored_documents} documents, which validate, are all empty")
+    known = set(hashes)
+    if all(text_hash(text) in known for text in chain([first], texts)):
+        raise UserError(
+            f"{documents}: every document behind the first {held_out} (tokenize.val_documents) repeats one of them, so "
+            "that none is left to train on"
+        )
+
+
+def _held_out(documents: Path, settings: TokenizeSettings) -> frozenset[bytes]:
+    """The hashes of the texts that are held out for validation."""
+    return frozenset(text_hash(text) for text in islice(read_texts(documents), settings.val_documents))
 
 
 def tokenize_documents(documents: Path, folder: Path, settings: TokenizeSettings) -> dict[str, Any]:
     """Train the tokenizer or copy the given one, write the shards to `folder`, and return the content of meta.json.
 
-    The tokenizer is trained on the training split alone. Raises UserError naming the line of a document at fault, or if
-    the text is too short for the vocabulary.
+    The tokenizer is trained on the training split alone. Raises UserError naming the line of a document at fault, if
+    the text is too short for the vocabulary, or if the tokens of the validation split stand for no byte.
     """
     tokenizer = folder / "tokenizer.model"
     if settings.model is not None:
         shutil.copyfile(settings.model, tokenizer)
     else:
-        texts = read_texts(documents, start=settings.val_documents)
+        held_out = _held_out(documents, settings)
+        behind = read_texts(documents, start=settings.val_documents)
+        texts = (text for text in behind if text_hash(text) not in held_out)
         trainer, transform = settings.trainer, settings.transform
         model = train_tokenizer(texts, vocab_size=settings.vocab_size, trainer=trainer, transform=transform)
         tokenizer.write_bytes(model)
-    meta = export(documents, tokenizer, folder, settings=settings, workers=len(os.sched_getaffinity(0)))
+    workers = len(os.sched_getaffinity(0))
+    meta = export(documents, tokenizer, folder, settings=settings, workers=workers)
+    if not meta["val_bytes"]:
+        raise UserError(
+            f"{documents}: the tokenizer leaves nothing of the documents that validate, so that no byte can be scored"
+        )
     validation = islice(read_texts(documents), settings.scored_documents)
     return meta | {"compressed_val_bytes": compressed_bytes(validation)}
 
@@ -86,10 +104,11 @@ def export(
 ) -> dict[str, Any]:
     """Write val_*.bin, train_*.bin and, for CaseOps, val_bytes_*.bin to `folder`; return what meta.json says of them.
 
-    `workers` processes share the work, or fewer if the file is small. The result does not depend on their number. Peak
-    memory is one shard of each kind and a few batches per worker. Raises UserError naming the line of a document at
-    fault.
+    Training documents with the text of a held-out one are left out, and counted. `workers` processes share the work, or
+    fewer if the file is small. The result does not depend on their number. Peak memory is one shard of each kind and a
+    few batches per worker. Raises UserError naming the line of a document at fault.
     """
+    encoder_arguments = (tokenizer, settings.vocab_size, settings.transform, _held_out(documents, settings))
     totals: dict[Split, Totals] = {"val": Totals(), "train": Totals()}
     workers = min(workers, 1 + documents.stat().st_size // BATCH_BYTES)
     with ExitStack() as stack:
@@ -98,8 +117,8 @@ def export(
         lines, file = stack.enter_context(open_lines(documents))
         progress = stack.enter_context(Progress("tokenize", documents.stat().st_size, unit="B"))
         batches = _batches(lines, str(documents), settings)
-        for batch, encoded in _encode_all(batches, (tokenizer, settings.vocab_size, settings.transform), workers):
-            totals[batch.split].add(batch, encoded)
+        for batch, encoded in _encode_all(batches, encoder_arguments, workers):
+            totals[batch.split].add(encoded)
             writers[batch.split].append(encoded.tokens)
             if encoded.sidecar is not None:
                 sidecar.append(encoded.sidecar)
@@ -109,6 +128,7 @@ def export(
         "transform": settings.transform,
         "val_bytes": totals["val"].counted_bytes,
         "held_out_documents": settings.val_documents,
+        "dropped_train_documents": totals["train"].dropped,
         **{
             f"{split}_{name}": getattr(count, name)
             for split, count in totals.items()
@@ -120,16 +140,18 @@ def export(
 
 @dataclass
 class Totals:
-    """What is counted over the documents of one split; see Encoded for the two kinds of bytes."""
+    """What is counted over the documents of one split, as Encoded does for a batch."""
 
     documents: int = 0
+    dropped: int = 0
     tokens: int = 0
     text_bytes: int = 0
     counted_bytes: int = 0
 
-    def add(self, batch: LineBatch, encoded: Encoded) -> None:
+    def add(self, encoded: Encoded) -> None:
         """Add a batch of documents."""
-        self.documents += len(batch.lines)
+        self.documents += encoded.documents
+        self.dropped += encoded.dropped
         self.tokens += len(encoded.tokens)
         self.text_bytes += encoded.text_bytes
         self.counted_bytes += encoded.counted_bytes
@@ -164,8 +186,8 @@ def _encode_all(
     About two batches per worker wait or are worked on at a time, so that no process idles and memory stays small.
     """
     if workers == 1:
-        encoder = make_encoder(*encoder_arguments)
-        yield from ((batch, encode_batch(encoder, batch)) for batch in batches)
+        encode = make_batch_encoder(*encoder_arguments)
+        yield from ((batch, encode(batch)) for batch in batches)
         return
     pending: deque[tuple[LineBatch, Future[Encoded]]] = deque()
     # The processes are started anew ("spawn"), since a fork of this process, which has threads, could hang.
@@ -185,19 +207,19 @@ def _finished(pending: deque[tuple[LineBatch, "Future[Encoded]"]]) -> tuple[Line
     return batch, future.result()
 
 
-# The encoder of a worker process, which keeps it from one batch to the next.
-_encoder: DocumentEncoder
+# What a worker process encodes batches with, from one to the next.
+_encode: Callable[[LineBatch], Encoded]
 
 
 def _start_worker(*encoder_arguments: Any) -> None:
     """Runs once in each worker process, before its first batch."""
-    global _encoder
-    _encoder = make_encoder(*encoder_arguments)
+    global _encode
+    _encode = make_batch_encoder(*encoder_arguments)
 
 
 def _encode_in_worker(batch: LineBatch) -> Encoded:
     """Runs in a worker process, for each of its batches."""
-    return encode_batch(_encoder, batch)
+    return _encode(batch)
 
 
 ZSTD_LEVEL = 19

@@ -194,8 +194,9 @@ def adopt_export(fetched: Path, folder: Path, settings: TokenizeSettings) -> dic
     """Link the shards and the tokenizer of a fetched export into `folder`; return the content of meta.json.
 
     How many bytes the published text has before the tokenizer folds it is not known, so the entries `*_text_bytes` are
-    null. Raises UserError if the section `tokenize` disagrees with the export, if a file disagrees with its checksum,
-    or if the validation shards disagree with their sidecars or with the manifest's counts.
+    null, and so is `dropped_train_documents`: nothing is dropped from finished shards. Raises UserError if the section
+    `tokenize` disagrees with the export, if a file disagrees with its checksum, or if the validation shards disagree
+    with their sidecars or with the manifest's counts.
     """
     about = json.loads((fetched / "hub.json").read_text(encoding="utf-8"))
     _require_agreement(about, settings)
@@ -220,6 +221,7 @@ def adopt_export(fetched: Path, folder: Path, settings: TokenizeSettings) -> dic
         "source": {key: about[key] for key in ("repository", "revision", "variant")},
         "val_bytes": _validation_bytes(folder, settings),
         "held_out_documents": about["val_documents"],
+        "dropped_train_documents": None,
         **{f"{split}_documents": documents for split, (documents, _) in counts.items()},
         **{f"{split}_tokens": tokens for split, (_, tokens) in counts.items()},
         **{f"{split}_text_bytes": None for split in counts},

@@ -117,8 +117,8 @@ def _files(path: Path) -> Sequence[Path]:
         return files
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file or folder (fetch.path); a queued experiment runs in a copy of what git tracks, so that "
-            "other files need an absolute path there"
+            f"{path}: no such file or folder (fetch.path); a queued experiment runs in a copy of what git tracks, so "
+            "that other files need an absolute path there"
         )
     if not path.name.endswith(COLLECTIONS):
         kinds = ", ".join(COLLECTIONS)

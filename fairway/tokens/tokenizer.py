@@ -193,13 +193,16 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int, trainer: Trainer, 
         )
     except RuntimeError as error:
         reason = str(error).strip().rpartition("] ")[2]
+        if "sentences_.empty()" in reason:
+            reason = "it is empty"
         raise UserError(
             f"params.yaml: tokenize.vocab_size ({vocab_size}): SentencePiece cannot train on this text: {reason}"
         ) from None
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if pieces != vocab_size:
         raise UserError(
-            f"params.yaml: tokenize.vocab_size ({vocab_size}): the training split is only enough for {pieces} pieces"
+            f"params.yaml: tokenize.vocab_size ({vocab_size}): the training split is only enough for {pieces} pieces; "
+            f"more text, or {pieces} here and as model.vocab_size, will do"
         )
     return model.getvalue()
 
