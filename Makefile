@@ -1,4 +1,4 @@
-# make repro   the whole pipeline on params.yaml
+# make repro   the whole pipeline on params.yaml; with DATA=path on text of your own, which params.yaml then names
 # make test    every fast test (CPU)
 # make lint    style and types
 # make test-browser  the report in Chromium, installed by apt where it is missing
@@ -8,6 +8,8 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 repro: .venv/installed
+	$(if $(DATA),python -m stages.use_data '$(DATA)')
+	$(if $(DATA),dvc repro --force --single-item fetch)
 	dvc repro
 
 test: .venv/installed lint

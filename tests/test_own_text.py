@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+import yaml
 import zstandard
 from conftest import Experiment
 from hypothesis import given, settings
@@ -183,3 +184,23 @@ def test_a_fault_found_late_leaves_the_documents_of_before(experiment: Experimen
 @given(TEXT, TEXT)
 def test_hashes_are_equal_for_equal_texts_alone(one: str, other: str) -> None:
     assert (text_hash(one) == text_hash(other)) == (one == other)
+
+
+def test_the_path_on_the_command_line_leaves_what_was_chosen_before(experiment: Experiment) -> None:
+    chosen = {"column": "body", "shuffle_seed": 3}
+    experiment.set_params(experiment.params | {"fetch": experiment.params["fetch"] | chosen})
+    write_folder(experiment.folder / "märz # 1", ["one"])
+    experiment.stage("use_data", "märz # 1")
+    written = yaml.safe_load((experiment.folder / "params.yaml").read_text(encoding="utf-8"))
+    assert written == experiment.params | {"fetch": {"source": "file", "path": "märz # 1"} | chosen}
+
+
+def test_a_folder_of_ones_own_becomes_tokens(experiment: Experiment) -> None:
+    texts = list(read_texts(experiment.folder / "corpus.jsonl"))
+    write_folder(experiment.folder / "own", texts)
+    experiment.set_params(experiment.params | {"fetch": experiment.params["fetch"] | {"shuffle_seed": 1337}})
+    experiment.stage("use_data", "own")
+    assert "fetch: 24 documents of own" in experiment.stage("fetch").stdout
+    experiment.stage("tokenize")
+    meta = json.loads((experiment.folder / "artifacts/tokens/meta.json").read_text())
+    assert (meta["val_documents"], meta["train_documents"]) == (4, 20)

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPOSITORY, Experiment
+from dvc.utils.hydra import apply_overrides
 from torch.distributed.run import get_args_parser
 
 from fairway.params import load_params
+from fairway.tokens.own_text import FetchFile
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 TREE = README.partition("## The tree")[2].partition("## ")[0]
@@ -34,6 +36,7 @@ def commands() -> list[str]:
 # Run by the tests of the functions' names.
 MAKE = {
     "make repro": "dvc repro",
+    "make repro DATA=texts": "dvc repro",
     "make test": "pytest -n 2 --dist loadfile --no-loadscope-reorder",
     "make doctor": "python -m stages.doctor",
 }
@@ -95,6 +98,43 @@ def test_a_target_of_make_does_what_it_says(command: str) -> None:
     assert planned.splitlines()[-1] == MAKE[command]
 
 
+def own_text() -> str:
+    """The section `fetch` for text of one's own."""
+    [section] = [block for block in blocks("yaml") if block.startswith("fetch:\n")]
+    return section
+
+
+@pytest.mark.program("make")
+def test_make_reads_text_of_ones_own_anew_each_time() -> None:
+    planned = shell(REPOSITORY, "make --dry-run --no-print-directory repro DATA='my texts'").splitlines()
+    steps = ["python -m stages.use_data 'my texts'", "dvc repro --force --single-item fetch", "dvc repro"]
+    assert planned[-3:] == steps
+
+
+def test_the_five_lines_for_text_of_ones_own_are_what_is_written(experiment: Experiment) -> None:
+    """By the command of the Makefile, into the file that ships, of which everything else stays."""
+    ships = (REPOSITORY / "params.yaml").read_text(encoding="utf-8")
+    params = experiment.folder / "params.yaml"
+    params.write_text(ships, encoding="utf-8")
+    assert "texts: no such file or folder (fetch.path)" in experiment.fails("use_data", "texts")
+    assert params.read_text(encoding="utf-8") == ships
+    (experiment.folder / "texts").mkdir()
+    (experiment.folder / "texts/one.txt").write_text("one")
+    experiment.stage("use_data", "texts")
+    before, _, rest = ships.partition("fetch:\n")
+    after = rest[rest.index("\n\n") + 1 :]
+    assert params.read_text(encoding="utf-8") == before + own_text() + after
+    assert load_params(params).fetch == FetchFile.model_validate(yaml.safe_load(own_text())["fetch"])
+
+
+def test_a_single_experiment_on_text_of_ones_own_needs_no_other_file(tmp_path: Path) -> None:
+    """By the function with which `dvc exp run` changes params.yaml."""
+    [line] = re.findall(r"`(dvc exp run -S '~fetch'[^`]*)`", README)
+    params = shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    apply_overrides(params, [word for word in shlex.split(line)[3:] if word != "-S"])
+    assert load_params(params).fetch == FetchFile.model_validate(yaml.safe_load(own_text())["fetch"])
+
+
 def test_a_record_can_be_planned_on_any_machine(experiment: Experiment) -> None:
     experiment.copy_code()
     first, *of_dvc = PLANNED
@@ -136,7 +176,7 @@ def test_links_lead_to_files() -> None:
 def example() -> tuple[str, str]:
     """The worked example: the evaluator's file, and its section of params.yaml."""
     [evaluator] = [block for block in blocks("python") if block.startswith("# fairway/evaluation/tempered.py\n")]
-    [section] = blocks("yaml")
+    [section] = [block for block in blocks("yaml") if block.startswith("# params.yaml; and `tempered`")]
     return evaluator, section
 
 

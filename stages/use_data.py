@@ -1,0 +1,45 @@
+"""Let params.yaml name text of your own: what `make repro DATA=path` does before it runs the pipeline.
+
+Reads:  the beginning of every file at the path on the command line, to see that it holds documents
+Writes: the section `fetch` of params.yaml; the rest of that file stays as it is, with its comments
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+from fairway.params import load_params
+from fairway.runtime.errors import UserError, run_stage
+from fairway.runtime.files import write_atomic
+from fairway.runtime.settings import parse_section
+from fairway.tokens.own_text import FetchFile, check_own_text
+
+# From the line `fetch:` to the last indented line before the next section.
+SECTION = re.compile(r"^fetch:.*(?:\n+[ \t].*)*", re.MULTILINE)
+
+
+def main() -> None:
+    """Write the path into params.yaml, once its documents are seen to be there."""
+    if len(sys.argv) != 2:
+        raise UserError("usage: python -m stages.use_data <path>")
+    params, path = Path("params.yaml"), sys.argv[1]
+    before = load_params(params).fetch
+    if isinstance(before, FetchFile):
+        # Who uses text of their own already has chosen these two.
+        section = before.model_dump() | {"path": path}
+    else:
+        section = {"source": "file", "path": path, "column": "text", "shuffle_seed": 1337}
+    files = check_own_text(parse_section(section, FetchFile, params))
+    text = params.read_text(encoding="utf-8")
+    written = yaml.safe_dump({"fetch": section}, allow_unicode=True, sort_keys=False, width=10_000).rstrip("\n")
+    changed, sections = SECTION.subn(lambda _: written, text)
+    if sections != 1:
+        raise UserError(f"{params}: expected one line that begins with `fetch:`, found {sections}")
+    write_atomic(params, changed)
+    print(f"use_data: fetch.path in {params} is {path} ({len(files)} files)")
+
+
+if __name__ == "__main__":
+    run_stage(main)
