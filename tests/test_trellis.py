@@ -36,9 +36,9 @@ def test_an_index_whose_code_is_no_int8_is_refused() -> None:
 
 
 @settings(max_examples=20)
-@given(st.lists(INDICES, min_size=1, max_size=3), st.booleans())
-def test_groups_come_back_on_a_trellis_or_not(matrices: list[np.ndarray], on_trellis: bool) -> None:
-    group = [codes_of(matrix) if on_trellis else matrix for matrix in matrices]
+@given(st.lists(st.tuples(INDICES, st.booleans()), min_size=1, max_size=3))
+def test_groups_come_back_with_some_matrices_on_the_trellis(matrices: list[tuple[np.ndarray, bool]]) -> None:
+    group = [codes_of(matrix) if on_trellis else matrix for matrix, on_trellis in matrices]
     data = TrellisAns().encode(group)
     found = TrellisAns().decode(data, [(len(matrix), matrix.shape[1]) for matrix in group])
     assert all(map(np.array_equal, found, group))

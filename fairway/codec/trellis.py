@@ -49,20 +49,20 @@ def follow(codes: np.ndarray) -> bool:
 
 
 class TrellisAns:
-    """Codec of codes that follow the trellis: their indices by RowColumnAns. Other groups are packed as they are.
+    """Codec of codes that follow the trellis: their indices by RowColumnAns. Other matrices are packed as they are.
 
-    The first byte says which of the two it is.
+    The stream begins with a byte for each matrix, which says whether its indices stand there.
     """
 
     def encode(self, matrices: Sequence[np.ndarray]) -> bytes:
         """Compress int8 matrices."""
-        if all(map(follow, matrices)):
-            return b"\1" + RowColumnAns().encode([matrix >> 1 for matrix in matrices])
-        return b"\0" + RowColumnAns().encode(matrices)
+        told = bytes(map(follow, matrices))
+        return told + RowColumnAns().encode([matrix >> by for matrix, by in zip(matrices, told, strict=True)])
 
     def decode(self, data: bytes, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """The int8 matrices of these shapes. Raises ValueError if that is not what `data` holds."""
-        if data[:1] not in (b"\0", b"\1"):
+        told = data[: len(shapes)]
+        if len(told) < len(shapes) or max(told, default=0) > 1:
             raise ValueError("neither codes nor indices of a trellis")
-        matrices = RowColumnAns().decode(data[1:], shapes)
-        return [codes_of(matrix) for matrix in matrices] if data[:1] == b"\1" else matrices
+        matrices = RowColumnAns().decode(data[len(shapes) :], shapes)
+        return [codes_of(matrix) if by else matrix for matrix, by in zip(matrices, told, strict=True)]
