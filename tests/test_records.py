@@ -86,8 +86,8 @@ def test_a_record_is_a_complete_file_with_a_word_on_every_section(name: str) -> 
 @pytest.mark.parametrize("file", ["params.yaml", *(f"records/{name}.yaml" for name in FILES)])
 def test_an_experiment_changes_one_line_of_the_file(file: str, tmp_path: Path) -> None:
     """By the function with which `dvc exp run -S slot.steps=7` writes params.yaml."""
-    written = shutil.copy(REPOSITORY / file, tmp_path / "params.yaml")
-    before = written.read_text()
+    before, written = (REPOSITORY / file).read_text(), tmp_path / "params.yaml"
+    written.write_text(before)
     apply_overrides(written, ["slot.steps=7"])
     changed = [line for line in ndiff(before.splitlines(), written.read_text().splitlines()) if line[0] in "-+"]
     assert len(changed) == 2, changed
