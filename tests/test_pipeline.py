@@ -41,6 +41,13 @@ def _git(folder: Path, *arguments: str) -> None:
     subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
 
 
+def _changed(folder: Path) -> set[str]:
+    """The files that differ from the last commit, and new ones."""
+    command = ["git", "status", "--porcelain"]
+    lines = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.splitlines()
+    return {line[3:] for line in lines}
+
+
 def test_a_second_run_runs_nothing(repro: Experiment) -> None:
     again, status = repro.dvc("dvc repro", "dvc status")
     assert _ran(again) == set()
@@ -90,6 +97,13 @@ def test_slot_steps_re_run_only_the_slot_evaluation(repro: Experiment) -> None:
     changed = set(json.loads(figures)["results/summary.json"])
     assert "slot_bpb_illegal" in changed
     assert not {"sliding_bpb", "ttt_bpb", "artifact_bytes"} & changed
+    # What the README says of the files that a run changes, and how it undoes that.
+    changed = _changed(repro.folder) - {"params.yaml"}
+    assert "dvc.lock" in changed
+    assert all(re.fullmatch(r"dvc\.lock|results/.*", file) for file in changed)
+    [undo] = re.findall(r"To undo that:\n`git (.+)`", (REPOSITORY / "README.md").read_text())
+    _git(repro.folder, *undo.split())
+    assert _changed(repro.folder) == {"params.yaml"}
 
 
 @pytest.mark.long
