@@ -22,7 +22,7 @@ from fairway.certification.follower import Follower
 from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
 from fairway.evaluation.passes import Pass, Prediction
-from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, plain_head, stream_windows
+from fairway.evaluation.scoring import Batch, PlaceHead, WindowPass, in_chunks, plain_head, stream_windows
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.slot import OffsetHead, Places, SlotEvaluator, context_places
 from fairway.evaluation.slot_offsets import SlotFitSettings, SlotSettings
@@ -67,24 +67,25 @@ WITHIN: dict[str, Make] = {
     "slot, context, within documents": _slot(fitted_on="context", bias=True, **APART),
     "an own head, within documents": lambda: Tempered(SlidingSettings(**(SLIDING | APART))),
 }
-LEGAL |= WITHIN
+LEGAL |= WITHIN | {"an own head of each place": lambda: Tempered(SlidingSettings(**SLIDING), of_places=True)}
 # Those that carry something from chunk to chunk.
 LEARNING = [make for name, make in LEGAL.items() if name.startswith(("streaming", "ttt", "lora_ttt", "slot, carried"))]
 
 
 @dataclass(frozen=True)
 class Tempered(Evaluator):
-    """Windows with a head that nobody knows."""
+    """Windows with a head that nobody knows, or of which it is known that it reads each place by itself."""
 
     settings: SlidingSettings
+    of_places: bool = False
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         def head(model: GPT, batch: Batch, hid: Tensor) -> Tensor:
             return plain_head(model, batch, hid) / 1.1
 
-        s = self.settings
+        s, own = self.settings, PlaceHead(lambda model, hid_MD: model.logits(hid_MD) / 1.1) if self.of_places else head
         chunks = in_chunks(stream_windows(model, tokens_N1, s), s.batch_windows, s.stretch)
-        return WindowPass(model, tokens_N1, chunks, world, batch_windows=s.batch_windows, stretch=s.stretch, head=head)
+        return WindowPass(model, tokens_N1, chunks, world, batch_windows=s.batch_windows, stretch=s.stretch, head=own)
 
 
 def _network() -> GPT:

@@ -144,6 +144,22 @@ def test_the_worked_example_is_short() -> None:
     assert sum(len(block.splitlines()) for block in example()) <= 40
 
 
+# What a certificate of the example asks for at each token.
+STEPPER = """
+import torch
+from fairway.certification.stepping import make_stepper
+from fairway.evaluation.registry import evaluator_class
+from fairway.model.gpt import GPT
+from fairway.params import load_params
+from fairway.runtime.distributed import alone
+params = load_params("params.yaml")
+evaluator = evaluator_class("tempered")(params.evaluator_settings("tempered"))
+stream = torch.zeros(1000, dtype=torch.int64)
+evaluation = evaluator.begin(GPT(params.model), stream, alone(torch.device("cpu")))
+print(type(make_stepper(evaluation, torch.ones(999, dtype=torch.bool))).__name__)
+"""
+
+
 def test_the_worked_example_scores(finished_copy: Experiment) -> None:
     """Added in three places and no fourth. A higher temperature costs bits, and 1 is sliding."""
     evaluator, section = example()
@@ -157,6 +173,8 @@ def test_the_worked_example_scores(finished_copy: Experiment) -> None:
     bpb = {name: _score(finished_copy.run("python", "-m", "stages.evaluate", SEED, name).stdout) for name in names}
     assert bpb["tempered"] == pytest.approx(bpb["sliding"], abs=1e-6)
     assert bpb["tempered"] < bpb["tempered_hot"]
+    # Its certificate is as cheap as that of sliding.
+    assert finished_copy.run("python", "-c", STEPPER).stdout == "WindowStepper\n"
 
 
 def _score(output: str) -> float:
