@@ -27,7 +27,7 @@ from fairway.runtime.settings import Section
 class CompressSettings(Section):
     """How codes become bytes, and which program ships beside them."""
 
-    codec: Literal["ans", "brotli", "brotli_shuffled", "zstd", "lzma", "lrzip"]
+    codec: Literal["ans", "trellis_ans", "brotli", "brotli_shuffled", "zstd", "lzma", "lrzip"]
     # The evaluator that the shipped train_gpt.py runs.
     evaluator: str
 
