@@ -15,6 +15,7 @@ import pytest
 import yaml
 from filelock import FileLock
 from forks import Fork, ranks
+from warm_python import warm_environment
 
 from fairway.runtime.files import output_folder
 
@@ -109,11 +110,14 @@ class Experiment:
     def run(self, *command: str, ok: bool = True, timeout: float = 900) -> subprocess.CompletedProcess[str]:
         """Run a command as a process of its own and check whether it ended well.
 
-        `python` is this interpreter, and the code that it runs is the folder's.
+        `python`, also where the command starts it, is the warm one, and the code that it runs is the folder's.
         """
         self.copy_code()
-        head = [sys.executable] if command[0] == "python" else [str(Path(sys.executable).parent / command[0])]
-        done = subprocess.run([*head, *command[1:]], cwd=self.folder, capture_output=True, text=True, timeout=timeout)
+        environment = warm_environment()
+        head = shutil.which(command[0], path=environment["PATH"]) or command[0]
+        done = subprocess.run(
+            [head, *command[1:]], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=timeout
+        )
         assert (done.returncode == 0) == ok, f"{command}\n{done.stdout}\n{done.stderr}"
         return done
 
