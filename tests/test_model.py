@@ -309,7 +309,7 @@ def test_bfloat16_activations_stay_bfloat16_and_near_float32(record: str) -> Non
 
 @pytest.mark.parametrize(("record", "looped"), [("r1488", False), ("r1958", True)])
 def test_the_network_is_one_graph_for_the_compiler(record: str, looped: bool) -> None:
-    model, tokens = small_network(record), random_tokens(4)
+    model, tokens = small_network(record, shallow=True), random_tokens(4)
     segments = torch.tensor([0, 5, 32], dtype=torch.int32) if record == "r1958" else None
     torch.compiler.reset()
     graph = compiled(model, fullgraph=True, backend="eager")

@@ -18,7 +18,7 @@ from fairway.model.gpt import GPT
 from fairway.params import Params, load_params
 
 PARAMETERS = {"r1150": 26_993_756, "r1172": 27_201_116, "r1488": 26_862_694, "r1958": 35_945_671}
-TOY_STEPS = 10
+TOY_STEPS = 6
 
 FILES = sorted(path.stem for path in (REPOSITORY / "records").glob("r[0-9]*.yaml"))
 VARIANTS = sorted(set(FILES) - set(PARAMETERS))
