@@ -1,0 +1,84 @@
+"""The comparison with PR #1855's program (benchmarks/side_by_side.py): what is read off both, and the table."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Experiment
+
+from benchmarks.side_by_side import Line, fairway_entry, pr1855_entry, table
+from fairway.params import Params
+
+# Lines of the form that the program prints, with made-up figures.
+LOG: list[Line] = [
+    (400.0, "warmup_step: 3/3"),
+    (450.0, "1/20000 train_loss: 9.0 train_time: 0.0m tok/s: 1"),
+    (453.0, "5/20000 train_loss: 8.0 train_time: 0.0m tok/s: 1"),
+    (467.0, "25/20000 train_loss: 7.0 train_time: 0.3m tok/s: 1"),
+    (470.0, "layer_loop:enabled step:30 frac:0.350"),
+    (480.0, "50/20000 train_loss: 6.0 train_time: 0.5m tok/s: 1"),
+    (505.0, "75/20000 train_loss: 5.0 train_time: 0.9m tok/s: 1"),
+    (510.0, "80/20000 val_loss: 2.5 val_bpb: 1.0613"),
+    (510.5, "stopping_early: wallclock_cap train_time: 60000ms step: 80/20000"),
+    (511.0, "peak memory allocated: 40960 MiB reserved: 47140 MiB"),
+    (520.0, "diagnostic pre-quantization post-ema val_loss:2.4 val_bpb:1.05200000 eval_time:6718ms"),
+    (521.0, "GPTQ:collecting Hessians from calibration data..."),
+    (530.5, "Serialize: per-group lrzip compression..."),
+    (721.5, "Serialize: per-group compression done in 191.0s"),
+    (722.0, "Total submission size quantized+pergroup: 15950603 bytes"),
+    (760.0, "Deserialize: decompression done in 34.0s"),
+    (770.0, "diagnostic quantized val_loss:2.5 val_bpb:1.05980000 eval_time:49995ms"),
+    (990.0, "quantized_ttt_phased val_loss:2.3 val_bpb:1.03500000 eval_time:84000ms"),
+    (991.0, "total_eval_time:84.0s"),
+]
+COMMON: dict[str, Any] = {
+    "date": "2026-11-27",
+    "pair": "2026-11-27T01:00:00",
+    "gpu": "H100",
+    "torch": "2.11",
+    "attention": "flash4",
+}
+COMMON |= {"record": "lab-1gpu", "seed": 42, "seconds": 360.0}
+
+
+def test_figures_are_read_off_the_programs_log() -> None:
+    entry = pr1855_entry(LOG)
+    assert (entry["steps"], entry["start_s"], entry["artifact_bytes"]) == (80, 450.0, 15950603)
+    assert (entry["step_ms"], entry["step_ms_looped"]) == pytest.approx((700.0, 1000.0))
+    assert (entry["last_bpb"], entry["ema_bpb"], entry["quantized_bpb"]) == (1.0613, 1.052, 1.0598)
+    assert (entry["final_bpb"], entry["adaptive_eval_s"], entry["total_s"]) == (1.035, 84.0, 991.0)
+    assert (entry["pack_s"], entry["unpack_s"], entry["gptq_s"], entry["peak_gib"]) == (191.0, 34.0, 9.5, 40.0)
+
+
+def test_a_log_that_ends_early_leaves_figures_out() -> None:
+    entry = pr1855_entry(LOG[:4])
+    assert entry["step_ms"] == pytest.approx(700.0)
+    assert entry["step_ms_looped"] is entry["final_bpb"] is entry["total_s"] is None
+
+
+def test_the_pipelines_figures_have_the_same_keys(evaluated: Experiment, tmp_path: Path) -> None:
+    """Read from the artifacts of a tiny run, whose ttt stands for lora_ttt."""
+    artifacts = shutil.copytree(evaluated.folder / "artifacts", tmp_path / "artifacts")
+    metrics = shutil.copytree(artifacts / "evaluate/1337/ttt", artifacts / "evaluate/1337/lora_ttt") / "metrics.json"
+    certificate = artifacts / "certify/1337/lora_ttt/certificate.json"
+    certificate.parent.mkdir(parents=True)
+    certificate.write_text('{"legal": true}')
+    params = Params.model_validate(evaluated.params).model_copy(update={"evaluators": ["sliding", "lora_ttt"]})
+    entry = fairway_entry(params, [(99.0, "done")], artifacts)
+    assert entry.keys() == pr1855_entry(LOG).keys()
+    assert entry["steps"] == 12
+    assert entry["final_bpb"] == json.loads(metrics.read_text())["val_bpb"]
+
+
+def test_the_table_shows_the_last_pair() -> None:
+    theirs = COMMON | pr1855_entry(LOG)
+    ours = theirs | {"program": "fairway", "steps": 100, "final_bpb": 1.03}
+    old = [run | {"pair": "2026-11-26T01:00:00", "steps": 7} for run in (theirs, ours)]
+    alone = theirs | {"pair": None, "steps": 9}
+    lines = table([*old, alone, theirs, ours]).splitlines()
+    assert "| | pr1855 | fairway |" in lines
+    assert "| steps | 80 | 100 |" in lines
+    assert "| bpb of phased LoRA TTT | 1.0350 | 1.0300 |" in lines
+    assert table([]) == "no pairs yet"
