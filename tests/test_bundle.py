@@ -61,7 +61,7 @@ def record_text(params: Params) -> str:
     return program_text(REPOSITORY, RECORD, shipped_arguments(params), late=["seed"], chosen=chosen)
 
 
-def _run_alone(file: bytes, folder: Path, *python: str | Path) -> str:
+def _run_alone(file: bytes, folder: Path, *python: str) -> str:
     """Run the file in an empty folder, isolated: no current folder, no PYTHONPATH, no user site on the path."""
     folder.mkdir(exist_ok=True)
     (folder / "train_gpt.py").write_bytes(file)

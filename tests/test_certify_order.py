@@ -107,7 +107,7 @@ def test_documents_visited_by_length_pass_in_that_order_for_who_is_told_where_th
 
 @cache
 def _certified_of(name: str, tokens: int) -> Certified:
-    """Of an evaluator that passes, so many tokens and as many more as it takes to have whole documents around them."""
+    """Of an evaluator that passes; made once, since several tests look at it."""
     return _certified(LEGAL[name], _stream(tokens + 1000), tokens)
 
 
@@ -123,7 +123,7 @@ def _assert_passes(name: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("name", LEGAL)
 def test_who_predicts_from_the_past_passes_and_decodes(name: str) -> None:
-    _assert_passes(name, tokens=100)
+    _assert_passes(name, tokens=60)
 
 
 @pytest.mark.long
@@ -140,7 +140,7 @@ def test_who_passes_decodes_twenty_thousand_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(LEGAL) - {"lora_ttt"}))
 def test_who_goes_along_the_stream_is_told_nothing(name: str) -> None:
-    found = _certified_of(name, 100)
+    found = _certified_of(name, 60)
     assert (_failed(found.findings), found.starts_told) == (set(), False)
     assert found.findings["decoder"].evidence["given_starts"] == 0
 
@@ -148,7 +148,7 @@ def test_who_goes_along_the_stream_is_told_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", WITHIN)
 def test_who_keeps_documents_apart_need_not_be_told_where_they_start(name: str) -> None:
     """The layout may depend on later starts, but no prediction does: they become known in time."""
-    found = _certified_of(name, 100)
+    found = _certified_of(name, 60)
     assert not found.starts_told
     assert found.findings["causality"].evidence["order"] == "stream"
 

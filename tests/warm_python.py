@@ -33,7 +33,7 @@ IMPORTED += " constriction mpmath zstandard jinja2 python_minifier pyppmd resour
 
 
 @functools.cache
-def warm_python() -> Path:
+def warm_python() -> str:
     """The program, in a folder that holds nothing else; its process starts with the first call and ends with ours."""
     folder = Path(tempfile.mkdtemp(prefix="python-"))
     atexit.register(shutil.rmtree, folder)
@@ -50,14 +50,14 @@ def warm_python() -> Path:
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", str(CLIENT), str(address)])} "$@"\n')
     program.chmod(0o755)
-    return program
+    return str(program)
 
 
 def warm_environment() -> dict[str, str]:
     """Variables under which a shell's `python`, and so DVC's and torchrun's, is the warm one."""
     program = warm_python()
-    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHON_EXEC": str(program)}
+    path = f"{Path(program).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHON_EXEC": program}
 
 
 def _serve(address: str) -> None:
@@ -67,7 +67,7 @@ def _serve(address: str) -> None:
         server.listen()
         # Whoever started us reads our stdout until here.
         os.dup2(2, 1)
-        while server in select.select([server, 0], [], [])[0]:
+        while server.fileno() in select.select([server.fileno(), 0], [], [])[0]:
             connection, _ = server.accept()
             with connection:
                 if os.fork() == 0:
