@@ -119,6 +119,11 @@ class Params(ArtifactParams):
             not self.adapt.epochs or self.processes <= self.adapt.lanes,
             f"adapt.lanes ({self.adapt.lanes}) is less than the {self.processes} processes",
         )
+        _need(
+            (self.quantize.grid == "trellis") == (self.compress.codec == "trellis_ans"),
+            f"quantize.grid ({self.quantize.grid}) and compress.codec ({self.compress.codec}): expected trellis with "
+            "trellis_ans, and scalar with any other codec",
+        )
         return self
 
     @model_validator(mode="after")

@@ -47,13 +47,15 @@ def shipped_arguments(params: Params) -> list[Any]:
 
 def chosen_options(params: Params) -> dict[str, str]:
     """The tables of which these settings use a single entry, with the key of that entry. The others need not ship."""
-    chosen = {
+    chosen: dict[str, str] = {
         "fairway.codec.codecs.CODECS": params.compress.codec,
         "fairway.training.training_files.ORDERS": params.train.loader.kind,
     }
     gptq = params.quantize.gptq
-    texts = {"fairway.quantization.calibrate.TEXTS": gptq.calibration} if gptq else {}
-    return chosen | texts | params.evaluator_settings(params.compress.evaluator).looked_up()
+    if gptq:
+        chosen |= {"fairway.quantization.calibrate.TEXTS": gptq.calibration}
+        chosen |= {"fairway.quantization.gptq.GRIDS": params.quantize.grid}
+    return chosen | params.evaluator_settings(params.compress.evaluator).looked_up()
 
 
 def main() -> None:

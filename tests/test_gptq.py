@@ -69,7 +69,7 @@ def test_gptq_with_percentiles_matches_r1172(case: int) -> None:
     z = _golden("r1172")
     W, H = z[f"case{case}/W"], z[f"case{case}/H"]
     scales = percentile_scales(W, PERCENTILES, bits=6, min_clip=1.0)
-    ((matrix, best),) = gptq(W[None], H[None], scales[None], bits=6, damping=0.01, block_size=128)
+    ((matrix, best),) = gptq(W[None], H[None], scales[None], bits=6, damping=0.01, block_size=128, grid="scalar")
     assert best == int(z[f"case{case}/pct_index"])
     assert torch.equal(matrix.scale.float(), z[f"case{case}/scale"])
     assert _equal_share(matrix.codes, z[f"case{case}/codes"]) >= 0.995
@@ -83,7 +83,7 @@ def test_gptq_with_sigmas_matches_r1958(case: int) -> None:
     W, H = z[f"case{case}/W"], z[f"case{case}/H"]
     bits = {31: 6, 63: 7}[int(z[f"case{case}/clip_range"])]
     scales = sigma_scales(W, float(z[f"case{case}/clip_sigmas"]), bits=bits)
-    ((matrix, _),) = gptq(W[None], H[None], scales[None, None], bits=bits, damping=0.01, block_size=128)
+    ((matrix, _),) = gptq(W[None], H[None], scales[None, None], bits=bits, damping=0.01, block_size=128, grid="scalar")
     assert torch.equal(matrix.scale.float(), z[f"case{case}/scale"])
     assert _equal_share(matrix.codes, z[f"case{case}/codes"]) >= 0.995
 
@@ -167,7 +167,9 @@ def test_a_correction_of_structured_error_removes_most_of_it() -> None:
 def test_with_uncorrelated_inputs_gptq_is_rounding_to_nearest() -> None:
     W, _ = _random(20, 48)
     scale = sigma_scales(W, 4.0, bits=6)
-    codes = gptq_codes(W[None], scale[None], factorize(3.0 * torch.eye(48)[None], damping=0.01), bits=6, block_size=16)
+    codes = gptq_codes(
+        W[None], scale[None], factorize(3.0 * torch.eye(48)[None], damping=0.01), largest=31, block_size=16
+    )
     assert torch.equal(codes[0], nearest_codes(W, scale, bits=6))
 
 
@@ -180,7 +182,7 @@ def test_gptq_lowers_the_error_of_the_output(seed: int) -> None:
         E = W - codes.float() * scale[:, None]
         return float((E @ H * E).sum())
 
-    codes = gptq_codes(W[None], scale[None], factorize(H[None], damping=0.01), bits=4, block_size=128)[0]
+    codes = gptq_codes(W[None], scale[None], factorize(H[None], damping=0.01), largest=7, block_size=128)[0]
     assert output_error(codes) < output_error(nearest_codes(W, scale, bits=4))
 
 
@@ -188,7 +190,7 @@ def test_neither_scale_nor_block_size_of_the_hessian_matters() -> None:
     W, H = _random(16, 80)
     scale = sigma_scales(W, 4.0, bits=6)[None]
     codes = [
-        gptq_codes(W[None], scale, factorize(factor * H[None], damping=0.01), bits=6, block_size=block_size)
+        gptq_codes(W[None], scale, factorize(factor * H[None], damping=0.01), largest=31, block_size=block_size)
         for factor, block_size in ((1.0, 128), (64.0, 128), (1.0, 7))
     ]
     assert all(_equal_share(other, codes[0]) > 0.995 for other in codes)
@@ -198,10 +200,10 @@ def test_matrices_of_one_shape_together_are_each_as_alone() -> None:
     pairs = [_random(12, 40, seed=seed) for seed in range(3)]
     W, H = (torch.stack(parts) for parts in zip(*pairs, strict=True))
     scales = torch.stack([percentile_scales(w, PERCENTILES, bits=6, min_clip=0.0) for w in W])
-    together = gptq(W, H, scales, bits=6, damping=0.01, block_size=16)
+    together = gptq(W, H, scales, bits=6, damping=0.01, block_size=16, grid="scalar")
     for n, (matrix, best) in enumerate(together):
         ((alone, alone_best),) = gptq(
-            W[n : n + 1], H[n : n + 1], scales[n : n + 1], bits=6, damping=0.01, block_size=16
+            W[n : n + 1], H[n : n + 1], scales[n : n + 1], bits=6, damping=0.01, block_size=16, grid="scalar"
         )
         assert best == alone_best
         assert _equal_share(matrix.codes, alone.codes) > 0.995
@@ -211,7 +213,7 @@ def test_inputs_that_never_fire_get_no_weight() -> None:
     W, H = _random(8, 24)
     H[5] = H[:, 5] = 0.0
     codes = gptq_codes(
-        W[None], sigma_scales(W, 4.0, bits=6)[None], factorize(H[None], damping=0.01), bits=6, block_size=8
+        W[None], sigma_scales(W, 4.0, bits=6)[None], factorize(H[None], damping=0.01), largest=31, block_size=8
     )
     assert bool((codes[0, :, 5] == 0).all())
     assert bool((codes[0, :, 4] != 0).any())
@@ -221,7 +223,15 @@ def test_a_hessian_that_is_not_finite_is_told_in_one_line() -> None:
     W, H = _random(8, 24)
     H[3, 3] = torch.nan
     with pytest.raises(UserError, match=r"quantize\.gptq: a Hessian is not finite"):
-        gptq(W[None], H[None], sigma_scales(W, 4.0, bits=6)[None, None], bits=6, damping=0.01, block_size=8)
+        gptq(
+            W[None],
+            H[None],
+            sigma_scales(W, 4.0, bits=6)[None, None],
+            bits=6,
+            damping=0.01,
+            block_size=8,
+            grid="scalar",
+        )
 
 
 def test_hessians_change_only_the_classes_that_have_one() -> None:

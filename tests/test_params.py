@@ -129,6 +129,24 @@ def test_lanes_are_enough_for_the_processes(tmp_path: Path, changes: dict[str, A
         _load(tmp_path, params)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"compress.codec": "trellis_ans"},
+            "quantize.grid (scalar) and compress.codec (trellis_ans): expected trellis",
+        ),
+        ({"quantize.grid": "trellis"}, "grid: trellis needs method: gptq, expected grid: scalar"),
+    ],
+)
+def test_a_trellis_needs_gptq_and_its_codec(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    params = _changed("processes", 1)
+    for path, value in changes.items():
+        _set(params, path, value)
+    with pytest.raises(UserError, match=re.escape(expected)):
+        _load(tmp_path, params)
+
+
 def test_the_largest_seeds_fit_the_generators() -> None:
     """Of the adapters, whose chunks, lanes and batches have each at most three digits."""
     torch.Generator().manual_seed(2**63 - 1)
@@ -138,7 +156,7 @@ def test_the_largest_seeds_fit_the_generators() -> None:
 def test_no_setting_has_a_default() -> None:
     """Everything that can be set is read from a file. The header of model.bin is a file format, and no settings."""
     assert len(evaluator_kinds()) >= 5, "which imports the settings of every evaluator"
-    settings = [kind for kind in _derived(Section) if kind.__module__ != "fairway.codec.header"]
+    settings = [kind for kind in _derived(Section) if kind.__module__ != "fairway.codec.container"]
     assert {Params, PublishedSeed, LoraTttSettings, GptqSettings, ScheduleSettings} <= set(settings)
     defaults = {
         f"{kind.__name__}.{key}" for kind in settings for key, f in kind.model_fields.items() if not f.is_required()

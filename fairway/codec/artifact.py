@@ -14,8 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fairway.codec.codes import dequantize
-from fairway.codec.container import read_header, unpack
-from fairway.codec.header import Group
+from fairway.codec.container import Group, read_header, unpack
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
@@ -27,7 +26,7 @@ from fairway.runtime.settings import Section
 class CompressSettings(Section):
     """How codes become bytes, and which program ships beside them."""
 
-    codec: Literal["ans", "brotli", "brotli_shuffled", "zstd", "lzma", "lrzip"]
+    codec: Literal["ans", "trellis_ans", "brotli", "brotli_shuffled", "zstd", "lzma", "lrzip"]
     # The evaluator that the shipped train_gpt.py runs.
     evaluator: str
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from fairway.codec.byte_codecs import Brotli, ByteCodec, Lrzip, Lzma, Shuffled, Zstd
 from fairway.codec.entropy_coder import RowColumnAns
+from fairway.codec.trellis import TrellisAns
 
 Result = TypeVar("Result")
 
@@ -162,6 +163,7 @@ def _split(data: bytes, parts: int) -> list[bytes]:
 
 CODECS: dict[str, Codec] = {
     "ans": RowColumnAns(),
+    "trellis_ans": TrellisAns(),
     "brotli": Serialized(Brotli()),
     "brotli_shuffled": Serialized(Shuffled(Brotli())),
     "zstd": Serialized(Zstd()),

@@ -8,10 +8,11 @@ weights, H (N, C, C) Hessians XᵀX of their inputs, U the upper Cholesky factor
 code.
 
 Method: arXiv:2210.17323 (IST-DASLab gptq.py), columns in the order of a falling diagonal of H (quantize.md 2.3).
-Source: PR #1172, #1855. Ours: matrices of one shape go through the loop together, and H is factorised in float64, in
-which the factorisation of a damped H does not fail.
+Source: PR #1172, #1855. Ours: matrices of one shape go through the loop together, H is factorised in float64, in which
+the factorisation of a damped H does not fail, and a column may be rounded along a trellis (codec/trellis.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fairway.codec.codes import Quantized, largest_code
-from fairway.quantization.clip import best_of
+from fairway.quantization.clip import SMALLEST_SCALE, best_of
+from fairway.quantization.trellis_search import trellis_codes
 from fairway.runtime.errors import UserError
 from fairway.runtime.settings import Section
 
@@ -45,16 +47,34 @@ class GptqSettings(Section):
         return self
 
 
+def nearest_column(x_NR: Tensor, step_NR: Tensor, largest: int) -> Tensor:
+    """The codes (N, R), float32, within ±largest, nearest to x in steps."""
+    return (x_NR / step_NR).round_().clamp_(-largest, largest)
+
+
+# The codes (N, R), float32, of a column, from its weights, its steps, both (N, R), and the largest code.
+Round = Callable[[Tensor, Tensor, int], Tensor]
+
+
+# What codes may be, by its name in params.yaml: how many bits finer than the scales the steps are, and how a column is
+# rounded to them. A table, so that the program that ships carries the one that its record uses.
+GRIDS: dict[str, tuple[int, Round]] = {"scalar": (0, nearest_column), "trellis": (1, trellis_codes)}
+
+
 def gptq(
-    W: Tensor, H: Tensor, scales: Tensor, *, bits: int, damping: float, block_size: int
+    W: Tensor, H: Tensor, scales: Tensor, *, bits: int, damping: float, block_size: int, grid: str
 ) -> list[tuple[Quantized, int]]:
     """Each of N float32 matrices (N, R, C) rounded at the best of its candidate scales (N, P, R), and which that is.
 
-    Every candidate goes through the loop over columns. The best one has the smallest squared error of the weights, as
+    `grid` is a key of GRIDS. The codes of a finer grid have its extra bits, and their scales are as much smaller. Every
+    candidate goes through the loop over columns. The best one has the smallest squared error of the weights, as
     in PR #1172, although that is not the error that GPTQ lowers. H (N, C, C) lies on the device where the work is to be
     done; the results are on the CPU. Raises UserError if an H is not finite.
     """
-    W, scales = W.to(H.device), scales.half().to(H.device)
+    extra_bits, rounded = GRIDS[grid]
+    W, largest = W.to(H.device), largest_code(bits) << extra_bits
+    scales = (scales.half() / 2**extra_bits).clamp(min=SMALLEST_SCALE).to(H.device)
+    bits += extra_bits
     try:
         factors = factorize(H, damping=damping)
     except torch.linalg.LinAlgError:
@@ -67,7 +87,8 @@ def gptq(
         if p and torch.equal(scales[:, p], scales[:, p - 1]):
             tried.append(tried[-1])
             continue
-        tried.append(gptq_codes(W, scales[:, p].float(), factors, bits=bits, block_size=block_size))
+        steps = scales[:, p].float()
+        tried.append(gptq_codes(W, steps, factors, largest=largest, block_size=block_size, rounded=rounded))
     found = []
     for n in range(len(W)):
         candidates = [Quantized(codes[n], scales[n, p], bits) for p, codes in enumerate(tried)]
@@ -105,8 +126,10 @@ def factorize(H: Tensor, *, damping: float) -> Factors:
     return Factors(torch.linalg.cholesky(inverse, upper=True).float(), order, dead)
 
 
-def gptq_codes(W: Tensor, scale: Tensor, factors: Factors, *, bits: int, block_size: int) -> Tensor:
-    """Codes int8 (N, R, C) of float32 weights (N, R, C) at given float32 scales of rows (N, R).
+def gptq_codes(
+    W: Tensor, scale: Tensor, factors: Factors, *, largest: int, block_size: int, rounded: Round = nearest_column
+) -> Tensor:
+    """Codes int8 (N, R, C), within ±largest, of float32 weights (N, R, C) at given float32 scales of rows (N, R).
 
     The columns of a block take up each error at once. The columns behind the block take up all of its errors together
     when it is done, in one matrix product, which is what makes blocks fast.
@@ -116,19 +139,20 @@ def gptq_codes(W: Tensor, scale: Tensor, factors: Factors, *, bits: int, block_s
     q = torch.empty_like(V)
     for a in range(0, V.size(2), block_size):
         block = slice(a, min(a + block_size, V.size(2)))
-        q[:, :, block], error = _round_block(V[:, :, block], scale, factors.U[:, block, block], largest_code(bits))
+        U = factors.U[:, block, block]
+        q[:, :, block], error = _round_block(V[:, :, block], U, lambda column: rounded(column, scale, largest), scale)
         V[:, :, block.stop :] -= error @ factors.U[:, block, block.stop :]
     return q.gather(2, order.argsort(dim=2)).to(torch.int8)
 
 
-def _round_block(X: Tensor, scale: Tensor, U: Tensor, Q: int) -> tuple[Tensor, Tensor]:
+def _round_block(X: Tensor, U: Tensor, rounded: Callable[[Tensor], Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
     """Round a block of columns X (N, R, c); its codes and its errors divided by U's diagonal, both float32 (N, R, c).
 
     X is overwritten.
     """
     codes, errors = torch.empty_like(X), torch.empty_like(X)
     for j in range(X.size(2)):
-        q = (X[:, :, j] / scale).round_().clamp_(-Q, Q)
+        q = rounded(X[:, :, j])
         error = (X[:, :, j] - q * scale) / U[:, j, j, None]
         X[:, :, j:] -= error[:, :, None] * U[:, None, j, j:]
         codes[:, :, j], errors[:, :, j] = q, error

@@ -55,6 +55,8 @@ class QuantizeSettings(Section):
     # Instead of percentiles and min_clip.
     clip_sigmas: Sigmas | None
     gptq: GptqSettings | None
+    # What codes GPTQ rounds to: "scalar", all multiples of a step, or "trellis", those that codec/trellis.py allows.
+    grid: Literal["scalar", "trellis"]
     lqer: LqerSettings | None
     # Bits of a scale's mantissa: 10 is float16. Few are enough, since codes are formed with the scale as rounded.
     scale_mantissa_bits: int = Field(ge=2, le=10)
@@ -67,6 +69,10 @@ class QuantizeSettings(Section):
             raise ValueError(f"clip_percentiles {self.clip_percentiles}: each is a quantile in (0, 1]")
         if (self.method == "gptq") != (self.gptq is not None):
             raise ValueError("gptq is the section of method: gptq, and null for every other method")
+        if self.grid == "trellis" and self.gptq is None:
+            raise ValueError("grid: trellis needs method: gptq, expected grid: scalar")
+        if self.grid == "trellis" and self.gptq and any(getattr(self.bits, kind) > 7 for kind in self.gptq.classes):
+            raise ValueError("grid: trellis makes codes of one bit more, expected at most 7 bits for gptq.classes")
         return self
 
 
@@ -166,6 +172,7 @@ def _round_with_hessians(
             bits=_bits(names[0], settings),
             damping=settings.gptq.damping,
             block_size=settings.gptq.block_size,
+            grid=settings.grid,
         )
         rounded |= dict(zip(names, found, strict=True))
     return rounded
@@ -200,14 +207,16 @@ def quantization_report(
     """What was done to every tensor: its class, shape and bits (16 if it stays float16).
 
     Of a rounded matrix also its clip, the mean squared error, the order-0 entropy of its codes in bits per weight, and
-    whether it has a correction. `state` and `chosen` are what quantize_state made of the weights.
+    whether it has a correction. Of codes on a trellis it is the entropy of their indices, which is what is stored.
+    `state` and `chosen` are what quantize_state made of the weights.
     """
     report: dict[str, dict[str, Any]] = {}
     for name, weight in weights.items():
         report[name] = {"class": tensor_class(name), "shape": list(weight.shape), "bits": 16}
         matrix = state[name]
         if isinstance(matrix, Quantized):
-            report[name] |= _clip_facts(name, chosen[name], settings) | _measure(weight, matrix)
+            by_trellis = settings.grid == "trellis" and matrix.bits > _bits(name, settings)
+            report[name] |= _clip_facts(name, chosen[name], settings) | _measure(weight, matrix, by_trellis)
     return report
 
 
@@ -218,11 +227,12 @@ def _clip_facts(name: str, best: int, settings: QuantizeSettings) -> dict[str, f
     return {"percentile": _percentiles(name, settings)[best]}
 
 
-def _measure(weight: Tensor, matrix: Quantized) -> dict[str, Any]:
+def _measure(weight: Tensor, matrix: Quantized, by_trellis: bool) -> dict[str, Any]:
     """What the report says of a rounded matrix."""
+    stored = matrix.codes >> 1 if by_trellis else matrix.codes
     return {
         "bits": matrix.bits,
         "mse": float((weight.float() - matrix.dequantize()).square().mean()),
-        "entropy_bits": entropy_bits(code_histogram(matrix.codes)),
+        "entropy_bits": entropy_bits(code_histogram(stored)),
         "corrected": matrix.correction is not None,
     }
