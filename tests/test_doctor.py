@@ -1,10 +1,8 @@
 """make doctor: one table of what a machine lacks for each record, and no machine on which it fails."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -108,14 +106,8 @@ def test_even_without_any_valid_params_file_the_machine_is_shown(text: str | Non
     shutil.copy(REPOSITORY / "requirements.txt", tmp_path)
     if text is not None:
         (tmp_path / "params.yaml").write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.doctor"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = Fork(stage_main("doctor"), tmp_path, {"CUDA_VISIBLE_DEVICES": ""}).wait()
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("GPUs       0: none")
     assert done.stdout.splitlines()[-1].startswith("✗ params.yaml: ")
     assert "Nothing is missing" not in done.stdout

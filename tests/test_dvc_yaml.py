@@ -159,11 +159,11 @@ def _leads(arrows: list[tuple[str, ...]], start: str, end: str) -> bool:
 def test_the_commands_that_params_yaml_names_read_an_unwatched_file_again(experiment: Experiment) -> None:
     commands = re.findall(r"`dvc (repro --force --single-item \w+)`", (REPOSITORY / "params.yaml").read_text())
     assert [command.split()[-1] for command in commands] == ["fetch", "tokenize", "quantize"]
-    experiment.run("dvc", "init", "--no-scm", "--quiet")
-    experiment.run("dvc", "repro", "fetch")
+    experiment.dvc("dvc init --no-scm --quiet", "dvc repro fetch")
     (experiment.folder / "corpus.jsonl").write_text(json.dumps({"text": "another"}))
-    assert "Running" not in experiment.run("dvc", "repro", "fetch").stdout
-    experiment.run("dvc", *commands[0].split())
+    unnoticed, *printed = experiment.dvc(
+        "dvc repro fetch", f"dvc {commands[0]}", *(f"dvc {command} --dry" for command in commands[1:])
+    )
+    assert "Running" not in unnoticed
     assert "another" in (experiment.folder / "data/docs/docs.jsonl").read_text()
-    for command in commands[1:]:
-        assert "Running stage" in experiment.run("dvc", *command.split(), "--dry").stdout
+    assert all("Running stage" in text for text in printed)

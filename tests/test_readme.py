@@ -1,17 +1,16 @@
 """The README's commands and its worked example run as they stand there; a command that nobody runs fails a test."""
 
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import REPOSITORY, Experiment
 from torch.distributed.run import get_args_parser
+from warm_python import warm_environment
 
 from fairway.params import load_params
 
@@ -68,10 +67,15 @@ ALONE = (
 
 
 def shell(folder: Path, command: str) -> str:
-    """What a command line prints in a shell whose python and dvc are those of this interpreter; it must end well."""
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    """What a command line prints in a shell, whose python is the warm one; it must end well."""
     done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False
+        ["bash", "-c", command],
+        cwd=folder,
+        env=warm_environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

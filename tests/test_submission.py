@@ -4,13 +4,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY, Experiment
 from reports import write_certificate
+from warm_python import warm_python
 
 from fairway.packing.bundle import outside_imports
 
@@ -136,7 +136,7 @@ def test_its_program_alone_gives_the_submitted_score(scored: Experiment, tmp_pat
     shutil.copy(artifacts / f"compress/{SEED}/model.bin", tmp_path)
     shutil.copy(artifacts / "tokens/val_000000.bin", tmp_path)
     done = subprocess.run(
-        [sys.executable, "-P", "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+        [warm_python(), "-P", "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     found = float(re.search(r"val_bpb: (\S+)", done.stdout)[1])  # type: ignore[index]
     assert found == pytest.approx(json.loads((submission / "submission.json").read_text())["val_bpb"], abs=1e-6)

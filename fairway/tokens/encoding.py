@@ -9,7 +9,7 @@ divided by (data.md 8).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -151,3 +151,19 @@ def encode_batch(encoder: DocumentEncoder, batch: LineBatch) -> Encoded:
         text_bytes=text_bytes,
         counted_bytes=sum(int(count.sum()) for count in counts),
     )
+
+
+# The encoder of a worker process, which keeps it from one batch to the next. What workers run stands in this file,
+# which does not import PyTorch: that would take each of them two seconds.
+_encoder: DocumentEncoder
+
+
+def start_worker(*encoder_arguments: Any) -> None:
+    """Runs once in each worker process, before its first batch."""
+    global _encoder
+    _encoder = make_encoder(*encoder_arguments)
+
+
+def encode_in_worker(batch: LineBatch) -> Encoded:
+    """Runs in a worker process, for each of its batches."""
+    return encode_batch(_encoder, batch)
