@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import Experiment
+from conftest import REPOSITORY, Experiment, git
 from warm_python import warm_python
 
 SEED = "1337"
@@ -84,7 +84,7 @@ def test_slot_steps_re_run_only_the_slot_evaluation(repro: Experiment) -> None:
     assert "dvc.lock" in changed
     assert all(re.fullmatch(r"dvc\.lock|results/.*", file) for file in changed)
     [undo] = re.findall(r"To undo that:\n`git (.+)`", (REPOSITORY / "README.md").read_text())
-    _git(repro.folder, *undo.split())
+    git(repro.folder, *undo.split())
     assert _changed(repro.folder) == {"params.yaml"}
 
 
