@@ -3,7 +3,8 @@
 # make lint    style and types
 # make test-browser  the report in Chromium, installed by apt where it is missing
 # make doctor  what this machine has and lacks for each record
-.PHONY: repro test test-long test-gpu test-browser lint doctor clean
+# make dag     the pipeline as a graph, in Mermaid's notation
+.PHONY: repro test test-long test-gpu test-browser lint doctor dag clean
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -31,6 +32,9 @@ lint: .venv/installed
 
 doctor: .venv/installed
 	python -m stages.doctor
+
+dag: .venv/installed
+	@python -m stages.dag
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

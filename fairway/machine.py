@@ -27,7 +27,7 @@ def description() -> list[str]:
     rows, packed = (attention(packed=packed) for packed in (False, True))
     return [
         f"GPUs       {len(gpus)}: {names}; driver {_driver()}, CUDA of PyTorch {torch.version.cuda or 'none'}",
-        f"PyTorch    {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} CPU cores, "
+        f"PyTorch    {torch.__version__}, Python {platform.python_version()}, {cores()} CPU cores, "
         f"{ram_bytes() / GIB:.0f} GiB of memory, {free_disk_bytes() / 1e9:.0f} GB free here",
         f"Attention  {rows} for rows, {packed} for packed documents"
         + ("" if not gpus or packed == "flash4" else "; pip install flash-attn-4 makes training 3 to 16 % faster"),
@@ -37,6 +37,11 @@ def description() -> list[str]:
 def gpu_bytes() -> list[int]:
     """The bytes of memory of every GPU."""
     return [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+
+
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def ram_bytes() -> int:

@@ -1,13 +1,14 @@
 """What an experiment needs, looked at before it costs anything.
 
-Training is what costs, so a fault that only shows after it costs most. `check_training` looks at everything that a
-training run and the stages after it need, and stops at the first fault; what takes no time is looked at first. `make
-doctor` asks the same of the machine before anything is fetched: `record_checks` lists all needs of a params file, and
-`table` and `remedies` write down which of them this machine meets, and what to do about the others.
+Downloads and training are what costs, so a fault that only shows after them costs most. `check_machine` looks at GPUs,
+memory, disk and programs before anything is fetched. `check_training` looks at these again, and at everything else that
+a training run and the stages after it need; what takes no time comes first. Both stop at the first fault. `make doctor`
+asks the same of the machine for every record: `record_checks` lists all needs of a params file, and `table` and
+`remedies` write down which of them this machine meets, and what to do about the others.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from fairway import machine
 from fairway.codec.byte_codecs import LRZIP_REMEDY, lrzip_program
 from fairway.machine import GIB
+from fairway.model.gpt import GPT
 from fairway.params import Params
 from fairway.runtime.distributed import alone
 from fairway.runtime.errors import UserError
@@ -35,18 +37,21 @@ def check_training(params: Params, seed: int, tokens: Path, resume: Path) -> Non
     """
     if seed not in params.seeds:
         raise UserError(f"params.yaml: seeds: {seed} is not one of {params.seeds}")
-    check_gpus(params)
-    check_later_stages(params)
+    check_machine(params, fetched=True)
     with only_run(resume):
         pass
     check_tokens(params, tokens)
 
 
-def check_gpus(params: Params) -> None:
-    """Raise UserError if this machine has GPUs, but not one for each process. Without any, processes share the CPU."""
-    gpus = torch.cuda.device_count()
-    if gpus and params.processes > gpus:
-        raise UserError(f"params.yaml: processes: {params.processes} on a machine with {gpus} GPUs")
+def check_machine(params: Params, *, fetched: bool) -> None:
+    """Raise UserError at the first thing that a run needs of this machine and does not find.
+
+    `fetched` says whether the disk already holds the documents or shards.
+    """
+    for check in [*_gpu_checks(params), *_sizes(params, fetched=fetched)]:
+        if check.key and not check.met:
+            raise UserError(f"params.yaml: {check.key}: expected {check.need}: {check.remedy} (see make doctor)")
+    check_later_stages(params)
 
 
 def check_later_stages(params: Params) -> None:
@@ -68,9 +73,12 @@ def check_tokens(params: Params, tokens: Path) -> None:
 # The memory of the host that one process needs: if it trains on a GPU, with its compilers, or if it runs the laptop
 # default on a CPU.
 GPU_PROCESS_RAM, CPU_PROCESS_RAM = 4 * GIB, 2 * GIB
-# The memory of a GPU that trains micro-batches of 98,304 tokens, with some room: benchmarks/RESULTS.md has 17 to 18
+# The memory of a GPU that trains micro-batches of so many tokens, with some room: benchmarks/RESULTS.md has 17 to 18
 # GiB, and 32 GiB for a network that repeats layers.
-GPU_MEMORY, GPU_MEMORY_LOOPED = 22 * GIB, 38 * GIB
+GPU_MEMORY, GPU_MEMORY_LOOPED, GPU_MEMORY_TOKENS = 22 * GIB, 38 * GIB, 98_304
+# Operations a second of one CPU core in training, by the laptop default, which takes 270 s on two. What trains on a
+# CPU for more than so many hours is meant for GPUs.
+CORE_FLOPS, CPU_HOURS = 2e10, 24
 # Disk space. A shard lies in the hub's cache, in data/docs, in artifacts/tokens and in DVC's cache, each of them a copy
 # if the file system knows no links. A seed of a record leaves its weights.
 COPIES, SHARD_BYTES, SEED_BYTES = 4, 2 * 10**8, 2 * 10**9
@@ -78,26 +86,36 @@ COPIES, SHARD_BYTES, SEED_BYTES = 4, 2 * 10**8, 2 * 10**9
 
 @dataclass(frozen=True)
 class Check:
-    """One need of one record: whether this machine meets it, and what to do if it does not."""
+    """One need of one record: whether this machine meets it, and what to do if it does not.
+
+    `key` of params.yaml asks for it; a run begins without it where none does.
+    """
 
     need: str
     met: bool
     remedy: str
+    key: str = ""
 
 
 def record_checks(params: Params) -> list[Check]:
     """All needs of a record, in the order of the table."""
-    checks = [*_programs(params), *_sources(params), *_sizes(params)]
-    return checks + (_gpu_checks(params) if _wants_gpus(params) else [])
+    return [*_programs(params), *_sources(params), *_sizes(params, fetched=False), *_gpu_checks(params)]
+
+
+def cpu_hours(params: Params) -> float:
+    """About how long this machine's CPU would train for all of train.max_steps.
+
+    A token takes six operations for each parameter, forward and backward; attention is left out.
+    """
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in GPT(params.model).parameters())
+    operations = 6 * parameters * params.train.batch_tokens * params.train.max_steps
+    return operations / (machine.cores() * CORE_FLOPS) / 3600
 
 
 def _wants_gpus(params: Params) -> bool:
-    """Whether the record is meant for GPUs.
-
-    Several processes take a GPU each if there are any. Where there are none, a record that compiles is meant for GPUs
-    all the same, since nobody compiles for a CPU.
-    """
-    return params.processes > 1 and (torch.cuda.device_count() > 0 or params.train.compile)
+    """Whether a run takes GPUs: several processes take one each where there are any, and a CPU may be too slow."""
+    return (params.processes > 1 and len(machine.gpu_bytes()) > 0) or cpu_hours(params) > CPU_HOURS
 
 
 def _programs(params: Params) -> list[Check]:
@@ -125,48 +143,64 @@ def _sources(params: Params) -> list[Check]:
     return [Check("documents", there, f"put the documents at {', '.join(fetch.path)} (fetch.path)")]
 
 
-def _sizes(params: Params) -> list[Check]:
+def _sizes(params: Params, *, fetched: bool) -> list[Check]:
     on_gpus = _wants_gpus(params)
     ram = params.processes * (GPU_PROCESS_RAM if on_gpus else CPU_PROCESS_RAM)
-    shards = params.fetch.train_shards + 1 if isinstance(params.fetch, FetchHub) else 0
+    shards = params.fetch.train_shards + 1 if isinstance(params.fetch, FetchHub) and not fetched else 0
     disk = COPIES * shards * SHARD_BYTES + len(params.seeds) * (SEED_BYTES if on_gpus else SEED_BYTES // 20)
     ram_here, disk_here = machine.ram_bytes(), machine.free_disk_bytes()
+    of_ram = f"{ram / GIB:.0f} GiB are needed, {ram_here / GIB:.0f} are here"
+    of_disk = f"{disk / 1e9:.0f} GB are needed on this disk, {disk_here / 1e9:.0f} are free"
     return [
-        Check("memory", ram_here >= ram, f"{ram / GIB:.0f} GiB are needed, {ram_here / GIB:.0f} are here"),
-        Check(
-            "disk", disk_here >= disk, f"{disk / 1e9:.0f} GB are needed on this disk, {disk_here / 1e9:.0f} are free"
-        ),
+        Check("memory", ram_here >= ram, of_ram, "processes"),
+        Check("disk", disk_here >= disk, of_disk, "fetch.train_shards" if shards else "seeds"),
     ]
 
 
+def _gpus(params: Params) -> str:
+    return "1 GPU" if params.processes == 1 else f"{params.processes} GPUs"
+
+
 def _gpu_checks(params: Params) -> list[Check]:
+    """The needs of a run on GPUs, and none where it runs on a CPU."""
+    if not _wants_gpus(params):
+        return []
     gpus, memory = machine.gpu_bytes(), GPU_MEMORY_LOOPED if params.model.loop else GPU_MEMORY
+    memory = memory * params.train.micro_batch_tokens // GPU_MEMORY_TOKENS
+    smaller = f"{memory / GIB:.0f} GiB on each; a smaller train.micro_batch_tokens needs less, but changes the batches"
     return [
-        Check(f"{params.processes} GPUs", len(gpus) >= params.processes, fewer_processes(params, len(gpus))),
-        Check(
-            "GPU memory",
-            bool(gpus) and min(gpus) >= memory,
-            f"{memory / GIB:.0f} GiB on each; a smaller train.micro_batch_tokens needs less, but changes the batches",
-        ),
+        Check(_gpus(params), len(gpus) >= params.processes, _gpu_remedy(params, len(gpus)), "processes"),
+        Check("GPU memory", bool(gpus) and min(gpus) >= memory, smaller, "train.micro_batch_tokens"),
         Check("fast attention", machine.attention(packed=False) != "plain", "a CUDA GPU and a PyTorch built for it"),
     ]
 
 
+def _gpu_remedy(params: Params, gpus: int) -> str:
+    """What to set if there are only so many GPUs, too few."""
+    if gpus:
+        return f"this machine has {gpus}; {fewer_processes(params, gpus)}, or take records/lab-1gpu.yaml, for one GPU"
+    # Rounded to one digit, since no more of it is known.
+    hours = float(f"{cpu_hours(params):.0e}")
+    return (
+        f"this machine has none, and its {machine.cores()} CPU cores would train for some {hours:,.0f} hours; "
+        "records/lab-1gpu.yaml is for one GPU (processes: 1), and the laptop default for a CPU"
+    )
+
+
 def fewer_processes(params: Params, gpus: int) -> str:
-    """What to set if there are only so many GPUs: as many processes as divide a step, and the time that these take."""
+    """How to take as many steps on so many GPUs: as many processes as divide a step, and the time that these take."""
     train = params.train
     micro_batches = train.batch_tokens // train.micro_batch_tokens
-    few = max(n for n in range(1, max(gpus, 1) + 1) if micro_batches % n == 0)
-    remedy = f"{gpus} are here; on {few}, processes: {few}"
+    few = max(n for n in range(1, gpus + 1) if micro_batches % n == 0)
     if train.max_wallclock_s is None:
-        return f"{remedy} takes as many steps"
+        return f"processes: {few} takes as many steps"
     longer = (train.max_wallclock_s - train.reserve_s) * params.processes / few + train.reserve_s
-    return f"{remedy} and train.max_wallclock_s: {longer:.1f} give as many steps"
+    return f"processes: {few} and train.max_wallclock_s: {longer:.1f} give as many steps"
 
 
 def table(checks: dict[str, list[Check]]) -> list[str]:
     """Lines of needs by records. A variant whose needs are met as those of its record has no column of its own."""
-    records = {name: name.partition("-")[0] for name in checks}
+    records = {name: _record(name, checks) for name in checks}
     marked = {name: {check.need: check.met for check in found} for name, found in checks.items()}
     columns = [name for name, record in records.items() if name == record or marked[name] != marked[record]]
     needs = list(dict.fromkeys(check.need for found in checks.values() for check in found))
@@ -176,6 +210,12 @@ def table(checks: dict[str, list[Check]]) -> list[str]:
         marks = (_mark(checks[name], need).center(len(name)) for name in columns)
         lines.append(f"{need:{width}}  " + "  ".join(marks).rstrip())
     return lines + [f"{name}: as {records[name]}" for name in checks if name not in columns]
+
+
+def _record(name: str, names: Collection[str]) -> str:
+    """The record that a name is a variant of, by what stands before its hyphen, or the name itself."""
+    record = name.partition("-")[0]
+    return record if record in names else name
 
 
 def _mark(found: list[Check], need: str) -> str:
@@ -198,4 +238,4 @@ def remedies(checks: dict[str, list[Check]], faults: Sequence[str] = ()) -> list
 
 def _some(names: list[str]) -> str:
     """The names as a list in words, without the variants of a record that is itself among them."""
-    return ", ".join(name for name in names if name == name.partition("-")[0] or name.partition("-")[0] not in names)
+    return ", ".join(name for name in names if name == _record(name, names))

@@ -1,9 +1,9 @@
 """What this machine has and lacks for each record: a table of needs by records, and a line for what is missing.
 
-Reads:  params.yaml (the experiment in hand), records/r*.yaml
+Reads:  params.yaml (the experiment in hand), records/*.yaml but published.yaml
 Prints: this machine's GPUs, memory and libraries, then ✓ or ✗ for each need and record, then what to do about each ✗.
         A params file with a fault is one line among these and has no column. The exit status is 0 whatever is found.
-Method: fairway/preflight.py, which also checks params.yaml before a training, and fairway/machine.py
+Method: fairway/preflight.py, which also checks params.yaml before fetch and train, and fairway/machine.py
 Usage:  make doctor, or python -m stages.doctor
 """
 
@@ -17,7 +17,7 @@ from fairway.runtime.errors import UserError, run_stage
 
 def main() -> None:
     """Print what this machine is, the table, and what to do."""
-    names = sorted(file.stem for file in Path("records").glob("r[0-9]*.yaml"))
+    names = sorted(file.stem for file in Path("records").glob("*.yaml") if file.stem != "published")
     files = {"params.yaml": Path("params.yaml")} | {name: Path(f"records/{name}.yaml") for name in names}
     params, faults = read_params(files)
     checks = {name: record_checks(found) for name, found in params.items()}

@@ -10,6 +10,7 @@ Source: the layout of the challenge's docs_selected.jsonl. The laptop's document
 from pathlib import Path
 
 from fairway.params import load_params
+from fairway.preflight import check_machine
 from fairway.runtime.errors import run_stage
 from fairway.runtime.files import output_folder
 from fairway.tokens.hub import fetch_hub
@@ -18,8 +19,13 @@ from fairway.tokens.sdists import FetchSdists, fetch_sdists
 
 
 def main() -> None:
-    """Fetch what params.yaml names into data/docs, and print how much it is."""
-    fetch = load_params("params.yaml").fetch
+    """Fetch what params.yaml names into data/docs, and print how much it is.
+
+    A machine that cannot run the whole experiment is refused before anything is downloaded.
+    """
+    params = load_params("params.yaml")
+    check_machine(params, fetched=False)
+    fetch = params.fetch
     with output_folder(Path("data/docs")) as folder:
         if isinstance(fetch, FetchSdists):
             fetched = fetch_sdists(fetch.sdists, fetch.suffixes, folder)

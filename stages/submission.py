@@ -1,11 +1,12 @@
 """Make the folder that is submitted to the challenge. Nothing in it is typed by hand.
 
 Reads:  of every seed artifacts/train, adapt, quantize, compress, size_check, evaluate and certify, but the program of
-        the first seed alone; artifacts/pack/requirements.txt; artifacts/tokens/tokenizer.model
+        the first seed alone; artifacts/pack/requirements.txt; artifacts/tokens: tokenizer.model, meta.json
 Writes: artifacts/submission/: README.md, submission.json, train_gpt.py, tokenizer.model, requirements.txt and
         train_seed<seed>.log of every seed
 Source: the challenge's rules; the keys of submission.json are those of its baseline and of the records' folders. Ours:
-        submission.json and README.md give the certificate's verdict, and a score not proven legal is labelled so.
+        submission.json and README.md give the certificate's verdict, and a score that is not proven legal, or is of a
+        part of the validation documents, is labelled so.
 """
 
 import json
@@ -14,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fairway.params import load_params
+from fairway.reporting.facts import subset
 from fairway.reporting.handed_in import readme, submission_json, train_log
 from fairway.reporting.runs import collect
 from fairway.runtime.errors import run_stage
@@ -31,12 +33,12 @@ def main() -> None:
     program = require_file(ARTIFACTS / f"compress/{shipped}/train_gpt.py", f"python -m stages.compress {shipped}")
     packages = require_file(ARTIFACTS / "pack/requirements.txt", "python -m stages.pack")
     tokenizer = require_file(ARTIFACTS / "tokens/tokenizer.model", "python -m stages.tokenize")
-    submission = submission_json(
-        params.submission, evaluator, runs, date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    )
+    meta = json.loads(require_file(ARTIFACTS / "tokens/meta.json", "python -m stages.tokenize").read_text())
+    today = datetime.now(UTC).date().isoformat()
+    submission = submission_json(params.submission, evaluator, runs, date=today, subset=subset(meta))
     with output_folder(ARTIFACTS / "submission") as out:
         for run in runs:
-            log = train_log(run, evaluator, max_steps=params.train.max_steps)
+            log = train_log(run, evaluator, max_steps=params.train.max_steps, subset=submission["subset"])
             write_atomic(out / f"train_seed{run.seed}.log", log)
         write_atomic(out / "submission.json", json.dumps(submission, indent=2) + "\n")
         write_atomic(out / "README.md", readme(submission, runs))

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from filelock import FileLock
 from forks import Fork, ranks
+from warm_python import warm_environment
 
 from fairway.runtime.files import output_folder
 
@@ -47,7 +48,7 @@ def tiny_params(corpus: Path) -> dict[str, Any]:
     params["average"] |= {"method": "ema"}
     params["quantize"]["passthrough_elements"] = 256
     params["ttt"] |= {"chunk_tokens": 1024, "stride": 16, "epochs": 1}
-    params["slot"] |= {"stride": 16}
+    params["slot"] |= {"stride": 16, "steps": 2}
     params["sliding"] |= {"stride": 16}
     params["certify"] = {"tokens": 60}
     return params
@@ -109,11 +110,14 @@ class Experiment:
     def run(self, *command: str, ok: bool = True, timeout: float = 900) -> subprocess.CompletedProcess[str]:
         """Run a command as a process of its own and check whether it ended well.
 
-        `python` is this interpreter, and the code that it runs is the folder's.
+        `python`, also where the command starts it, is the warm one, and the code that it runs is the folder's.
         """
         self.copy_code()
-        head = [sys.executable] if command[0] == "python" else [str(Path(sys.executable).parent / command[0])]
-        done = subprocess.run([*head, *command[1:]], cwd=self.folder, capture_output=True, text=True, timeout=timeout)
+        environment = warm_environment()
+        head = shutil.which(command[0], path=environment["PATH"]) or command[0]
+        done = subprocess.run(
+            [head, *command[1:]], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=timeout
+        )
         assert (done.returncode == 0) == ok, f"{command}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -191,29 +195,54 @@ def tokenized(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, tokenized: Experiment) -> Experiment:
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """A cloned project with a tiny experiment, run once by DVC and committed (shared: do not change it)."""
+
+    def make(made: Experiment) -> None:
+        made.copy_code()
+        (made.folder / ".dvc").mkdir()
+        shutil.copy(REPOSITORY / ".dvc/config", made.folder / ".dvc/config")
+        git(made.folder, "init", "-q")
+        commit(made.folder, "the project")
+        made.run("dvc", "repro")
+        commit(made.folder, "its first run")
+
+    return once(tmp_path_factory, "reproduced", make)
+
+
+def commit(folder: Path, message: str) -> None:
+    """Commit everything."""
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", message)
+
+
+def git(folder: Path, *arguments: str) -> None:
+    """Run git as somebody."""
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, reproduced: Experiment) -> Experiment:
     """An experiment with every stage up to compress run once (shared: do not change it, copy from it)."""
 
     def make(made: Experiment) -> None:
-        for name in ("data", "artifacts"):
-            shutil.copytree(tokenized.folder / name, made.folder / name)
         made.copy_code()
-        made.stage("pack")
-        for stage in ("train", "average", "adapt", "quantize", "compress"):
-            made.stage(stage, "1337")
+        shutil.copytree(reproduced.folder / "data", made.folder / "data")
+        for name in ("tokens", "train", "average", "adapt", "quantize", "pack", "compress"):
+            shutil.copytree(reproduced.folder / "artifacts" / name, made.folder / "artifacts" / name)
 
     return once(tmp_path_factory, "finished", make)
 
 
 @pytest.fixture(scope="session")
-def evaluated(tmp_path_factory: pytest.TempPathFactory, finished: Experiment) -> Experiment:
+def evaluated(tmp_path_factory: pytest.TempPathFactory, finished: Experiment, reproduced: Experiment) -> Experiment:
     """An experiment weighed and scored by three evaluators as well (shared: do not change it, copy from it)."""
 
     def make(made: Experiment) -> None:
         shutil.copytree(finished.folder / "artifacts", made.folder / "artifacts")
-        made.stage("size_check", "1337")
-        for evaluator in made.params["evaluators"]:
-            made.stage("evaluate", "1337", evaluator)
+        for name in ("size_check", "evaluate"):
+            shutil.copytree(reproduced.folder / "artifacts" / name, made.folder / "artifacts" / name)
 
     return once(tmp_path_factory, "evaluated", make)
 

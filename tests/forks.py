@@ -44,7 +44,7 @@ class Fork:
             sys.stdin, sys.stdout, sys.stderr = io.StringIO(), self._output, self._errors
             os.dup2(self._output.fileno(), 1)
             os.dup2(self._errors.fileno(), 2)
-            status = _exit_status(call)
+            status = exit_status(call)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -75,11 +75,13 @@ def _empty_file() -> IO[str]:
     return tempfile.TemporaryFile("w+", encoding="utf-8")
 
 
-def _exit_status(call: Callable[[], object]) -> int:
-    """Make the call; return the status that Python would exit with, with the traceback of a fault on stderr."""
+def exit_status(call: Callable[[], object]) -> int:
+    """Make the call; return the status that Python would exit with, with what it would say of that on stderr."""
     try:
         call()
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()

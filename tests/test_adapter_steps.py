@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from streams import lively_network, random_stream
+from streams import random_stream, shallow_network
 from test_kernels import error
 from test_lora_ttt import SMALL
 from test_model import RECORDS
@@ -106,7 +106,7 @@ def _documents() -> Tensor:
 
 def test_rows_that_have_ended_may_be_left_out() -> None:
     """Two batches of three documents each, the second with the adapters of the first, decayed as if all had gone on."""
-    model, tokens = lively_network("r1958"), _documents()
+    model, tokens = shallow_network("r1958"), _documents()
     settings = LoraTttSettings(**(SMALL | {"batch_documents": 3, "phases": 0, "lr": 0.02}))
     evaluation = LoraTttEvaluator(settings).begin(model, tokens, alone(CPU))
     assert isinstance(evaluation, LoraTttPass)

@@ -16,6 +16,7 @@ import yaml
 from conftest import REPOSITORY, Experiment
 from hypothesis import example, given
 from hypothesis import strategies as st
+from warm_python import warm_python
 
 from fairway.evaluation.sliding import SlidingEvaluator
 from fairway.packing.bundle import RECORD, program_text, quoted, self_extracting
@@ -60,11 +61,11 @@ def record_text(params: Params) -> str:
     return program_text(REPOSITORY, RECORD, shipped_arguments(params), late=["seed"], chosen=chosen)
 
 
-def _run_alone(file: bytes, folder: Path, *arguments: str) -> str:
+def _run_alone(file: bytes, folder: Path, *python: str) -> str:
     """Run the file in an empty folder, isolated: no current folder, no PYTHONPATH, no user site on the path."""
     folder.mkdir(exist_ok=True)
     (folder / "train_gpt.py").write_bytes(file)
-    command = [sys.executable, "-I", "-W", "error", "train_gpt.py", *arguments]
+    command = [*(python or (sys.executable, "-W", "error")), "-I", "train_gpt.py"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -217,7 +218,7 @@ def _score(output: str) -> float:
 @pytest.fixture(scope="module")
 def scored(folder: Path) -> str:
     """What the shipped program says of the shipped model."""
-    return _run_alone((folder / "train_gpt.py").read_bytes(), folder)
+    return _run_alone((folder / "train_gpt.py").read_bytes(), folder, warm_python())
 
 
 def test_the_shipped_program_scores_the_shipped_model_alone(scored: str) -> None:
@@ -235,7 +236,7 @@ def test_the_shipped_program_tells_of_a_damaged_model_in_one_line(folder: Path, 
         shutil.copy(path, tmp_path)
     (tmp_path / "model.bin").write_bytes(b"no model")
     done = subprocess.run(
-        [sys.executable, "-I", "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [warm_python(), "-I", "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert done.stderr == "error: model.bin: not a Fairway model file\n"
@@ -244,7 +245,7 @@ def test_the_shipped_program_tells_of_a_damaged_model_in_one_line(folder: Path, 
 def test_without_a_model_the_shipped_program_makes_the_same_one_first(
     scored: str, folder: Path, finished: Experiment, tmp_path: Path
 ) -> None:
-    """Byte for byte what the stages made."""
+    """Byte for byte what the stages made, by a plain interpreter, whose sets have another order."""
     for path in (finished.folder / "artifacts/tokens").iterdir():
         shutil.copy(path, tmp_path)
     output = _run_alone((folder / "train_gpt.py").read_bytes(), tmp_path)
@@ -255,7 +256,7 @@ def test_without_a_model_the_shipped_program_makes_the_same_one_first(
 def test_without_a_model_or_tokens_one_line_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "train_gpt.py", tmp_path)
     done = subprocess.run(
-        [sys.executable, "-I", "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [warm_python(), "-I", "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: .: no val_*.bin")
@@ -298,7 +299,7 @@ def test_a_record_trains_compresses_and_scores_alone(record: str, tokenized: Exp
     program = self_extracting(record_text(params), seed=7)
     for name in ("one", "two"):
         shutil.copytree(tokenized.folder / "artifacts/tokens", tmp_path / name)
-    output = _run_alone(program, tmp_path / "one")
+    output = _run_alone(program, tmp_path / "one", warm_python())
     made = (tmp_path / "one/model.bin").read_bytes()
     (tmp_path / "one/model.bin").unlink()
     assert _score(_run_alone(program, tmp_path / "one")) == _score(output)

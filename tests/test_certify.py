@@ -22,7 +22,7 @@ from fairway.certification.follower import Follower
 from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
 from fairway.evaluation.passes import Pass, Prediction
-from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, plain_head, stream_windows
+from fairway.evaluation.scoring import Batch, PlaceHead, WindowPass, in_chunks, plain_head, stream_windows
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.slot import OffsetHead, Places, SlotEvaluator, context_places
 from fairway.evaluation.slot_offsets import SlotFitSettings, SlotSettings
@@ -67,24 +67,25 @@ WITHIN: dict[str, Make] = {
     "slot, context, within documents": _slot(fitted_on="context", bias=True, **APART),
     "an own head, within documents": lambda: Tempered(SlidingSettings(**(SLIDING | APART))),
 }
-LEGAL |= WITHIN
+LEGAL |= WITHIN | {"an own head of each place": lambda: Tempered(SlidingSettings(**SLIDING), of_places=True)}
 # Those that carry something from chunk to chunk.
 LEARNING = [make for name, make in LEGAL.items() if name.startswith(("streaming", "ttt", "lora_ttt", "slot, carried"))]
 
 
 @dataclass(frozen=True)
 class Tempered(Evaluator):
-    """Windows with a head that nobody knows."""
+    """Windows with a head that nobody knows, or of which it is known that it reads each place by itself."""
 
     settings: SlidingSettings
+    of_places: bool = False
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         def head(model: GPT, batch: Batch, hid: Tensor) -> Tensor:
             return plain_head(model, batch, hid) / 1.1
 
-        s = self.settings
+        s, own = self.settings, PlaceHead(lambda model, hid_MD: model.logits(hid_MD) / 1.1) if self.of_places else head
         chunks = in_chunks(stream_windows(model, tokens_N1, s), s.batch_windows, s.stretch)
-        return WindowPass(model, tokens_N1, chunks, world, batch_windows=s.batch_windows, stretch=s.stretch, head=head)
+        return WindowPass(model, tokens_N1, chunks, world, batch_windows=s.batch_windows, stretch=s.stretch, head=own)
 
 
 def _network() -> GPT:
@@ -118,51 +119,24 @@ def _failed(findings: dict[str, Finding]) -> set[str]:
     return {name for name, finding in findings.items() if finding.verdict != "pass"}
 
 
-def _assert_passes(make: Make, tokens: int) -> None:
-    findings = _certify(make, tokens)
-    assert _failed(findings) == set(), {name: findings[name] for name in _failed(findings)}
-    decoder = findings["decoder"].evidence
-    assert decoder["decoded"] == decoder["tokens"] == tokens
-    assert decoder["compressed_bytes"] == pytest.approx(decoder["claimed_bytes"], rel=1e-3, abs=8)
-    assert decoder["chunk_ends"] >= 2
-    assert decoder["updates"] == (2 if make in LEARNING else 0)
-
-
-@pytest.mark.parametrize("name", LEGAL)
-def test_who_predicts_from_the_past_passes_and_decodes(name: str) -> None:
-    _assert_passes(LEGAL[name], tokens=100)
-
-
 @pytest.mark.parametrize("name", WITHIN)
 def test_short_documents_decode_without_being_told_where_they_start(name: str) -> None:
     """Of about twenty tokens each: windows, batches and what is learned from depend on where documents start."""
-    findings = _certified(WITHIN[name], documents(5, 1100, 0.05), 100).findings
+    findings = _certified(WITHIN[name], documents(5, 1100, 0.05), 60).findings
     assert _failed(findings) == set(), {name: findings[name] for name in _failed(findings)}
     assert findings["causality"].evidence["order"] == "stream"
     assert findings["decoder"].evidence["given_starts"] == 0
-    assert findings["decoder"].evidence["decoded"] == 100
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", LEGAL)
-def test_who_passes_decodes_two_thousand_tokens(name: str) -> None:
-    _assert_passes(LEGAL[name], tokens=2000)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["sliding", "ttt", "slot, carried"])
-def test_who_passes_decodes_twenty_thousand_tokens(name: str) -> None:
-    _assert_passes(LEGAL[name], tokens=20_000)
+    assert findings["decoder"].evidence["decoded"] == 60
 
 
 @pytest.mark.parametrize("name", LEGAL)
 def test_predictions_step_by_step_are_those_of_whole_batches(name: str) -> None:
-    """On all tokens that could come, not only on those that do: 100 places around the first steps of learning."""
+    """On all tokens that could come, not only on those that do: 60 places around the first steps of learning."""
     box = BlackBox(LEGAL[name], _network())
-    base = baseline(box, choose_excerpt(box, _stream(1100), tokens=100).tokens_N1)
-    slices = choose_slices(base, visiting_order(base), 100)
+    base = baseline(box, choose_excerpt(box, _stream(1100), tokens=60).tokens_N1)
+    slices = choose_slices(base, visiting_order(base), 60)
     follower = Follower(box, base, base.tokens_N1, slices.asked(), base.states)
-    assert len(slices.positions) == 100
+    assert len(slices.positions) == 60
     for position in slices.positions.tolist():
         row_V = follower.rows(position)[position]
         assert float((row_V - base.log_probs_NV[position]).abs().max()) < 1e-3
@@ -201,7 +175,7 @@ FITTED_AHEAD: dict[str, Make] = {
 
 @pytest.mark.parametrize("name", FITTED_AHEAD)
 def test_offsets_fitted_on_what_they_score_fail(name: str) -> None:
-    findings = _certify(FITTED_AHEAD[name], tokens=100)
+    findings = _certify(FITTED_AHEAD[name], tokens=40)
     assert {"causality", "normalisation", "score_first", "decoder"} <= _failed(findings)
     assert legal(findings.values()) is False
     decoder = findings["decoder"].evidence

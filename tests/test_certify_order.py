@@ -2,27 +2,25 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_certify import CLEAN, LEGAL, LORA, SLIDING, SLOT, TTT, Make, _certified, _failed, _network, _stream
+from test_certify import CLEAN, LEARNING, LEGAL, LORA, SLIDING, WITHIN, _certified, _failed, _network, _stream
 from torch import Tensor
 
 from fairway.certification.accounting import Evaluation, accounting, order_bits, places_bits
 from fairway.certification.black_box import BlackBox, baseline
 from fairway.certification.decoder import choose_slices
 from fairway.certification.excerpt import choose_excerpt, stream_order, visiting_order
+from fairway.certification.experiments import Certified
 from fairway.evaluation.document_batches import documents
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttPass, LoraTttSettings
 from fairway.evaluation.passes import Pass
 from fairway.evaluation.scoring import Batch, WindowPass, in_chunks, plain_head
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
-from fairway.evaluation.slot import SlotEvaluator
-from fairway.evaluation.slot_offsets import SlotSettings
-from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
-from fairway.evaluation.ttt import TttEvaluator, TttSettings
 from fairway.evaluation.windows import scored_once
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
@@ -107,27 +105,50 @@ def test_documents_visited_by_length_pass_in_that_order_for_who_is_told_where_th
     assert decoder.evidence["given_others"] == 0
 
 
+@cache
+def _certified_of(name: str, tokens: int) -> Certified:
+    """Of an evaluator that passes; made once, since several tests look at it."""
+    return _certified(LEGAL[name], _stream(tokens + 1000), tokens)
+
+
+def _assert_passes(name: str, tokens: int) -> None:
+    findings = _certified_of(name, tokens).findings
+    assert _failed(findings) == set(), {name: findings[name] for name in _failed(findings)}
+    decoder = findings["decoder"].evidence
+    assert decoder["decoded"] == decoder["tokens"] == tokens
+    assert decoder["compressed_bytes"] == pytest.approx(decoder["claimed_bytes"], rel=1e-3, abs=8)
+    assert decoder["chunk_ends"] >= 2
+    assert decoder["updates"] == (2 if LEGAL[name] in LEARNING else 0)
+
+
+@pytest.mark.parametrize("name", LEGAL)
+def test_who_predicts_from_the_past_passes_and_decodes(name: str) -> None:
+    _assert_passes(name, tokens=60)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LEGAL)
+def test_who_passes_decodes_two_thousand_tokens(name: str) -> None:
+    _assert_passes(name, tokens=2000)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["sliding", "ttt", "slot, carried"])
+def test_who_passes_decodes_twenty_thousand_tokens(name: str) -> None:
+    _assert_passes(name, tokens=20_000)
+
+
 @pytest.mark.parametrize("name", sorted(set(LEGAL) - {"lora_ttt"}))
 def test_who_goes_along_the_stream_is_told_nothing(name: str) -> None:
-    found = _certified(LEGAL[name], _stream(700), 40)
+    found = _certified_of(name, 60)
     assert (_failed(found.findings), found.starts_told) == (set(), False)
     assert found.findings["decoder"].evidence["given_starts"] == 0
 
 
-APART: dict[str, Make] = {
-    "sliding": lambda: SlidingEvaluator(SlidingSettings(**(SLIDING | {"within_documents": True}))),
-    "streaming": lambda: StreamingEvaluator(StreamingSettings(block_tokens=32, lanes=2, within_documents=True)),
-    "ttt": lambda: TttEvaluator(TttSettings(**(TTT | {"within_documents": True}))),
-    "slot": lambda: SlotEvaluator(SlotSettings(**(SLOT | {"within_documents": True, "fitted_on": "context"}))),
-    "slot, carried": lambda: SlotEvaluator(SlotSettings(**(SLOT | {"within_documents": True, "carried": True}))),
-}
-
-
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", WITHIN)
 def test_who_keeps_documents_apart_need_not_be_told_where_they_start(name: str) -> None:
     """The layout may depend on later starts, but no prediction does: they become known in time."""
-    found = _certified(APART[name], _stream(1100), 100)
-    assert _failed(found.findings) == set(), {k: found.findings[k] for k in _failed(found.findings)}
+    found = _certified_of(name, 60)
     assert not found.starts_told
     assert found.findings["causality"].evidence["order"] == "stream"
 

@@ -25,8 +25,7 @@ from fairway.codec.artifact import load_artifact, load_artifact_once, snapshot
 from fairway.codec.byte_codecs import Lrzip
 from fairway.codec.codecs import CODECS, Serialized
 from fairway.codec.codes import LowRank, Quantized, QuantizedState, dequantize, largest_code
-from fairway.codec.container import DIGEST_BYTES, PREFIX, check_round_trip, pack, read_header, unpack
-from fairway.codec.header import MAX_VALUES
+from fairway.codec.container import DIGEST_BYTES, MAX_VALUES, PREFIX, check_round_trip, pack, read_header, unpack
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import start_world

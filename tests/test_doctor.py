@@ -1,21 +1,22 @@
 """make doctor: one table of what a machine lacks for each record, and no machine on which it fails."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY, Experiment, stage_main
 from forks import Fork
 
+from fairway import machine
 from fairway.params import load_params
-from fairway.preflight import Check, fewer_processes, remedies, table
+from fairway.preflight import Check, check_machine, cpu_hours, fewer_processes, remedies, table
+from fairway.runtime.errors import UserError
 
 # Nothing listens on the port that discards what it is sent.
 NOWHERE = "http://127.0.0.1:9"
@@ -46,7 +47,7 @@ def doctor(experiment: Experiment, endpoint: str, *programs: str) -> str:
     folder = experiment.folder
     shutil.copytree(REPOSITORY / "records", folder / "records", dirs_exist_ok=True)
     shutil.copy(REPOSITORY / "requirements.txt", folder)
-    for record in (folder / "records").glob("r[0-9]*.yaml"):
+    for record in (folder / "records").glob("*.yaml"):
         record.write_text(re.sub(r"endpoint: .*", f"endpoint: {endpoint}", record.read_text()))
     path = folder / "bin"
     path.mkdir()
@@ -67,22 +68,23 @@ def marks(output: str, need: str) -> list[str]:
 def test_a_bare_machine_lacks_programs_hub_and_gpus(experiment: Experiment) -> None:
     output = doctor(experiment, NOWHERE)
     head = next(line for line in output.splitlines() if "r1150" in line)
-    assert head.split() == ["params.yaml", "r1150", "r1172", "r1488", "r1958"]
-    assert marks(output, "lrzip") == ["·", "·", "·", "·", "✗"]
-    assert marks(output, "dvc") == ["✗"] * 5
-    assert marks(output, "hub reachable") == ["·", *"✗✗✗✗"]
-    assert marks(output, "8 GPUs") == ["·", *"✗✗✗✗"]
-    assert marks(output, "documents") == ["✓", *"····"]
+    assert head.split() == ["params.yaml", "lab-1gpu", "r1150", "r1172", "r1488", "r1958"]
+    assert marks(output, "lrzip") == ["·", "·", "·", "·", "·", "✗"]
+    assert marks(output, "dvc") == ["✗"] * 6
+    assert marks(output, "hub reachable") == ["·", *"✗✗✗✗✗"]
+    assert marks(output, "8 GPUs") == ["·", "·", *"✗✗✗✗"]
+    assert marks(output, "1 GPU") == ["·", "✗", *"····"]
+    assert marks(output, "documents") == ["✓", *"·····"]
     assert "\n✗ lrzip (r1958): apt-get install lrzip" in output
-    assert f"\n✗ hub reachable (r1150, r1172, r1488, r1958): let this machine reach {NOWHERE}" in output
+    assert f"\n✗ hub reachable (lab-1gpu, r1150, r1172, r1488, r1958): let this machine reach {NOWHERE}" in output
 
 
 def test_what_is_there_is_ticked(experiment: Experiment, hub: str) -> None:
     output = doctor(experiment, hub, "lrzip", "dvc", "git")
-    assert marks(output, "lrzip") == ["·", "·", "·", "·", "✓"]
+    assert marks(output, "lrzip") == ["·", "·", "·", "·", "·", "✓"]
     for need in ("dvc", "git", "torchrun"):
-        assert marks(output, need) == ["✓"] * 5
-    assert marks(output, "hub reachable") == ["·", *"✓✓✓✓"]
+        assert marks(output, need) == ["✓"] * 6
+    assert marks(output, "hub reachable") == ["·", *"✓✓✓✓✓"]
     assert "✗ lrzip" not in output
 
 
@@ -91,7 +93,7 @@ def test_a_params_file_with_a_fault_is_one_line_and_the_rest_is_shown_all_the_sa
     output = doctor(experiment, NOWHERE)
     assert output.startswith("GPUs       0: none")
     head = next(line for line in output.splitlines() if "r1150" in line)
-    assert head.split() == ["r1150", "r1172", "r1488", "r1958"]
+    assert head.split() == ["lab-1gpu", "r1150", "r1172", "r1488", "r1958"]
     assert [line for line in output.splitlines() if "params.yaml" in line] == [
         "✗ params.yaml: processes: Input should be a valid integer (found 'many')"
     ]
@@ -104,14 +106,8 @@ def test_even_without_any_valid_params_file_the_machine_is_shown(text: str | Non
     shutil.copy(REPOSITORY / "requirements.txt", tmp_path)
     if text is not None:
         (tmp_path / "params.yaml").write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.doctor"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = Fork(stage_main("doctor"), tmp_path, {"CUDA_VISIBLE_DEVICES": ""}).wait()
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("GPUs       0: none")
     assert done.stdout.splitlines()[-1].startswith("✗ params.yaml: ")
     assert "Nothing is missing" not in done.stdout
@@ -120,7 +116,7 @@ def test_even_without_any_valid_params_file_the_machine_is_shown(text: str | Non
 def test_several_processes_without_a_compiler_need_no_gpu_where_there_is_none(experiment: Experiment) -> None:
     experiment.set_params(experiment.params | {"processes": 2})
     output = doctor(experiment, NOWHERE)
-    assert marks(output, "8 GPUs") == ["·", *"✗✗✗✗"]
+    assert marks(output, "8 GPUs") == ["·", "·", *"✗✗✗✗"]
     assert "2 GPUs" not in output
 
 
@@ -128,9 +124,9 @@ def test_several_processes_without_a_compiler_need_no_gpu_where_there_is_none(ex
     ("record", "gpus", "remedy"),
     [
         # (600 - 192) * 8 / 2 + 192
-        ("r1488-train-ttt", 2, "2 are here; on 2, processes: 2 and train.max_wallclock_s: 1824.0 give as many steps"),
-        ("r1150", 0, "0 are here; on 1, processes: 1 and train.max_wallclock_s: 4800.0 give as many steps"),
-        ("r1150", 7, "7 are here; on 4, processes: 4 and train.max_wallclock_s: 1200.0 give as many steps"),
+        ("r1488-train-ttt", 2, "processes: 2 and train.max_wallclock_s: 1824.0 give as many steps"),
+        ("r1150", 1, "processes: 1 and train.max_wallclock_s: 4800.0 give as many steps"),
+        ("r1150", 7, "processes: 4 and train.max_wallclock_s: 1200.0 give as many steps"),
     ],
 )
 def test_fewer_gpus_take_longer_but_reserve_no_more(record: str, gpus: int, remedy: str) -> None:
@@ -138,8 +134,55 @@ def test_fewer_gpus_take_longer_but_reserve_no_more(record: str, gpus: int, reme
 
 
 def test_a_run_without_a_time_limit_only_needs_fewer_processes() -> None:
-    remedy = fewer_processes(load_params(REPOSITORY / "params.yaml"), 1)
-    assert remedy == "1 are here; on 1, processes: 1 takes as many steps"
+    assert fewer_processes(load_params(REPOSITORY / "params.yaml"), 1) == "processes: 1 takes as many steps"
+
+
+@pytest.mark.parametrize("record", ["r1172", "lab-1gpu"])
+def test_a_record_is_refused_without_gpus_before_anything_is_fetched(record: str, experiment: Experiment) -> None:
+    """By its work, whatever its name: some 20,000 hours on two cores."""
+    shutil.copy(REPOSITORY / f"records/{record}.yaml", experiment.folder / "params.yaml")
+    for arguments in (("fetch",), ("train", "--check", load_params(experiment.folder / "params.yaml").seeds[0])):
+        line = experiment.fails(*map(str, arguments))
+        expected = r"error: params\.yaml: processes: expected (8 GPUs|1 GPU): this machine has none, .* [\d,]+ hours; "
+        assert re.match(expected + r"records/lab-1gpu\.yaml is for one GPU \(processes: 1\)", line), line
+    assert not (experiment.folder / "data").exists()
+
+
+def test_with_too_few_gpus_the_line_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpu_bytes", lambda: [80 * machine.GIB] * 2)
+    told = r"processes: expected 8 GPUs: this machine has 2; processes: 2 and train\.max_wallclock_s: 2400\.0 give"
+    with pytest.raises(UserError, match=told):
+        check_machine(load_params(REPOSITORY / "records/r1150.yaml"), fetched=True)
+
+
+@pytest.mark.parametrize(
+    ("have", "fetched", "told"),
+    [
+        (
+            {"free_disk_bytes": 10**9},
+            False,
+            r"fetch\.train_shards: expected disk: 6 GB are needed on this disk, 1 are free",
+        ),
+        ({"free_disk_bytes": 10**9}, True, r"seeds: expected disk: 2 GB are needed"),
+        ({"ram_bytes": 10**9}, False, r"processes: expected memory: 4 GiB are needed, 1 are here"),
+        ({"gpu_bytes": [24 * 2**30]}, False, r"train\.micro_batch_tokens: expected GPU memory: 38 GiB on each"),
+    ],
+)
+def test_each_lack_names_the_key_that_asks_for_it(
+    have: dict[str, Any], fetched: bool, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plenty = {"free_disk_bytes": 10**12, "ram_bytes": 10**12, "gpu_bytes": [80 * 2**30]}
+    for name, value in (plenty | have).items():
+        monkeypatch.setattr(machine, name, lambda value=value: value)
+    with pytest.raises(UserError, match=told):
+        check_machine(load_params(REPOSITORY / "records/lab-1gpu.yaml"), fetched=fetched)
+
+
+def test_the_laptop_default_needs_no_gpu() -> None:
+    """The time that it is said to take decides nothing, but must be near: 270 s on two cores."""
+    params = load_params(REPOSITORY / "params.yaml")
+    assert 3600 * cpu_hours(params) * machine.cores() == pytest.approx(540, rel=0.2)
+    check_machine(params, fetched=False)
 
 
 def test_variants_share_the_column_of_their_record_unless_they_need_more() -> None:

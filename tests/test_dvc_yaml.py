@@ -139,14 +139,31 @@ def test_a_stage_re_runs_for_its_own_file_alone() -> None:
     }
 
 
+def test_the_graph_is_short_and_has_a_path_for_every_input(experiment: Experiment) -> None:
+    """As `make dag` prints it: Mermaid, narrow enough for a terminal."""
+    [_, printed] = experiment.dvc("dvc init --no-scm -q", "dvc dag --mermaid --collapse-foreach-matrix")
+    names = dict(re.findall(r'(node\d+)\["(\w+)"\]', printed))
+    needs = {(names[needed], names[stage]) for needed, stage in re.findall(r"(node\d+)-->(node\d+)", printed)}
+    head, *lines = experiment.run("python", "-m", "stages.dag").stdout.splitlines()
+    arrows = [tuple(line.strip().split(" --> ")) for line in lines]
+    assert head == "flowchart LR"
+    assert set(arrows) < needs
+    assert len(arrows) <= 15
+    assert all(_leads(arrows, *need) for need in needs)
+
+
+def _leads(arrows: list[tuple[str, ...]], start: str, end: str) -> bool:
+    return start == end or any(_leads(arrows, behind, end) for stage, behind in arrows if stage == start)
+
+
 def test_the_commands_that_params_yaml_names_read_an_unwatched_file_again(experiment: Experiment) -> None:
     commands = re.findall(r"`dvc (repro --force --single-item \w+)`", (REPOSITORY / "params.yaml").read_text())
     assert [command.split()[-1] for command in commands] == ["fetch", "tokenize", "quantize"]
-    experiment.run("dvc", "init", "--no-scm", "--quiet")
-    experiment.run("dvc", "repro", "fetch")
+    experiment.dvc("dvc init --no-scm --quiet", "dvc repro fetch")
     (experiment.folder / "corpus.jsonl").write_text(json.dumps({"text": "another"}))
-    assert "Running" not in experiment.run("dvc", "repro", "fetch").stdout
-    experiment.run("dvc", *commands[0].split())
+    unnoticed, *printed = experiment.dvc(
+        "dvc repro fetch", f"dvc {commands[0]}", *(f"dvc {command} --dry" for command in commands[1:])
+    )
+    assert "Running" not in unnoticed
     assert "another" in (experiment.folder / "data/docs/docs.jsonl").read_text()
-    for command in commands[1:]:
-        assert "Running stage" in experiment.run("dvc", *command.split(), "--dry").stdout
+    assert all("Running stage" in text for text in printed)

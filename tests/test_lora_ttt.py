@@ -155,7 +155,7 @@ def test_what_is_not_wanted_is_left_out_of_no_consequence(position: int) -> None
     wanted = torch.arange(76) == position
 
     def predictions(wanted: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        evaluation = LoraTttEvaluator(settings).begin(lively_network("r1958"), _stream(), alone(CPU))
+        evaluation = LoraTttEvaluator(settings).begin(shallow_network("r1958"), _stream(), alone(CPU))
         found = list(evaluation.predict(0, wanted))
         evaluation.learn(0)
         return found + list(evaluation.predict(1, wanted))

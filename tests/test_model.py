@@ -2,7 +2,6 @@
 
 import math
 import subprocess
-import sys
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
+from warm_python import warm_python
 
 from fairway.model.attention import frequencies
 from fairway.model.backends import compiled
@@ -309,7 +309,7 @@ def test_bfloat16_activations_stay_bfloat16_and_near_float32(record: str) -> Non
 
 @pytest.mark.parametrize(("record", "looped"), [("r1488", False), ("r1958", True)])
 def test_the_network_is_one_graph_for_the_compiler(record: str, looped: bool) -> None:
-    model, tokens = small_network(record), random_tokens(4)
+    model, tokens = small_network(record, shallow=True), random_tokens(4)
     segments = torch.tensor([0, 5, 32], dtype=torch.int32) if record == "r1958" else None
     torch.compiler.reset()
     graph = compiled(model, fullgraph=True, backend="eager")
@@ -320,7 +320,7 @@ def test_the_network_is_one_graph_for_the_compiler(record: str, looped: bool) ->
 def test_on_a_cpu_the_compiler_is_not_even_imported() -> None:
     """Its import takes a second, in every stage."""
     code = "import sys, stages.train, stages.certify; print('torch._dynamo' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run([warm_python(), "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
 

@@ -161,7 +161,7 @@ def test_the_largest_seeds_fit_the_generators() -> None:
 def test_no_setting_has_a_default() -> None:
     """Everything that can be set is read from a file. The header of model.bin is a file format, and no settings."""
     assert len(evaluator_kinds()) >= 5, "which imports the settings of every evaluator"
-    settings = [kind for kind in _derived(Section) if kind.__module__ != "fairway.codec.header"]
+    settings = [kind for kind in _derived(Section) if kind.__module__ != "fairway.codec.container"]
     assert {Params, PublishedSeed, LoraTttSettings, GptqSettings, ScheduleSettings} <= set(settings)
     defaults = {
         f"{kind.__name__}.{key}" for kind in settings for key, f in kind.model_fields.items() if not f.is_required()

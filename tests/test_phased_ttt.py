@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from streams import lively_network
+from streams import shallow_network
 
 from benchmarks.document_lengths import CHALLENGE_DOCUMENTS, document_stream, document_targets, documents_for
 from benchmarks.phased_ttt import Rates, Work, fit_rates, global_steps, project, time_phased, work_of
@@ -104,7 +104,7 @@ def test_lanes_wait_at_a_phase_and_train() -> None:
 def test_global_steps_are_those_of_the_evaluator() -> None:
     settings = LoraTttSettings(**(SETTINGS | {"lanes": 1}))
     tokens = document_stream([5, 9, 17, 30, 41, 60, 62], vocab_size=40, seed=3)
-    evaluation = LoraTttEvaluator(settings).begin(lively_network("r1958"), tokens, alone(CPU))
+    evaluation = LoraTttEvaluator(settings).begin(shallow_network("r1958"), tokens, alone(CPU))
     assert isinstance(evaluation, LoraTttPass)
     for chunk, end in enumerate(evaluation.bounds[1:-1]):
         chunks = -(-(len(evaluation.phase_tokens(chunk)) - 1) // 32)
@@ -114,7 +114,7 @@ def test_global_steps_are_those_of_the_evaluator() -> None:
 def test_an_evaluation_is_timed_and_projected() -> None:
     """The fewest targets there can be: one document of the middle length."""
     settings = LoraTttSettings(**(SETTINGS | {"chunk_tokens": 16}))
-    times = time_phased(lively_network("r1958"), settings, alone(CPU), targets=1)
+    times = time_phased(shallow_network("r1958"), settings, alone(CPU), targets=1)
     assert times.targets == document_targets(1)[0]
     assert times.rates.global_step_s > 0
     assert len(times.challenge_s) == 3

@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Experiment
+from conftest import REPOSITORY, Experiment, git
+from warm_python import warm_python
 
 SEED = "1337"
 
@@ -18,27 +18,16 @@ def _ran(output: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def repro(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """A cloned project with a tiny experiment, run once from an empty cache and committed."""
-    made = Experiment(tmp_path_factory.mktemp("repro"))
-    made.copy_code()
-    (made.folder / ".dvc").mkdir()
-    shutil.copy(REPOSITORY / ".dvc/config", made.folder / ".dvc/config")
-    _git(made.folder, "init", "-q")
-    _commit(made.folder, "the project")
-    made.run("dvc", "repro")
-    _commit(made.folder, "its first run")
-    return made
+def repro(tmp_path_factory: pytest.TempPathFactory, reproduced: Experiment) -> Experiment:
+    """The project that was run once, to go on from."""
+    return Experiment(shutil.copytree(reproduced.folder, tmp_path_factory.mktemp("repro"), dirs_exist_ok=True))
 
 
-def _commit(folder: Path, message: str) -> None:
-    _git(folder, "add", ".")
-    _git(folder, "commit", "-qm", message)
-
-
-def _git(folder: Path, *arguments: str) -> None:
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+def _changed(folder: Path) -> set[str]:
+    """The files that differ from the last commit, and new ones."""
+    command = ["git", "status", "--porcelain"]
+    lines = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.splitlines()
+    return {line[3:] for line in lines}
 
 
 def test_a_second_run_runs_nothing(repro: Experiment) -> None:
@@ -70,7 +59,7 @@ def test_the_shipped_program_alone_gives_the_same_score(repro: Experiment, tmp_p
     files = [shipped / "model.bin", shipped / "train_gpt.py", tokens / "tokenizer.model", tokens / "val_000000.bin"]
     for file in files:
         shutil.copy(file, tmp_path)
-    command = [sys.executable, "-P", "train_gpt.py"]
+    command = [warm_python(), "-P", "train_gpt.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     found = float(re.search(r"val_bpb: (\S+)", done.stdout)[1])  # type: ignore[index]
     metrics = json.loads((repro.folder / "artifacts/evaluate" / SEED / "sliding/metrics.json").read_text())
@@ -85,11 +74,18 @@ def test_certificates_tell_code_lengths_from_what_is_none(repro: Experiment) -> 
 
 
 def test_slot_steps_re_run_only_the_slot_evaluation(repro: Experiment) -> None:
-    done, figures = repro.dvc("dvc exp run -S slot.steps=24", "dvc metrics diff --json")
+    done, figures = repro.dvc("dvc exp run -S slot.steps=3", "dvc metrics diff --json")
     assert _ran(done) == {f"evaluate@{SEED}-slot", f"certify@{SEED}-slot", "report", "submission"}
     changed = set(json.loads(figures)["results/summary.json"])
     assert "slot_bpb_illegal" in changed
     assert not {"sliding_bpb", "ttt_bpb", "artifact_bytes"} & changed
+    # What the README says of the files that a run changes, and how it undoes that.
+    changed = _changed(repro.folder) - {"params.yaml"}
+    assert "dvc.lock" in changed
+    assert all(re.fullmatch(r"dvc\.lock|results/.*", file) for file in changed)
+    [undo] = re.findall(r"To undo that:\n`git (.+)`", (REPOSITORY / "README.md").read_text())
+    git(repro.folder, *undo.split())
+    assert _changed(repro.folder) == {"params.yaml"}
 
 
 @pytest.mark.long

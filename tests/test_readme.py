@@ -1,11 +1,9 @@
 """The README's commands and its worked example run as they stand there; a command that nobody runs fails a test."""
 
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import yaml
 from conftest import REPOSITORY, Experiment
 from dvc.utils.hydra import apply_overrides
 from torch.distributed.run import get_args_parser
+from warm_python import warm_environment
 
 from fairway.params import load_params
 from fairway.tokens.own_text import FetchFile
@@ -39,11 +38,11 @@ MAKE = {
     "make repro DATA=texts": "dvc repro",
     "make test": "pytest -n 2 --dist loadfile --no-loadscope-reorder",
     "make doctor": "python -m stages.doctor",
+    "make dag": "python -m stages.dag",
 }
 PLANNED = {
     "cp records/r1172.yaml params.yaml": "",
     "dvc repro --dry --force": r"evaluate@2025-slot",
-    "dvc dag --collapse-foreach-matrix": r"\| train \|",
 }
 # In the order of the README, after a first `dvc repro`, with what their output must match.
 PIPELINE = {
@@ -71,10 +70,15 @@ ALONE = (
 
 
 def shell(folder: Path, command: str) -> str:
-    """What a command line prints in a shell whose python and dvc are those of this interpreter; it must end well."""
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    """What a command line prints in a shell, whose python is the warm one; it must end well."""
     done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False
+        ["bash", "-c", command],
+        cwd=folder,
+        env=warm_environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -184,6 +188,22 @@ def test_the_worked_example_is_short() -> None:
     assert sum(len(block.splitlines()) for block in example()) <= 40
 
 
+# What a certificate of the example asks for at each token.
+STEPPER = """
+import torch
+from fairway.certification.stepping import make_stepper
+from fairway.evaluation.registry import evaluator_class
+from fairway.model.gpt import GPT
+from fairway.params import load_params
+from fairway.runtime.distributed import alone
+params = load_params("params.yaml")
+evaluator = evaluator_class("tempered")(params.evaluator_settings("tempered"))
+stream = torch.zeros(1000, dtype=torch.int64)
+evaluation = evaluator.begin(GPT(params.model), stream, alone(torch.device("cpu")))
+print(type(make_stepper(evaluation, torch.ones(999, dtype=torch.bool))).__name__)
+"""
+
+
 def test_the_worked_example_scores(finished_copy: Experiment) -> None:
     """Added in three places and no fourth. A higher temperature costs bits, and 1 is sliding."""
     evaluator, section = example()
@@ -197,6 +217,8 @@ def test_the_worked_example_scores(finished_copy: Experiment) -> None:
     bpb = {name: _score(finished_copy.run("python", "-m", "stages.evaluate", SEED, name).stdout) for name in names}
     assert bpb["tempered"] == pytest.approx(bpb["sliding"], abs=1e-6)
     assert bpb["tempered"] < bpb["tempered_hot"]
+    # Its certificate is as cheap as that of sliding.
+    assert finished_copy.run("python", "-c", STEPPER).stdout == "WindowStepper\n"
 
 
 def _score(output: str) -> float:

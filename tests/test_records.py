@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from difflib import ndiff
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, Experiment, tiny_params
+from dvc.utils.hydra import apply_overrides
 
 from fairway.evaluation.slot_offsets import SlotSettings
 from fairway.model.gpt import GPT
 from fairway.params import Params, load_params
 
-PARAMETERS = {"r1150": 26_993_756, "r1172": 27_201_116, "r1488": 26_862_694, "r1958": 35_945_671}
-TOY_STEPS = 10
+PARAMETERS = {"lab": 35_945_671, "r1150": 26_993_756, "r1172": 27_201_116, "r1488": 26_862_694, "r1958": 35_945_671}
+TOY_STEPS = 6
 
-FILES = sorted(path.stem for path in (REPOSITORY / "records").glob("r[0-9]*.yaml"))
-VARIANTS = sorted(set(FILES) - set(PARAMETERS))
+FILES = sorted(path.stem for path in (REPOSITORY / "records").glob("*.yaml") if path.stem != "published")
+VARIANTS = [name for name in FILES if name.partition("-")[0] in FILES and name not in PARAMETERS]
 # Every file in one process: `dvc repro --dry --force`, as the README has it, behind a line that names the file. Without
 # --force DVC 3.67 stops at the first stage whose input is not made yet.
 DRY_RUNS = """
@@ -79,6 +81,18 @@ def test_a_record_is_a_complete_file_with_a_word_on_every_section(name: str) -> 
     sections = set(yaml.safe_load((REPOSITORY / "params.yaml").read_text()))
     assert sections <= set(yaml.safe_load(text))
     assert len(re.findall(r"^ *# ", text, flags=re.MULTILINE)) > 90
+
+
+@pytest.mark.parametrize("file", ["params.yaml", *(f"records/{name}.yaml" for name in FILES)])
+def test_an_experiment_changes_one_line_of_the_file(file: str, tmp_path: Path) -> None:
+    """By the function with which `dvc exp run -S slot.steps=7` writes params.yaml."""
+    before, written = (REPOSITORY / file).read_text(), tmp_path / "params.yaml"
+    written.write_text(before)
+    apply_overrides(written, ["slot.steps=7"])
+    changed = [line for line in ndiff(before.splitlines(), written.read_text().splitlines()) if line[0] in "-+"]
+    assert len(changed) == 2, changed
+    assert changed[0].startswith("-   steps: ")
+    assert changed[1] == "+   steps: 7"
 
 
 @pytest.mark.parametrize("name", VARIANTS)

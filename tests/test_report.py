@@ -247,8 +247,8 @@ def test_dvc_shows_two_figures_of_times_and_not_the_ledger(one: Figures, tmp_pat
     found = one.facts()
     content = times(found) | {"ledger": time_table(found.runs)}
     (experiment.folder / "results/times.json").write_text(json.dumps(content))
-    experiment.run("dvc", "init", "--no-scm", "--quiet")
-    shown = json.loads(experiment.run("dvc", "metrics", "show", "--json", "results/times.json").stdout)
+    _, printed = experiment.dvc("dvc init --no-scm --quiet", "dvc metrics show --json results/times.json")
+    shown = json.loads(printed)
     assert shown[""]["data"]["results/times.json"]["data"] == times(found)
 
 

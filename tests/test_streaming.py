@@ -67,7 +67,7 @@ def test_without_a_cache_the_network_is_itself(record: str) -> None:
 
 @pytest.mark.parametrize("block_tokens", [2, 5, 12, 100])
 def test_the_size_of_blocks_does_not_matter(block_tokens: int) -> None:
-    network, tokens = lively_network("r1958"), random_stream(6, 90)
+    network, tokens = shallow_network("r1958"), random_stream(6, 90)
     found = _evaluator(block_tokens=block_tokens).score(network, tokens, _silent)
     torch.testing.assert_close(found, _evaluator().score(network, tokens, _silent), rtol=0, atol=1e-4)
 

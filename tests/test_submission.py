@@ -4,13 +4,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY, Experiment
 from reports import write_certificate
+from warm_python import warm_python
 
 from fairway.packing.bundle import outside_imports
 
@@ -60,11 +60,42 @@ def test_submission_json_says_what_the_stages_found(scored: Experiment) -> None:
     assert (found["val_bpb"], found["val_loss"]) == (score["val_bpb"], score["val_loss"])
     assert found["bytes_total"] == size["total_bytes"]
     assert found["bytes_code"] == (scored.folder / "artifacts/submission/train_gpt.py").stat().st_size
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found["date"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"])
+    assert found["track"] == "10min_16mb"
+    assert found["subset"] is None
     assert found["certificate"]["verdict"] == "legal"
     assert "Certified legal" in text
     assert f"{score['val_bpb']:.8f}" in text
     assert "To be filled in before it is submitted: `submission.author` of params.yaml." in text
+
+
+def test_a_score_of_a_part_of_the_validation_documents_is_labelled(scored: Experiment, tmp_path: Path) -> None:
+    copy = Experiment(tmp_path)
+    shutil.copytree(scored.folder / "artifacts", copy.folder / "artifacts")
+    meta = copy.folder / "artifacts/tokens/meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"held_out_documents": 50}))
+    found, text = submitted(copy)
+    assert found["subset"] == "the first 4 of 50 validation documents"
+    assert "**Scored on the first 4 of 50 validation documents alone.**" in text
+    log = (copy.folder / f"artifacts/submission/train_seed{SEED}.log").read_text()
+    assert "\nscored on the first 4 of 50 validation documents\nfinal_sliding_exact " in log
+
+
+@pytest.mark.parametrize(("gpus", "kept"), [(0, None), (1, None), (8, True)])
+def test_limits_of_time_are_judged_on_eight_gpus_alone(
+    gpus: int, kept: bool | None, scored: Experiment, tmp_path: Path
+) -> None:
+    copy = Experiment(tmp_path)
+    shutil.copytree(scored.folder / "artifacts", copy.folder / "artifacts")
+    file = copy.folder / f"artifacts/train/{SEED}/train.json"
+    train = json.loads(file.read_text())
+    train["environment"] |= {"processes": gpus or 8, "cuda": "12.8" if gpus else None}
+    file.write_text(json.dumps(train))
+    found, text = submitted(copy)
+    for rule in ("train_under_600s", "eval_under_600s"):
+        assert found["compliance"][rule] is kept
+        assert (f"Told only by a run on 8 GPUs: `{rule}`." in text) == (kept is None)
+        assert f"Not kept: `{rule}`" not in text
 
 
 @pytest.mark.parametrize(("legal", "label"), [(False, "NOT LEGAL"), ("unproven", "UNPROVEN")])
@@ -105,7 +136,7 @@ def test_its_program_alone_gives_the_submitted_score(scored: Experiment, tmp_pat
     shutil.copy(artifacts / f"compress/{SEED}/model.bin", tmp_path)
     shutil.copy(artifacts / "tokens/val_000000.bin", tmp_path)
     done = subprocess.run(
-        [sys.executable, "-P", "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+        [warm_python(), "-P", "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     found = float(re.search(r"val_bpb: (\S+)", done.stdout)[1])  # type: ignore[index]
     assert found == pytest.approx(json.loads((submission / "submission.json").read_text())["val_bpb"], abs=1e-6)

@@ -7,8 +7,9 @@ A Follower (follower.py) goes through a whole stream so, and lets the pass learn
 
 A RowReader goes through a row of tokens, a few at a time, while the tokens behind them are not known yet.
 
-There are cheap steppers for the evaluators of this project, as long as their predictions do not depend on anything else
-in the batch. Of any other pass, subclasses of theirs included, the whole batch with the target is predicted anew.
+There are cheap steppers for the evaluators of this project, and for windows with a PlaceHead, as long as predictions do
+not depend on anything else in the batch. Of any other pass, subclasses included, the whole batch with the target is
+predicted anew.
 
 Legend: B windows, T tokens of a window, S tokens of a step, M scored places, N targets, P tokens before the scored
 ones, X tokens from there on, D model width, V vocabulary.
@@ -16,6 +17,7 @@ ones, X tokens from there on, D model width, V vocabulary.
 
 from collections.abc import Callable, Generator
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor
 from fairway.evaluation.kv_cache import Cache, cached_hidden
 from fairway.evaluation.lora_ttt import LoraTttPass
 from fairway.evaluation.passes import Pass, Prediction
-from fairway.evaluation.scoring import Batch, WindowPass, make_batch, plain_head
+from fairway.evaluation.scoring import Batch, PlaceHead, WindowPass, make_batch, plain_head
 from fairway.evaluation.slot import OffsetHead, Places
 from fairway.evaluation.slot_carried import CarriedPass
 from fairway.evaluation.slot_offsets import products
@@ -258,6 +260,8 @@ def make_stepper(evaluation: Pass, asked_N: Tensor) -> Stepper:
     if isinstance(evaluation, WindowPass) and kind in (WindowPass, TttPass):
         if evaluation.head is plain_head:
             return WindowStepper(evaluation, asked_N, evaluation.model.logits)
+        if isinstance(evaluation.head, PlaceHead):
+            return WindowStepper(evaluation, asked_N, partial(evaluation.head.logits, evaluation.model))
         if isinstance(evaluation.head, OffsetHead) and evaluation.head.settings.fitted_on != "batch":
             return OffsetStepper(evaluation, asked_N, evaluation.head)
         if evaluation.stretch:

@@ -14,8 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fairway.codec.codes import dequantize
-from fairway.codec.container import read_header, unpack
-from fairway.codec.header import Group
+from fairway.codec.container import Group, read_header, unpack
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World

@@ -66,6 +66,21 @@ def plain_head(model: GPT, batch: Batch, hid_BXD: Tensor) -> Tensor:
     return model.logits(hid_BXD.flatten(0, 1)[batch.rows_M])
 
 
+@dataclass(frozen=True)
+class PlaceHead:
+    """A head of which the logits of a place depend on nothing but the hidden state there: `logits`, (M, D) to (M, V).
+
+    A decoder then needs only the one place, where any other head is asked for its whole batch at every token
+    (certification/stepping.py).
+    """
+
+    logits: Callable[[GPT, Tensor], Tensor]
+
+    def __call__(self, model: GPT, batch: Batch, hid_BXD: Tensor) -> Tensor:
+        """Logits of the scored places."""
+        return self.logits(model, hid_BXD.flatten(0, 1)[batch.rows_M])
+
+
 def make_batch(tokens_N1: Tensor, windows: Windows, *, seq_len: int, width: int | None = None) -> Batch:
     """Cut the windows out of the stream (N+1,), on whose device the batch will lie; `width` is X, or None for T."""
     device, width = tokens_N1.device, width or seq_len

@@ -82,7 +82,7 @@ def facts(
         rungs=ladder(runs, found, kept, comparable),
         budgets=budgets(runs, best.name),
         reproduction=reproduced,
-        subset=_subset(meta),
+        subset=subset(meta),
         comparison=compare(best, runs, *baseline) if baseline else None,
     )
 
@@ -106,7 +106,7 @@ def _published(record: PublishedRecord | None, name: str) -> float | None:
     return mean(values) if values else None
 
 
-def _subset(meta: dict[str, Any]) -> str | None:
+def subset(meta: dict[str, Any]) -> str | None:
     """What is scored, where that is less than all that is held out. `meta` is the tokens' meta.json."""
     scored, held_out = meta["val_documents"], meta["held_out_documents"]
     return f"the first {scored} of {held_out} validation documents" if scored < held_out else None

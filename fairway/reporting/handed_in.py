@@ -10,7 +10,7 @@ from typing import Any
 
 from fairway.reporting.budgets import budgets, eval_s, train_s
 from fairway.reporting.runs import Run, Standing, spread, standing
-from fairway.runtime.settings import CAP_BYTES, TRACK, Section
+from fairway.runtime.settings import CAP_BYTES, TRACK, TRACK_GPUS, Section
 
 
 class SubmissionSettings(Section):
@@ -22,17 +22,22 @@ class SubmissionSettings(Section):
     blurb: str
 
 
-def submission_json(person: SubmissionSettings, evaluator: str, runs: list[Run], *, date: str) -> dict[str, Any]:
-    """The keys of the challenge's submission.json, and two of our own.
+def submission_json(
+    person: SubmissionSettings, evaluator: str, runs: list[Run], *, date: str, subset: str | None
+) -> dict[str, Any]:
+    """The keys of the challenge's submission.json, and three of our own.
 
-    Bytes are those of the largest seed, and deviations are sample deviations. Ours are `certificate`, the verdict of
-    stage certify on the evaluator that ships, and `compliance`, which says of each rule whether it is kept.
+    `date` is YYYY-MM-DD. Bytes are those of the largest seed, and deviations are sample deviations. Ours are `subset`,
+    which validation documents were scored (None: all); `certificate`, the verdict of stage certify on the evaluator
+    that ships; and `compliance`, which says of each rule whether it is kept. Of rules that limit seconds it says null
+    unless the record ran on as many GPUs as the track's own machine has.
     """
     environment = runs[0].train["environment"]
     verdict = standing([run.certificates[evaluator] for run in runs])
     bpb, loss = (spread([run.scores[evaluator][key] for run in runs]) for key in ("val_bpb", "val_loss"))
     deviations = {"val_bpb_std": bpb.std, "val_loss_std": loss.std} if len(runs) > 1 else {}
     size, training, evaluation = budgets(runs, evaluator)
+    on_track = environment["cuda"] is not None and environment["processes"] == TRACK_GPUS
     largest = max(runs, key=lambda run: run.size["total_bytes"]).size
     return {
         "author": person.author,
@@ -43,6 +48,7 @@ def submission_json(person: SubmissionSettings, evaluator: str, runs: list[Run],
         "track": TRACK,
         "val_loss": loss.mean,
         "val_bpb": bpb.mean,
+        "subset": subset,
         **deviations,
         "bytes_total": largest["total_bytes"],
         "bytes_code": largest["train_gpt_bytes"],
@@ -60,8 +66,8 @@ def submission_json(person: SubmissionSettings, evaluator: str, runs: list[Run],
             },
         },
         "compliance": {
-            "train_under_600s": training.within,
-            "eval_under_600s": evaluation.within,
+            "train_under_600s": training.within if on_track else None,
+            "eval_under_600s": evaluation.within if on_track else None,
             "artifact_under_16mb": size.used <= CAP_BYTES,
             "three_seeds": len(runs) >= 3,
             "certified_legal": verdict == "legal",
@@ -85,7 +91,7 @@ def _result(run: Run, evaluator: str) -> dict[str, Any]:
 Curve = dict[float, float]
 
 
-def train_log(run: Run, evaluator: str, *, max_steps: int) -> str:
+def train_log(run: Run, evaluator: str, *, max_steps: int, subset: str | None) -> str:
     """A line for each logged step and validation, then lines on the end of training, its result, bytes and score."""
     train, environment, score = run.train, run.train["environment"], run.scores[evaluator]
     curves: dict[str, Curve] = {name: dict(rows) for name, rows in run.curves.items()}
@@ -105,6 +111,7 @@ def train_log(run: Run, evaluator: str, *, max_steps: int) -> str:
             f"Code size: {run.size['train_gpt_bytes']} bytes",
             f"Serialized model: {run.size['model_bytes']} bytes",
             f"Total submission size: {run.size['total_bytes']} bytes",
+            *([f"scored on {subset}"] if subset else []),
             f"final_{score['evaluator']}_exact val_loss:{score['val_loss']:.8f} "
             f"val_bpb:{score['val_bpb']:.8f} eval_time:{_ms(score['eval_s'])}ms",
             f"certificate {evaluator}: {run.certificates[evaluator].standing}",
@@ -152,12 +159,14 @@ def readme(submission: dict[str, Any], runs: list[Run]) -> str:
     parts = [
         f"# {submission['name']}",
         submission["blurb"],
+        *([f"**Scored on {submission['subset']} alone.**"] if submission["subset"] else []),
         _verdict(certificate["verdict"], certificate["evaluator"], runs),
         _table(submission, runs),
         f"Evaluator: `{certificate['evaluator']}`. Ran on {submission['hardware']}, PyTorch "
         f"{submission['pytorch_version']}. Training time includes adaptation to training text and "
         "calibration on it, evaluation time adaptation to validation text.",
-        *(f"Not kept: `{key}`." for key in _broken(submission)),
+        *(f"Not kept: `{key}`." for key in _rules(submission, False)),
+        *(f"Told only by a run on {TRACK_GPUS} GPUs: `{key}`." for key in _rules(submission, None)),
         *(f"To be filled in before it is submitted: `submission.{key}` of params.yaml." for key in missing),
         _commands(runs[0], certificate["evaluator"]),
     ]
@@ -187,9 +196,9 @@ def _table(submission: dict[str, Any], runs: list[Run]) -> str:
     return "\n".join(rows)
 
 
-def _broken(submission: dict[str, Any]) -> list[str]:
-    """The rules that are not kept, except legality, which the text has told already."""
-    return [key for key, kept in submission["compliance"].items() if not kept and key != "certified_legal"]
+def _rules(submission: dict[str, Any], kept: bool | None) -> list[str]:
+    """The rules of which that is so, except legality, which the text has told already."""
+    return [key for key, found in submission["compliance"].items() if found is kept and key != "certified_legal"]
 
 
 def _commands(shipped: Run, evaluator: str) -> str:

@@ -10,10 +10,11 @@ from pydantic_core import ErrorDetails
 
 from fairway.runtime.errors import UserError
 
-# The track of the challenge that records are made for: its name, and what it limits. The limits are those of the
-# challenge's rules. Seconds are those of its own machine, eight H100. They are no settings, because no run can choose
-# them; a run can only set itself a lower cap (size_check.cap_bytes of params.yaml).
-TRACK = "track_10min_16mb"
+# The track of the challenge that records are made for: its name, as accepted submissions write it, the GPUs of its
+# machine, H100, and what it limits. The limits are those of the challenge's rules, seconds those of that machine. They
+# are no settings, because no run can choose them; a run can only set itself a lower cap
+# (size_check.cap_bytes of params.yaml).
+TRACK, TRACK_GPUS = "10min_16mb", 8
 # Bytes of code and compressed model together.
 CAP_BYTES = 16_000_000
 # Seconds of training, with everything else that reads training text; and seconds of one evaluation.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -169,3 +169,19 @@ def encode_batch(encoder: DocumentEncoder, batch: LineBatch, *, held_out: frozen
         text_bytes=text_bytes,
         counted_bytes=sum(int(count.sum()) for count in counts),
     )
+
+
+# What a worker process encodes batches with, from one to the next. What workers run stands in this file, which does not
+# import PyTorch: that would take each of them two seconds.
+_encode: Callable[[LineBatch], Encoded]
+
+
+def start_worker(*encoder_arguments: Any) -> None:
+    """Runs once in each worker process, before its first batch."""
+    global _encode
+    _encode = make_batch_encoder(*encoder_arguments)
+
+
+def encode_in_worker(batch: LineBatch) -> Encoded:
+    """Runs in a worker process, for each of its batches."""
+    return _encode(batch)

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from fairway.runtime.errors import UserError
 from fairway.runtime.files import file_sha256
 from fairway.runtime.progress import Progress
 from fairway.tokens.documents import documents_path, open_lines, read_texts, text_hash
-from fairway.tokens.encoding import Encoded, LineBatch, make_batch_encoder
+from fairway.tokens.encoding import Encoded, LineBatch, encode_in_worker, make_batch_encoder, start_worker
 from fairway.tokens.shards import ShardWriter, Split
 from fairway.tokens.tokenizer import RESERVED, TokenizeSettings, check_tokenizer, train_tokenizer
 
@@ -192,9 +192,9 @@ def _encode_all(
     pending: deque[tuple[LineBatch, Future[Encoded]]] = deque()
     # The processes are started anew ("spawn"), since a fork of this process, which has threads, could hang.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=encoder_arguments) as pool:
+    with ProcessPoolExecutor(workers, spawn, initializer=start_worker, initargs=encoder_arguments) as pool:
         for batch in batches:
-            pending.append((batch, pool.submit(_encode_in_worker, batch)))
+            pending.append((batch, pool.submit(encode_in_worker, batch)))
             if len(pending) > 2 * workers:
                 yield _finished(pending)
         while pending:
@@ -205,21 +205,6 @@ def _finished(pending: deque[tuple[LineBatch, "Future[Encoded]"]]) -> tuple[Line
     """Take the oldest pending batch off the queue and wait for its tokens."""
     batch, future = pending.popleft()
     return batch, future.result()
-
-
-# What a worker process encodes batches with, from one to the next.
-_encode: Callable[[LineBatch], Encoded]
-
-
-def _start_worker(*encoder_arguments: Any) -> None:
-    """Runs once in each worker process, before its first batch."""
-    global _encode
-    _encode = make_batch_encoder(*encoder_arguments)
-
-
-def _encode_in_worker(batch: LineBatch) -> Encoded:
-    """Runs in a worker process, for each of its batches."""
-    return _encode(batch)
 
 
 ZSTD_LEVEL = 19
