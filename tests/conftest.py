@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 from filelock import FileLock
@@ -20,6 +21,10 @@ from warm_python import warm_environment
 from fairway.runtime.files import output_folder
 
 pytest_plugins = ["bare_machine"]
+
+# Examples have no deadline: on a busy machine any of them may take long.
+hypothesis.settings.register_profile("without deadline", deadline=None)
+hypothesis.settings.load_profile("without deadline")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
