@@ -34,7 +34,7 @@ doctor: .venv/installed
 	python -m stages.doctor
 
 dag: .venv/installed
-	@python -m stages.dag
+	@dvc dag --mermaid --collapse-foreach-matrix
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

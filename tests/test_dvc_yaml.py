@@ -139,21 +139,13 @@ def test_a_stage_re_runs_for_its_own_file_alone() -> None:
     }
 
 
-def test_the_graph_is_short_and_has_a_path_for_every_input(experiment: Experiment) -> None:
-    """As `make dag` prints it: Mermaid, narrow enough for a terminal."""
+def test_the_graph_has_a_node_for_each_stage(experiment: Experiment) -> None:
+    """As `make dag` prints it: a stage that runs for each seed or evaluator is one node."""
     [_, printed] = experiment.dvc("dvc init --no-scm -q", "dvc dag --mermaid --collapse-foreach-matrix")
     names = dict(re.findall(r'(node\d+)\["(\w+)"\]', printed))
-    needs = {(names[needed], names[stage]) for needed, stage in re.findall(r"(node\d+)-->(node\d+)", printed)}
-    head, *lines = experiment.run("python", "-m", "stages.dag").stdout.splitlines()
-    arrows = [tuple(line.strip().split(" --> ")) for line in lines]
-    assert head == "flowchart LR"
-    assert set(arrows) < needs
-    assert len(arrows) <= 15
-    assert all(_leads(arrows, *need) for need in needs)
-
-
-def _leads(arrows: list[tuple[str, ...]], start: str, end: str) -> bool:
-    return start == end or any(_leads(arrows, behind, end) for stage, behind in arrows if stage == start)
+    arrows = {(names[needed], names[stage]) for needed, stage in re.findall(r"(node\d+)-->(node\d+)", printed)}
+    assert sorted(names.values()) == sorted(yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"])
+    assert {("fetch", "tokenize"), ("pack", "compress"), ("evaluate", "certify")} <= arrows
 
 
 def test_the_commands_that_params_yaml_names_read_an_unwatched_file_again(experiment: Experiment) -> None:

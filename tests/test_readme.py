@@ -38,7 +38,7 @@ MAKE = {
     "make repro DATA=texts": "dvc repro",
     "make test": "pytest -n 2 --dist loadfile --no-loadscope-reorder",
     "make doctor": "python -m stages.doctor",
-    "make dag": "python -m stages.dag",
+    "make dag": "dvc dag --mermaid --collapse-foreach-matrix",
 }
 PLANNED = {
     "cp records/r1172.yaml params.yaml": "",

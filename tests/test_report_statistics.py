@@ -16,8 +16,8 @@ from reports import certificate, write_certificate
 
 from fairway.evaluation.registry import is_evaluator
 from fairway.reporting.budgets import Budget
+from fairway.reporting.charts import BOTTOM, TOP, Line, plot, ticks
 from fairway.reporting.comparison import WEIGHTS, Published, load_published, named_record, welch
-from fairway.reporting.plot import BOTTOM, TOP, Line, plot, ticks
 from fairway.reporting.runs import PARTS, Certificate, Score, broken, load_certificate, profile, spread, standing, worst
 from fairway.reporting.tables import size_parts
 from fairway.runtime.errors import UserError

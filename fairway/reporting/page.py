@@ -12,10 +12,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fairway.reporting.budgets import ledger
-from fairway.reporting.charts import charts, hue, ladder_bars, ladder_range, time_bars
+from fairway.reporting.charts import charts, hue, ladder_bars, ladder_range, signed, time_bars
 from fairway.reporting.comparison import MARGIN_NATS, SIGNIFICANCE
 from fairway.reporting.facts import Facts
-from fairway.reporting.plot import signed
 from fairway.reporting.runs import Condition, Run, Score, spread, worst
 from fairway.reporting.tables import size_parts
 from fairway.runtime.settings import EVAL_S, TRAIN_S
