@@ -14,7 +14,7 @@ LORA |= {"global_chunk_tokens": 128, "lanes": 1}
 
 
 def _toy(record: str) -> Params:
-    params = toy(record, Path())
+    params = toy(record, Path("documents.jsonl"))
     # Fewer layers, which still have every mechanism of the record.
     params["model"] |= {"layers": 4, "xsa_last_layers": 2, "lanes_from": 3}
     params["model"]["loop"] = {"first": 1, "last": 1, "repeats": 2}

@@ -126,7 +126,7 @@ def test_what_only_displays_or_looks_ahead_re_runs_nothing(file: str) -> None:
 
 def test_a_change_of_the_report_re_runs_what_is_written_for_people_alone() -> None:
     files = [path for path in (REPOSITORY / "fairway/reporting").rglob("*") if path.suffix in (".py", ".html", ".css")]
-    assert len(files) > 10
+    assert len(files) >= 10
     for file in files:
         assert re_run_by(str(file.relative_to(REPOSITORY))) == {"report", "submission"}
     assert re_run_by("stages/report.py") == {"report"}
