@@ -226,6 +226,8 @@ def test_a_variant_runs_from_documents_to_its_scores(name: str, experiment: Expe
         params["lora_ttt"] |= {"chunk_tokens": 16, "batch_documents": 2, "rank": 4, "prefix_documents": 2, "phases": 1}
         params["lora_ttt"]["global_chunk_tokens"] = 8 * params["model"]["seq_len"]
     experiment.set_params(params)
+    # What packs reads the code in the folder.
+    experiment.copy_code()
     for stage in ("fetch", "tokenize", "pack"):
         experiment.stage(stage)
     for stage in ("train", "average", "adapt", "quantize", "compress", "size_check"):
