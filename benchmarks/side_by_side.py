@@ -243,11 +243,10 @@ def fairway_entry(params: Params, log: list[Line], artifacts: Path) -> Entry:
         return found
 
     train, quantize = report(f"train/{seed}/train.json"), report(f"quantize/{seed}/quantize.json")
-    scores = {name: report(f"evaluate/{seed}/{name}/metrics.json") for name in params.evaluators}
     curve = (artifacts / f"train/{seed}/live/plots/metrics/clock_s.tsv").read_text(encoding="utf-8").splitlines()[1:]
     moments = [(float(clock_s), int(step)) for step, clock_s in (line.split("\t") for line in curve)]
     plain, looped = _halves(moments, train["wall_s"] * (params.train.schedule.loop_from or 1.0))
-    final = scores["lora_ttt"]
+    final, rows = report(f"evaluate/{seed}/lora_ttt/metrics.json"), "sliding_rows"
     return {
         "program": "fairway",
         "steps": train["steps"],
@@ -256,7 +255,9 @@ def fairway_entry(params: Params, log: list[Line], artifacts: Path) -> Entry:
         "start_s": train["start_s"] + train["compile_s"],
         "last_bpb": train["val_bpb_by_weights"]["last"],
         "ema_bpb": train["val_bpb_by_weights"].get(f"ema_{params.average.ema_decay}"),
-        "quantized_bpb": scores["sliding_rows"]["val_bpb"] if "sliding_rows" in scores else None,
+        "quantized_bpb": report(f"evaluate/{seed}/{rows}/metrics.json")["val_bpb"]
+        if rows in params.evaluators
+        else None,
         "final_bpb": final["val_bpb"],
         "legal": report(f"certify/{seed}/lora_ttt/certificate.json")["legal"],
         "artifact_bytes": report(f"size_check/{seed}/size.json")["total_bytes"],

@@ -48,7 +48,8 @@ def check_machine(params: Params, *, fetched: bool) -> None:
 
     `fetched` says whether the disk already holds the documents or shards.
     """
-    for check in [*_gpu_checks(params), *_sizes(params, fetched=fetched)]:
+    gpus, sizes = _machine_checks(params, fetched=fetched)
+    for check in [*gpus, *sizes]:
         if check.key and not check.met:
             raise UserError(f"params.yaml: {check.key}: expected {check.need}: {check.remedy} (see make doctor)")
     check_later_stages(params)
@@ -99,7 +100,14 @@ class Check:
 
 def record_checks(params: Params) -> list[Check]:
     """All needs of a record, in the order of the table."""
-    return [*_programs(params), *_sources(params), *_sizes(params, fetched=False), *_gpu_checks(params)]
+    gpus, sizes = _machine_checks(params, fetched=False)
+    return [*_programs(params), *_sources(params), *sizes, *gpus]
+
+
+def _machine_checks(params: Params, *, fetched: bool) -> tuple[list[Check], list[Check]]:
+    """What a run needs of GPUs, which is nothing where it takes none, and what it needs of memory and disk."""
+    on_gpus = _wants_gpus(params)
+    return _gpu_checks(params) if on_gpus else [], _sizes(params, on_gpus=on_gpus, fetched=fetched)
 
 
 def cpu_hours(params: Params) -> float:
@@ -143,8 +151,7 @@ def _sources(params: Params) -> list[Check]:
     return [Check("documents", there, f"put the documents at {', '.join(fetch.path)} (fetch.path)")]
 
 
-def _sizes(params: Params, *, fetched: bool) -> list[Check]:
-    on_gpus = _wants_gpus(params)
+def _sizes(params: Params, *, on_gpus: bool, fetched: bool) -> list[Check]:
     ram = params.processes * (GPU_PROCESS_RAM if on_gpus else CPU_PROCESS_RAM)
     shards = params.fetch.train_shards + 1 if isinstance(params.fetch, FetchHub) and not fetched else 0
     disk = COPIES * shards * SHARD_BYTES + len(params.seeds) * (SEED_BYTES if on_gpus else SEED_BYTES // 20)
@@ -162,9 +169,7 @@ def _gpus(params: Params) -> str:
 
 
 def _gpu_checks(params: Params) -> list[Check]:
-    """The needs of a run on GPUs, and none where it runs on a CPU."""
-    if not _wants_gpus(params):
-        return []
+    """The needs of a run on GPUs."""
     gpus, memory = machine.gpu_bytes(), GPU_MEMORY_LOOPED if params.model.loop else GPU_MEMORY
     memory = memory * params.train.micro_batch_tokens // GPU_MEMORY_TOKENS
     smaller = f"{memory / GIB:.0f} GiB on each; a smaller train.micro_batch_tokens needs less, but changes the batches"
