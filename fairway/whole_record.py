@@ -1,13 +1,24 @@
 """The whole record in one run, without DVC: what ships as train_gpt.py.
 
-Reads:  FOLDER/val_*.bin, and tokenizer.model or val_bytes_*.bin; FOLDER/model.bin or, to make one, FOLDER/train_*.bin
-Writes: FOLDER/model.bin if there is none; prints val_loss (nats per token) and val_bpb of model.bin
-Usage:  python -m fairway.whole_record FOLDER in the repository, where it reads params.yaml; anywhere else
-        python train_gpt.py [FOLDER], with the settings that pack has written into the program. Under torchrun all
-        processes train and adapt; the first one then does the rest alone.
+Reads:  DATA_PATH/*val_*.bin with *val_bytes_*.bin or else the tokenizer TOKENIZER_PATH; model.bin in the working
+        directory or, to make one, DATA_PATH/*train_*.bin. The stars stand for any beginning, such as the challenge's
+        fineweb_.
+Writes: model.bin in the working directory if there is none; prints the lines of the challenge's logs, of which the last
+        one is the score of model.bin
+Usage:  python train_gpt.py, with the settings that pack has written into the program, or in the repository
+        python -m fairway.whole_record, which reads params.yaml. Under torchrun all processes train, adapt and evaluate;
+        the first one quantizes and compresses while the others wait for model.bin, in a directory that all see.
+
+The variables of the environment are those of the challenge's train_gpt.py. SEED is the seed; without it the program
+takes the one in its second line, the repository the first of params.yaml. DATA_PATH is the working directory if it is
+not set, and TOKENIZER_PATH the file tokenizer.model there.
 """
 
+import os
 import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fairway.adaptation.row_training import adapt, load_rows
-from fairway.codec.artifact import load_artifact
+from fairway.codec.artifact import load_artifact_once
 from fairway.codec.container import check_round_trip, pack
 from fairway.evaluation.collect import collect, measure
 from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
@@ -24,12 +35,13 @@ from fairway.model.gpt import GPT, load_network
 from fairway.params import ArtifactParams, Params, load_params
 from fairway.quantization.calibrate import calibrate
 from fairway.quantization.rate import quantize_to_size
-from fairway.runtime.distributed import World, alone, make_deterministic, start_world
+from fairway.runtime.challenge_log import end_line, epoch_lines, score_line, size_lines, step_line
+from fairway.runtime.distributed import World, make_deterministic, start_world
 from fairway.runtime.errors import UserError, run_stage
 from fairway.runtime.files import write_atomic
-from fairway.runtime.progress import Progress
+from fairway.runtime.progress import Figures, Progress
 from fairway.tokens.loader import Prefetcher
-from fairway.tokens.validation import load_validation
+from fairway.tokens.validation import Validation, load_validation
 from fairway.training.loop import train
 from fairway.training.training_files import check_world, train_stream
 
@@ -58,51 +70,87 @@ def chosen_options(params: Params) -> dict[str, str]:
     return chosen | params.evaluator_settings(params.compress.evaluator).looked_up()
 
 
+# The compressed network, which is made if it is not there.
+MODEL = Path("model.bin")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the environment says: the seed, the folder of the token shards, and the tokenizer's file."""
+
+    seed: int
+    data: Path
+    tokenizer: Path
+
+
+def inputs(seed: int) -> Inputs:
+    """The inputs that the environment names. Raises UserError if SEED is set and no whole number."""
+    given = os.environ.get("SEED", str(seed))
+    if not given.isdecimal():
+        raise UserError(f"SEED={given}: expected a whole number")
+    data, tokenizer = (os.environ.get(*item) for item in (("DATA_PATH", "."), ("TOKENIZER_PATH", "tokenizer.model")))
+    return Inputs(int(given), Path(data), Path(tokenizer))
+
+
 def main() -> None:
     """Run the record of params.yaml."""
     params = load_params("params.yaml")
     name = params.compress.evaluator
-    evaluator = make_evaluator(name, params.evaluator_settings(name), model=params.model, processes=1)
-    run_record(params, params.seeds[0], _folder(), evaluator)
+    evaluator = make_evaluator(name, params.evaluator_settings(name), model=params.model, processes=params.processes)
+    run_record(params, inputs(params.seeds[0]), evaluator)
 
 
 def run_shipped(params: ArtifactParams, evaluator: type[Evaluator], settings: EvaluatorSettings, seed: int) -> None:
     """Run the record inside train_gpt.py, where this is called with the shipped_arguments and the seed."""
-    run_stage(lambda: run_record(params, seed, _folder(), evaluator(settings)))
+    run_stage(lambda: run_record(params, inputs(seed), evaluator(settings), program=Path(sys.argv[0])))
 
 
-def run_record(params: ArtifactParams, seed: int, folder: Path, evaluator: Evaluator) -> None:
-    """Make folder/model.bin unless it is there, then print the score that the evaluator gives it."""
-    path = folder / "model.bin"
-    weights = None
-    with start_world() as world:
-        if not path.is_file():
-            weights = trained_weights(params, seed, folder, world)
-            make_deterministic()
-            weights = adapted_weights(params, weights, folder, world)
-    if world.rank:
-        return
-    if weights is not None:
-        write_atomic(path, compressed(params, weights, seed, folder, world.device))
-    print_score(evaluator, path, world.device)
+def run_record(params: ArtifactParams, given: Inputs, evaluator: Evaluator, program: Path | None = None) -> None:
+    """Make model.bin unless it is there, then print the score that the evaluator gives it.
+
+    `program` is the file whose bytes count as code; the repository has none. Only the first process prints.
+    """
+    with start_world() as world, redirect_stdout(None if world.rank else sys.stdout):
+        print(f"seed:{given.seed} world_size:{world.size}")
+        if not MODEL.is_file():
+            make_model(params, given, world)
+        if program:
+            print(size_lines(program.stat().st_size, MODEL.stat().st_size))
+        print_score(params, evaluator, given, world)
 
 
-def trained_weights(params: ArtifactParams, seed: int, folder: Path, world: World) -> dict[str, Tensor]:
+def make_model(params: ArtifactParams, given: Inputs, world: World) -> None:
+    """Train with all processes and write model.bin in the first; the others come back when it is there."""
+    weights = trained_weights(params, given, world)
+    make_deterministic()
+    weights = adapted_weights(params, weights, given, world)
+    if not world.rank:
+        write_atomic(MODEL, compressed(params, weights, given, world.device))
+    # An exchange between processes would end them after ten minutes of waiting.
+    while not MODEL.is_file():
+        time.sleep(0.1)
+
+
+def trained_weights(params: ArtifactParams, given: Inputs, world: World) -> dict[str, Tensor]:
     """Do what the stages train and average do: the weights of the kind that params.average names."""
-    check_world(params.train, world)
-    validation = load_validation(folder, seq_len=params.model.seq_len, vocab_size=params.model.vocab_size)
+    settings = params.train
+    check_world(settings, world)
+    validation = _validation(params, given)
     model = GPT(params.model)
-    model.init_weights(seed)
+    model.init_weights(given.seed)
     model.to_device(world.device)
-    with (
-        Prefetcher(train_stream(params.model, params.train, folder, world), world.device) as loader,
-        Progress("train", params.train.max_steps, unit="steps") as progress,
-    ):
+    clock_s = 0.0
 
-        def tick(step: int, figures: dict[str, float]) -> None:
-            progress.update(step - progress.done, loss=figures["train_loss"])
+    def tick(step: int, figures: Figures) -> None:
+        nonlocal clock_s
+        clock_s = figures["clock_s"]
 
-        trained = train(model, loader, validation, params.train, world, log=lambda step, figures: None, tick=tick)
+    def log(step: int, figures: Figures) -> None:
+        print(step_line(step, settings.max_steps, figures, clock_s), flush=True)
+
+    with Prefetcher(train_stream(params.model, settings, given.data, world), world.device) as loader:
+        trained = train(model, loader, validation, settings, world, log=log, tick=tick)
+    print(end_line(trained.stopped_by, trained.steps, settings.max_steps, trained.clock_s))
     kind = params.average.kind
     if kind not in trained.weights:
         raise UserError(f"params.yaml: average.method: {kind}: training kept only {', '.join(trained.weights)}")
@@ -110,32 +158,31 @@ def trained_weights(params: ArtifactParams, seed: int, folder: Path, world: Worl
 
 
 def adapted_weights(
-    params: ArtifactParams, weights: dict[str, Tensor], folder: Path, world: World
+    params: ArtifactParams, weights: dict[str, Tensor], given: Inputs, world: World
 ) -> dict[str, Tensor]:
     """Do what the stage adapt does: the same weights, or those adapted to the split that params.adapt names."""
     settings, config = params.adapt, params.model
     if not settings.epochs:
         return weights
-    model = load_network(config, weights, folder, world.device)
+    model = load_network(config, weights, given.data, world.device)
     rows = load_rows(
-        folder,
+        given.data,
         settings.split,
         seq_len=config.seq_len,
         vocab_size=config.vocab_size,
         max_rows=settings.max_rows,
     )
     with Progress("adapt", settings.epochs * len(rows) // world.size, unit="rows") as progress:
-        adapt(model, rows.to(world.device), settings, progress.update, world=world)
+        losses = adapt(model, rows.to(world.device), settings, progress.update, world=world)
+    print(epoch_lines(losses))
     return model.state_dict()
 
 
-def compressed(
-    params: ArtifactParams, weights: dict[str, Tensor], seed: int, folder: Path, device: torch.device
-) -> bytes:
+def compressed(params: ArtifactParams, weights: dict[str, Tensor], given: Inputs, device: torch.device) -> bytes:
     """Do what the stages quantize and compress do: the bytes of model.bin."""
     weights = {name: weight.cpu() for name, weight in weights.items()}
-    codec = params.compress.codec
-    hessians = calibrate(params.model, params.quantize.gptq, weights, folder, folder, seed=seed, device=device)
+    codec, data = params.compress.codec, given.data
+    hessians = calibrate(params.model, params.quantize.gptq, weights, data, data, seed=given.seed, device=device)
     state, _, _ = quantize_to_size(
         weights, params.quantize, hessians, lambda state: len(pack(params.model, state, codec=codec))
     )
@@ -144,24 +191,25 @@ def compressed(
     return model
 
 
-def print_score(evaluator: Evaluator, path: Path, device: torch.device) -> None:
-    """Print the score that the evaluator gives model.bin on the validation stream beside it."""
+def print_score(params: ArtifactParams, evaluator: Evaluator, given: Inputs, world: World) -> None:
+    """Print the score that the evaluator gives model.bin on the validation stream, as the stage evaluate finds it."""
     make_deterministic()
-    model = load_artifact(path, device)
-    config = model.config
-    validation = load_validation(path.parent, seq_len=config.seq_len, vocab_size=config.vocab_size)
-    tokens_N1, world = validation.tokens.to(device), alone(device)
-    with Progress("evaluate", len(validation.bytes), unit="tokens") as progress:
+    started_at = time.monotonic()
+    model = load_artifact_once(MODEL, world)
+    validation = _validation(params, given)
+    tokens_N1 = validation.tokens.to(world.device)
+    with Progress("evaluate", len(validation.bytes) // world.size, unit="tokens") as progress:
         evaluation = evaluator.begin(model, tokens_N1, world)
         scores = collect(evaluation, tokens_N1, world, scored=lambda positions, nats: progress.update(len(nats)))
     figures = measure(scores, validation.bytes)
-    print(f"val_loss: {figures['val_loss']:.8f}")
-    print(f"val_bpb: {figures['val_bpb']:.8f}")
+    eval_s = time.monotonic() - started_at
+    print(score_line(params.compress.evaluator, figures["val_loss"], figures["val_bpb"], eval_s))
 
 
-def _folder() -> Path:
-    """The folder on the command line, or the working directory."""
-    return Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+def _validation(params: ArtifactParams, given: Inputs) -> Validation:
+    """The validation stream and its bytes."""
+    config = params.model
+    return load_validation(given.data, seq_len=config.seq_len, vocab_size=config.vocab_size, tokenizer=given.tokenizer)
 
 
 if __name__ == "__main__":

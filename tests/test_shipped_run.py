@@ -40,7 +40,7 @@ def as_before() -> Iterator[None]:
 def test_what_ships_is_run_before_anything_is_written(finished_copy: Experiment) -> None:
     """The packed text of this experiment is replaced by one that prints figures of its own."""
     text = finished_copy.folder / "artifacts/pack/program.py"
-    text.write_text("print('val_loss: 1.00000000\\nval_bpb: 2.00000000')")
+    text.write_text("print('final_sliding_exact val_loss:1.00000000 val_bpb:2.00000000')")
     shutil.rmtree(finished_copy.folder / "artifacts/compress")
     line = finished_copy.fails("compress", "1337")
     assert re.fullmatch(

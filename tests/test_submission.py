@@ -138,7 +138,7 @@ def test_its_program_alone_gives_the_submitted_score(scored: Experiment, tmp_pat
     done = subprocess.run(
         [warm_python(), "-P", "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    found = float(re.search(r"val_bpb: (\S+)", done.stdout)[1])  # type: ignore[index]
+    found = float(re.search(r"^final_sliding_exact .* val_bpb:(\S+)", done.stdout, re.MULTILINE)[1])  # type: ignore[index]
     assert found == pytest.approx(json.loads((submission / "submission.json").read_text())["val_bpb"], abs=1e-6)
 
 

@@ -57,6 +57,9 @@ class StreamingEvaluator(Evaluator):
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         """A pass whose chunks are the blocks of all lanes at the same place."""
         s, seq_len, targets = self.settings, model.config.seq_len, len(tokens_N1) - 1
+        # The program that ships is started with any number of processes, and its settings were checked with another.
+        if world.size > s.lanes:
+            raise UserError(f"params.yaml: streaming.lanes ({s.lanes}) is less than the {world.size} processes")
         if targets < s.lanes * seq_len:
             raise UserError(
                 f"params.yaml: streaming.lanes ({s.lanes}): too many for {targets} targets in rows of {seq_len}"

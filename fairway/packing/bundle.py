@@ -10,6 +10,7 @@ Source: PR #1172 and #1493 ship one minified script as raw LZMA2 in base85; #195
 """
 
 import ast
+import re
 import string
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,12 +26,15 @@ from fairway.packing.names import bound_names, global_names
 from fairway.packing.schema import NAMESPACE, Settings
 from fairway.packing.shorten import shorten, strip
 from fairway.packing.sweep import Parts
+from fairway.packing.unasked import drop_unasked
 
 # The module of the whole record, and the function of it that the program calls when it is started.
 RECORD, ENTRY = "fairway.whole_record", "run_shipped"
 # How many letters back PPMd looks, in the order in which these are tried. 16 packs best, but with it the library once
 # gave another text back.
 PPMD_ORDERS = range(16, 7, -1)
+# What messages say of the repository, which has params.yaml and stages while the program has neither.
+ADVICE = re.compile(r"; `python -m stages\.\w+` makes (it|them)|params\.yaml: | in params\.yaml \(model\)")
 # The stub unpacks the program's text from the string at its end and runs it. Before that it registers the text with
 # linecache, where tracebacks, inspect and Triton look for it. It reads the string as bytes from its own file. To Python
 # it is a raw string, which may hold every byte but zero, so two letters stand for a zero.
@@ -64,14 +68,27 @@ def program_text(
     for table, key in (chosen or {}).items():
         _keep_entry(linked, table, key)
     strip(linked.tree)
-    parts = Parts(linked)
-    call = Settings(linked, parts).call(linked.names[entry, ENTRY], arguments, late)
-    parts.sweep(global_names(call))
+    _drop_advice(linked.tree)
+    settings = Settings(linked)
+    while True:
+        parts = Parts(linked)
+        call = settings.call(parts, linked.names[entry, ENTRY], arguments, late)
+        parts.sweep(global_names(call))
+        if not drop_unasked(linked.tree, call):
+            break
     started = ast.parse(f"if __name__ == '__main__':\n    {ast.unparse(call)}").body
     if NAMESPACE in global_names(call):
         started = [*ast.parse(f"from types import {NAMESPACE}").body, *started]
     linked.tree.body += started
     return shorten(linked.tree)
+
+
+def _drop_advice(tree: ast.Module) -> None:
+    """Leave out of the messages of exceptions what can only be done in the repository."""
+    raised = (part for node in ast.walk(tree) if isinstance(node, ast.Raise) for part in ast.walk(node))
+    for part in raised:
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            part.value = ADVICE.sub("", part.value)
 
 
 def _keep_entry(linked: Linked, table: str, key: str) -> None:

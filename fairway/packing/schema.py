@@ -21,26 +21,31 @@ CHECKS = re.compile(r"pydantic\.(field|model)_(validator|serializer)$")
 
 
 class Settings:
-    """Writes the call that starts a program, whose arguments are settings, classes and values of JSON."""
+    """Writes the call that starts a program, whose arguments are settings, classes and values of JSON.
 
-    def __init__(self, linked: Linked, parts: Parts) -> None:
-        self.parts, self.names, self.quiet = parts, linked.names, Quiet(linked.tree)
+    It is made of the whole text, since it looks at classes of settings that need not ship.
+    """
+
+    def __init__(self, linked: Linked) -> None:
+        self.names, self.quiet = linked.names, Quiet(linked.tree)
         self.classes = {node.name: node for node in linked.tree.body if isinstance(node, ast.ClassDef)}
         # Names that the program mentions other than as a base of a class, and names of attributes that it may read.
         self.used: set[str] = set()
         self.read: set[str] = set()
 
-    def call(self, start: str, values: Sequence[Any], late: Sequence[str]) -> ast.Call:
+    def call(self, parts: Parts, start: str, values: Sequence[Any], late: Sequence[str]) -> ast.Call:
         """The call of `start` with the values, followed by the names `late`, which whoever runs the text has to set.
 
-        Which classes are needed depends on what the program reaches, and that depends on the classes in this call. So
-        the call is written again until no new class or attribute turns up. Raises ValueError on a value that is neither
-        one of JSON nor of a class of the program, or that cannot be made again from its data.
+        `parts` are the statements that the program has at present. Which classes are needed depends on what the program
+        reaches, and that depends on the classes in this call. So the call is written again until no new class or
+        attribute turns up. Raises ValueError on a value that is neither one of JSON nor of a class of the program, or
+        that cannot be made again from its data.
         """
+        self.used, self.read = set(), set()
         while True:
             arguments = [*map(self._written, values), *(ast.Name(name, ast.Load()) for name in late)]
             call = ast.Call(ast.Name(start, ast.Load()), arguments, [])
-            reached = self.parts.reached(global_names(call))
+            reached = parts.reached(global_names(call))
             used = {name for part in reached for name in _used(part)}
             read = {name for part in reached for name in attributes_read(part)}
             if used <= self.used and read <= self.read:

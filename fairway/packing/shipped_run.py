@@ -5,6 +5,7 @@ way (short_stream). The trial leaves out how the program makes a model.bin if th
 which take hundreds of documents, and, on a CPU with a network as large as the records', learning between chunks.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -32,6 +33,8 @@ from fairway.tokens.validation import Validation, load_validation
 # By how much the figures may differ. Both come from the same computation on the same device, printed to eight digits.
 TOLERANCE = 1e-6
 UNITS = {"val_loss": "nats per token", "val_bpb": "bits per byte"}
+# The variables that the program takes its seed and its files from.
+VARIABLES = ("SEED", "DATA_PATH", "TOKENIZER_PATH")
 # The longest stream in tokens, and the most work for a CPU in weights times tokens; but one row is always tried.
 MOST_TOKENS = 65_536
 MOST_WORK_ON_CPU = 10**10
@@ -129,7 +132,9 @@ def _own_figures(evaluator: Evaluator, network: GPT, validation: Validation) -> 
 def _shipped_figures(folder: Path) -> tuple[dict[str, float], str]:
     """The figures that the program in the folder prints, NaN for those it does not, and its complaint if it fails."""
     command = [sys.executable, "-I", "train_gpt.py"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    printed = dict(re.findall(r"^(val_\w+): (\d+\.\d+)$", done.stdout, flags=re.MULTILINE))
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    line = re.search(r"^final_\w+_exact .*$", done.stdout, flags=re.MULTILINE)
+    printed = dict(re.findall(r"(val_\w+):(\d+\.\d+)", line[0] if line else ""))
     complaint = done.stderr.strip().splitlines()[-1:] if done.returncode else []
     return {key: float(printed.get(key, nan)) for key in UNITS}, "".join(f" ({line})" for line in complaint)

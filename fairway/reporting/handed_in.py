@@ -10,6 +10,7 @@ from typing import Any
 
 from fairway.reporting.budgets import budgets, eval_s, train_s
 from fairway.reporting.runs import Run, Standing, spread, standing
+from fairway.runtime.challenge_log import end_line, epoch_lines, score_line, size_lines, step_line
 from fairway.runtime.settings import CAP_BYTES, TRACK, TRACK_GPUS, Section
 
 
@@ -92,28 +93,26 @@ Curve = dict[float, float]
 
 
 def train_log(run: Run, evaluator: str, *, max_steps: int, subset: str | None) -> str:
-    """A line for each logged step and validation, then lines on the end of training, its result, bytes and score."""
+    """The lines that the program that ships prints (runtime/challenge_log.py), with more on the machine and the end."""
     train, environment, score = run.train, run.train["environment"], run.scores[evaluator]
     curves: dict[str, Curve] = {name: dict(rows) for name, rows in run.curves.items()}
     curves["clock_s"] |= {0: 0.0, train["steps"]: train["wall_s"]}
     steps = sorted(int(step) for step in {*curves["train_loss"], *curves["val_bpb"]})
     return "\n".join(
         [
-            f"seed:{run.seed} world_size:{environment['processes']} commit:{environment['commit']}",
-            f"device:{environment['device']} driver:{environment['driver']} torch:{environment['torch']} "
-            f"cuda:{environment['cuda']} python:{environment['python']} attention:{environment['attention']}",
+            f"seed:{run.seed} world_size:{environment['processes']}",
+            f"commit:{environment['commit']} device:{environment['device']} driver:{environment['driver']} "
+            f"torch:{environment['torch']} cuda:{environment['cuda']} python:{environment['python']} "
+            f"attention:{environment['attention']}",
             f"model_params:{train['parameters']}",
             *(line for step in steps for line in _step(step, max_steps, curves)),
-            f"stopped_by:{train['stopped_by']} train_time:{_ms(train['wall_s'])}ms step:{train['steps']}/{max_steps}",
+            end_line(train["stopped_by"], train["steps"], max_steps, train["wall_s"]),
             f"peak memory: {train['peak_memory_bytes'] >> 20} MiB",
             *(f"weights:{kind} val_bpb:{bpb:.8f}" for kind, bpb in train["val_bpb_by_weights"].items()),
             *_adaptation(run.adapt),
-            f"Code size: {run.size['train_gpt_bytes']} bytes",
-            f"Serialized model: {run.size['model_bytes']} bytes",
-            f"Total submission size: {run.size['total_bytes']} bytes",
+            size_lines(run.size["train_gpt_bytes"], run.size["model_bytes"]),
             *([f"scored on {subset}"] if subset else []),
-            f"final_{score['evaluator']}_exact val_loss:{score['val_loss']:.8f} "
-            f"val_bpb:{score['val_bpb']:.8f} eval_time:{_ms(score['eval_s'])}ms",
+            score_line(score["evaluator"], score["val_loss"], score["val_bpb"], score["eval_s"]),
             f"certificate {evaluator}: {run.certificates[evaluator].standing}",
             "",
         ]
@@ -121,28 +120,17 @@ def train_log(run: Run, evaluator: str, *, max_steps: int, subset: str | None) -
 
 
 def _step(step: int, max_steps: int, curves: dict[str, Curve]) -> list[str]:
-    """The lines of one step. If it was validated but not logged, its time is not known and is left out."""
-    time = ""
-    if (clock_s := curves["clock_s"].get(step)) is not None:
-        time = f" train_time:{_ms(clock_s)}ms step_avg:{1000 * clock_s / max(step, 1):.2f}ms"
-    lines = []
-    if step in curves["train_loss"]:
-        lines.append(f"step:{step}/{max_steps} train_loss:{curves['train_loss'][step]:.4f}{time}")
-    if step in curves["val_bpb"]:
-        figures = f"val_loss:{curves['val_loss'][step]:.4f} val_bpb:{curves['val_bpb'][step]:.4f}"
-        lines.append(f"step:{step}/{max_steps} {figures}{time}")
-    return lines
+    """The lines of one step: of its own loss if that was logged, then of the validation behind it if there was one."""
+    clock_s = curves["clock_s"].get(step)
+    groups = ("train_loss",), ("val_loss", "val_bpb")
+    found = [{name: curves[name][step] for name in group if step in curves[name]} for group in groups]
+    return [step_line(step, max_steps, figures, clock_s) for figures in found if figures]
 
 
 def _adaptation(adapt: dict[str, Any]) -> list[str]:
     if not adapt["epochs"]:
         return []
-    epochs = [f"adapt:{epoch}/{adapt['epochs']} loss:{loss:.4f}" for epoch, loss in enumerate(adapt["loss_nats"], 1)]
-    return [*epochs, f"adapt split:{adapt['split']} time:{_ms(adapt['adapt_s'])}ms"]
-
-
-def _ms(seconds: float) -> int:
-    return round(1000 * seconds)
+    return [epoch_lines(adapt["loss_nats"]), f"adapt split:{adapt['split']} time:{1000 * adapt['adapt_s']:.0f}ms"]
 
 
 VERDICTS: dict[Standing, str] = {

@@ -26,7 +26,9 @@ class Progress:
         self.done = self._begun_at = start
         self._started_at = self._shown_at = time.monotonic()
         self._figures = ""
-        self._bar = tqdm(total=total, initial=start, desc=name, unit=unit) if sys.stderr.isatty() else None
+        # A process whose output is switched off (sys.stdout is None) shows no bar either.
+        shows_bar = sys.stdout and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=start, desc=name, unit=unit) if shows_bar else None
 
     def update(self, n: int = 1, **figures: float) -> None:
         """Add `n` units. Keyword arguments are figures to show behind the count, such as bpb=1.12."""

@@ -31,12 +31,12 @@ class Validation:
     bytes: Tensor
 
 
-def load_validation(folder: Path, *, seq_len: int, vocab_size: int) -> Validation:
+def load_validation(folder: Path, *, seq_len: int, vocab_size: int, tokenizer: Path | None = None) -> Validation:
     """The validation stream of a token folder, cut to whole rows of seq_len tokens.
 
-    Bytes come from the sidecars (val_bytes_*.bin) where there are any, otherwise from the byte table of
-    tokenizer.model. Raises UserError on a damaged shard, on a stream shorter than one row, or on a sidecar that is not
-    as long as its shard.
+    Bytes come from the sidecars (val_bytes_*.bin) where there are any, otherwise from the byte table of the tokenizer,
+    which is the folder's tokenizer.model unless another file is given. Raises UserError on a damaged shard, on a stream
+    shorter than one row, or on a sidecar that is not as long as its shard.
     """
     tokens = np.concatenate([open_shard(path, vocab_size=vocab_size) for path in shard_paths(folder, "val")])
     targets = (len(tokens) - 1) // seq_len * seq_len
@@ -46,8 +46,8 @@ def load_validation(folder: Path, *, seq_len: int, vocab_size: int) -> Validatio
     if sidecars := open_sidecars(folder):
         target_bytes = np.concatenate(sidecars)[1 : targets + 1]
     else:
-        tokenizer = require_file(folder / "tokenizer.model", MADE_BY)
-        target_bytes = byte_table(tokenizer, vocab_size).count(tokens[:-1], tokens[1:])
+        table = byte_table(tokenizer or folder / "tokenizer.model", vocab_size)
+        target_bytes = table.count(tokens[:-1], tokens[1:])
     return Validation(
         tokens=torch.from_numpy(tokens.astype(np.int64)),
         bytes=torch.from_numpy(target_bytes.astype(np.int64)),
