@@ -9,6 +9,8 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 repro: .venv/installed
+	@git rev-parse --git-dir > /dev/null 2>&1 || grep -qs no_scm .dvc/config .dvc/config.local || { \
+	  echo 'error: not a git repository: do `git init`, or `dvc config --local core.no_scm true` without git' >&2; exit 1; }
 	$(if $(DATA),python -m stages.use_data '$(DATA)')
 	$(if $(DATA),dvc repro --force --single-item fetch)
 	dvc repro

@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,8 @@ def main() -> None:
                 "eval_s": round(eval_s, 3),
             }
             with output_folder(ARTIFACTS / f"evaluate/{seed}/{name}") as out:
-                np.savez(out / "nats.npz", nats=scores.nats_N.numpy())
+                np.savez(nats := BytesIO(), nats=scores.nats_N.numpy())
+                write_atomic(out / "nats.npz", nats.getvalue())
                 write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
             shutil.rmtree(points.folder, ignore_errors=True)
             print(f"evaluate {seed} {name}: val_bpb {metrics['val_bpb']:.6f} in {eval_s:.1f} s")

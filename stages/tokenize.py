@@ -10,6 +10,7 @@ Source: the challenge's exporter; CaseOps: PR #1729. Ours: the default tokenizer
 
 import json
 from pathlib import Path
+from typing import Any
 
 from fairway.params import load_params
 from fairway.runtime.errors import run_stage
@@ -30,13 +31,17 @@ def main() -> None:
         write_atomic(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
     for split in ("train", "val"):
         print(f"tokenize: {split}: {meta[f'{split}_documents']} documents, {meta[f'{split}_tokens']} tokens")
-    print(f"tokenize: {_told(meta['dropped_train_documents'])}")
+    print(f"tokenize: {_repeats(meta)}")
+    if meta["val_text_bytes"] not in (None, meta["val_bytes"]):
+        counted, raw = meta["val_bytes"], meta["val_text_bytes"]
+        print(f"tokenize: the tokenizer folds text: {counted} bytes are counted for {raw} bytes of validation text")
 
 
-def _told(dropped: int | None) -> str:
-    """What became of training documents that repeat a held-out one; None where nobody looked for them."""
-    if dropped is None:
-        return "published shards are taken as they are: whether training repeats validation documents was not checked"
+def _repeats(meta: dict[str, Any]) -> str:
+    """What became of training documents that repeat a held-out one."""
+    if repeated := meta["repeated_train_documents"]:
+        return f"{repeated} documents of the published training shards repeat one held out for validation"
+    dropped = meta["dropped_train_documents"]
     return f"{dropped} documents are not trained on, since their text is that of a document held out for validation"
 
 

@@ -13,7 +13,7 @@ from test_model import R1150, SMALL
 from test_within_documents import documents
 from torch import Tensor
 
-from fairway.certification.accounting import Evaluation, Finding, Provenance, accounting, legal, with_provenance
+from fairway.certification.accounting import Evaluation, Finding, Provenance, Text, accounting, legal, with_provenance
 from fairway.certification.black_box import BlackBox, baseline
 from fairway.certification.decoder import choose_slices
 from fairway.certification.excerpt import choose_excerpt, visiting_order
@@ -392,6 +392,26 @@ def test_an_artifact_that_has_seen_the_text_fails(changes: dict[str, Any], expec
     assert _failed(with_provenance(PASSES, replace(CLEAN, **changes))) == expected
 
 
+TEXT = Text(repeated=0, counted_bytes=5, text_bytes=5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "why"),
+    [
+        ({"text_bytes": None}, "pass", ""),
+        # Whitespace that the published tokenizers strip only raises bits per byte.
+        ({"counted_bytes": 4}, "pass", ""),
+        ({"counted_bytes": 6}, "fail", "the tokens count 6 bytes, but the validation text has 5"),
+        ({"repeated": 1}, "unproven", "1 documents that were trained on are validation documents too"),
+    ],
+)
+def test_the_text_that_is_counted_and_trained_on_decides_too(changes: dict[str, Any], verdict: str, why: str) -> None:
+    evaluation = Evaluation(METRICS, NATS, 10, CLEAN, replace(TEXT, **changes))
+    found = accounting(evaluation, BYTES, UNTOLD, cap_bytes=10)
+    assert found.verdict == verdict
+    assert why in found.why
+
+
 NATS, BYTES = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), torch.tensor([1, 0, 4])
 UNTOLD = torch.zeros(3, dtype=torch.bool)
 METRICS = {"val_bpb": 6 / (5 * math.log(2)), "targets": 3, "scored": 3, "bytes": 5, "eval_s": 10.0}
@@ -411,6 +431,6 @@ METRICS = {"val_bpb": 6 / (5 * math.log(2)), "targets": 3, "scored": 3, "bytes":
 )
 def test_what_is_counted_must_add_up(metrics: dict[str, Any], provenance: dict[str, Any], verdict: str) -> None:
     made_from = replace(CLEAN, **provenance)
-    evaluation = Evaluation(METRICS | metrics, NATS, 10, made_from)
+    evaluation = Evaluation(METRICS | metrics, NATS, 10, made_from, TEXT)
     assert accounting(evaluation, BYTES, UNTOLD, cap_bytes=10).verdict == verdict
     assert accounting(evaluation, BYTES, UNTOLD, cap_bytes=9).verdict == "fail"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_certify import CLEAN, LEARNING, LEGAL, LORA, SLIDING, WITHIN, _certified, _failed, _network, _stream
 from torch import Tensor
 
-from fairway.certification.accounting import Evaluation, accounting, order_bits, places_bits
+from fairway.certification.accounting import Evaluation, Text, accounting, order_bits, places_bits
 from fairway.certification.black_box import BlackBox, baseline
 from fairway.certification.decoder import choose_slices
 from fairway.certification.excerpt import choose_excerpt, stream_order, visiting_order
@@ -214,7 +214,7 @@ def test_a_score_that_leaves_out_what_must_be_told_is_no_code_length(start_nats:
     target_bytes = torch.ones(1000, dtype=torch.int64)
     bpb = float(nats.sum()) / (1000 * math.log(2))
     metrics = {"val_bpb": bpb, "targets": 1000, "scored": 1000, "bytes": 1000, "eval_s": 1.0}
-    found = accounting(Evaluation(metrics, nats, 10, CLEAN), target_bytes, told, cap_bytes=10)
+    found = accounting(Evaluation(metrics, nats, 10, CLEAN, Text(0, 1000, None)), target_bytes, told, cap_bytes=10)
     bits = math.log2(math.comb(1000, 10))
     assert found.verdict == verdict
     assert found.evidence["told_bits"] == round(bits)

@@ -286,13 +286,29 @@ def test_a_bomb_of_lrzip_is_stopped_while_it_is_written(tmp_path: Path, monkeypa
         Lrzip().decode(packed, 99_999)
 
 
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("exit 0", "lrzip ended with status 0 and wrote no file: no reason given"),
+        ("echo 'No space left' >&2; echo 'on device'; exit 1", "status 1 and wrote no file: No space left on device"),
+    ],
+)
+def test_lrzips_own_reason_is_told(script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch)
+    (tmp_path / "lrzip").write_text(f"#!/bin/sh\n{script}\n")
+    with pytest.raises(UserError, match=message):
+        Lrzip().encode(b"data")
+    with pytest.raises(ValueError, match=message):
+        Lrzip().decode(b"LRZI", 4)
+
+
 def test_no_more_runs_of_lrzip_than_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run waits for a second one to start, which cannot be with one processor."""
     install(tmp_path, monkeypatch, together=2)
     program = (tmp_path / "lrzip").read_text().replace("-gt 400", "-gt 4")
     (tmp_path / "lrzip").write_text(program)
     monkeypatch.setattr(byte_codecs, "_FREE_PROCESSORS", threading.BoundedSemaphore(1))
-    with pytest.raises(ValueError, match="lrzip ended with status 3"):
+    with pytest.raises(UserError, match="lrzip ended with status 3"):
         codecs.in_parallel(Lrzip().encode, [(b"first",), (b"second",)])
     monkeypatch.setattr(byte_codecs, "_FREE_PROCESSORS", threading.BoundedSemaphore(2))
     (tmp_path / "pack").unlink()

@@ -20,6 +20,7 @@ from pyarrow import parquet
 from test_bytes import byte_pieces, write_model
 
 from fairway.runtime.errors import UserError
+from fairway.runtime.files import output_folder
 from fairway.tokens.documents import documents_path, read_texts
 from fairway.tokens.hub import FetchHub, adopt_export, fetch_hub
 from fairway.tokens.sdists import read_folder
@@ -376,9 +377,19 @@ def test_published_shards_become_tokens(hub: Hub, tmp_path: Path) -> None:
     folder, meta = adopt(fetch_into(tmp_path, hub), tmp_path)
     verify_tokens(folder, vocab_size=263)
     assert (meta["train_tokens"], meta["val_tokens"], meta["val_documents"]) == (2002, 5, 2)
-    assert meta["dropped_train_documents"] is None, "not looked for"
+    assert (meta["dropped_train_documents"], meta["repeated_train_documents"]) == (0, 0)
     assert meta["val_bytes"] == 3
     assert load_validation(folder, seq_len=4, vocab_size=263).bytes.tolist() == [1, 2, 0, 0]
+
+
+def test_published_training_documents_that_validate_too_are_counted(hub: Hub, tmp_path: Path) -> None:
+    """One of them lies in two shards; a longer document that begins with their tokens is none of them."""
+    for index, tokens in enumerate([(1, 262, 1, 262, 5, 1, 260), (261, 1, 1, 262)]):
+        write_shard(tmp_path / "shard.bin", np.array(tokens, dtype=np.uint16))
+        name = f"datasets/fineweb10B_sp263/fineweb_train_{index:06d}.bin"
+        hub.files[name] = (tmp_path / "shard.bin").read_bytes()
+    _, meta = adopt(fetch_into(tmp_path, hub), tmp_path)
+    assert meta["repeated_train_documents"] == 3
 
 
 def test_a_variant_with_byte_sidecars_brings_them(hub: Hub, tmp_path: Path) -> None:
@@ -451,11 +462,54 @@ def test_what_the_cache_holds_is_not_fetched_again(hub: Hub, tmp_path: Path) -> 
     assert (tmp_path / "offline/fineweb_train_000001.bin").is_file()
 
 
+def without_links(cache: Path) -> None:
+    """Turn a cache into what the library makes on a file system that knows no symbolic links."""
+    for link in [path for path in cache.rglob("*") if path.is_symlink()]:
+        link.resolve().rename(cache / "moved")
+        (cache / "moved").replace(link)
+
+
+def test_a_cache_without_symbolic_links_serves_as_well(hub: Hub, tmp_path: Path) -> None:
+    fetch_into(tmp_path, hub)
+    without_links(tmp_path / "cache")
+    hub.gets.clear()
+    folder = fetch_into(tmp_path, hub, "again")
+    assert hub.gets == []
+    assert (folder / "fineweb_val_000000.bin").is_file()
+    (tmp_path / "offline").mkdir()
+    with pytest.raises(UserError, match=r"datasets/manifest\.json: the cache has no links that tell its checksum: "):
+        fetch_hub(hub_settings(hub, endpoint="http://127.0.0.1:9"), tmp_path / "offline", cache=tmp_path / "cache")
+    [damaged] = (tmp_path / "cache").rglob("fineweb_val_000000.bin")
+    damaged.write_bytes(bytes(1034))
+    with pytest.raises(UserError, match=r"fineweb_val_000000\.bin: checksum \w+, the hub promises \w+; fetch it again"):
+        fetch_into(tmp_path, hub, "damaged")
+    assert not damaged.exists()
+    assert [path.name for path in (tmp_path / "cache").rglob("manifest.json")] == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(0, "0 bytes are no shard"), (1030, "1030 bytes, expected 1034 for the 5 entries"), (1024, "a shard without tok")],
+)
+def test_a_shard_that_the_hub_itself_has_damaged_is_refused_where_it_is_fetched(
+    size: int, message: str, hub: Hub, experiment: Experiment
+) -> None:
+    """Its checksum is right: it is that of the damaged file."""
+    name = "datasets/fineweb10B_sp263/fineweb_val_000000.bin"
+    content = hub.files[name] if size != 1024 else np.array([20240520, 1, *[0] * 254], dtype="<i4").tobytes()
+    hub.files[name] = content[:size]
+    with pytest.raises(UserError, match=rf"data/docs/fineweb_val_000000\.bin: {message}"):  # noqa: SIM117
+        with output_folder(experiment.folder / "data/docs") as folder:
+            fetch_hub(hub_settings(hub), folder, cache=experiment.folder / "cache")
+    assert not (experiment.folder / "data/docs").exists()
+
+
 def test_a_cut_connection_goes_on_where_it_broke_off(hub: Hub, tmp_path: Path) -> None:
     name = "datasets/fineweb10B_sp263/fineweb_train_000001.bin"
     # The library writes, and therefore keeps, 10 MiB at a time.
     chunk = 10 * 2**20
-    hub.files[name] += b"\x04\x01" * (chunk * 6 // 10)
+    write_shard(tmp_path / "shard.bin", np.full(chunk * 6 // 10, 260, dtype=np.uint16))
+    hub.files[name] = (tmp_path / "shard.bin").read_bytes()
     hub.cut.add(name)
     folder = fetch_into(tmp_path, hub)
     assert (folder / "fineweb_train_000001.bin").read_bytes() == hub.files[name]

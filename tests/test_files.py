@@ -1,5 +1,7 @@
 """Outputs appear whole or not at all, also when the process that writes them is killed."""
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,6 +59,48 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_atomic(path, "zwölf")
     assert path.read_text(encoding="utf-8") == "zwölf"
     assert [file.name for file in path.parent.iterdir()] == ["figures.json"]
+
+
+# The system lets no file grow beyond so many bytes, as on a full disk.
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from fairway.runtime.errors import run_stage
+from fairway.runtime.files import write_atomic
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+run_stage(lambda: {write})
+"""
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (
+            "write_atomic(Path('out/x.bin'), bytes(2000))",
+            "error: out/x.bin: 2000 bytes cannot be written: File too large",
+        ),
+        ("Path('plain.bin').write_bytes(bytes(2000))", "error: .+: File too large"),
+    ],
+)
+def test_a_full_disk_is_told_in_one_line(write: str, message: str, tmp_path: Path) -> None:
+    """And what was there before stays."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/x.bin").write_text("old")
+    command = [sys.executable, "-c", FULL_DISK.format(write=write)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(message + "\n", done.stderr), done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.bin"]
+    assert (tmp_path / "out/x.bin").read_text() == "old"
+
+
+def test_an_error_about_a_file_in_the_making_names_it_where_it_was_to_be(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"/out/x\.bin: no such file; `make x` makes it"),
+        output_folder(tmp_path / "out") as folder,
+    ):
+        require_file(folder / "x.bin", "make x")
 
 
 def test_a_missing_input_names_the_stage_that_makes_it(tmp_path: Path) -> None:

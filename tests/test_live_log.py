@@ -52,6 +52,15 @@ def test_a_resumed_run_limited_by_steps_judges_its_speed_by_its_own_steps(
         assert capsys.readouterr().out == "train: 65/100 steps, 20 s, 175 s left loss=2.5\n"
 
 
+def test_the_last_line_has_the_last_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with TrainLog(tmp_path, steps=4, seconds=None) as log:
+        log.log(0, {"val_bpb": 8.0})
+        for step in range(1, 5):
+            log.tick(step, _figures(float(step)))
+        log.log(4, {"val_bpb": 2.5})
+    assert capsys.readouterr().out.endswith(" val_bpb=2.5 loss=2.5\n")
+
+
 @pytest.mark.parametrize("processes", [1, 4])
 def test_a_resumed_evaluation_judges_its_speed_by_what_it_scores_itself(
     processes: int, clock: HandSetClock, capsys: pytest.CaptureFixture[str]

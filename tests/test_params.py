@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, tiny_params
+from dvc.utils.serialize import parse_yaml
 
 from fairway.evaluation.lora_ttt import LoraTttSettings
 from fairway.evaluation.registry import evaluator_kinds
@@ -199,7 +200,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"params\.yaml: no such file"):
         load_params(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("seeds: [1\n")
-    with pytest.raises(UserError, match=r"params\.yaml: not valid YAML"):
+    with pytest.raises(UserError, match=r"params\.yaml, line 2: not valid YAML"):
         load_params(tmp_path / "params.yaml")
 
 
@@ -209,6 +210,26 @@ def test_floats_read_as_dvc_reads_them(tmp_path: Path, text: str) -> None:
     raw = yaml.safe_dump(_changed("slot.lr", 0.25)).replace("lr: 0.25", f"lr: {text}")
     (tmp_path / "params.yaml").write_text(raw)
     assert load_params(tmp_path / "params.yaml").evaluator_settings("slot").model_dump()["lr"] == 0.001
+
+
+@pytest.mark.parametrize("text", ["010", "0o12", "1_0", "1:30", "yes", "on", "1e1", "!!int 10", "~"])
+def test_every_scalar_is_read_as_dvc_reads_it_or_refused(tmp_path: Path, text: str) -> None:
+    """PyYAML alone reads 010 as 8, 1:30 as 90 and yes as true (YAML 1.1)."""
+    raw = yaml.safe_dump(_changed("train.max_steps", 777)).replace("max_steps: 777", f"max_steps: {text}")
+    path = tmp_path / "params.yaml"
+    path.write_text(raw)
+    of_dvc = parse_yaml(raw, path)["train"]["max_steps"]
+    if type(of_dvc) is int:
+        assert load_params(path).train.max_steps == of_dvc
+    else:
+        with pytest.raises(UserError, match=r"params\.yaml: train\.max_steps: "):
+            load_params(path)
+
+
+def test_a_key_that_occurs_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"processes": 1}) + "processes: 2\n")
+    with pytest.raises(UserError, match=r'params\.yaml, line 2: not valid YAML: found duplicate key "processes"'):
+        load_params(tmp_path / "params.yaml")
 
 
 def test_whole_numbers_stay_whole(tmp_path: Path) -> None:

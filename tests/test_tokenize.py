@@ -202,7 +202,7 @@ def test_copies_of_held_out_documents_teach_neither_tokenizer_nor_network(
     made, without = (
         json.loads((each.folder / "artifacts/tokens/meta.json").read_text()) for each in (experiment, tokenized)
     )
-    assert without["dropped_train_documents"] == 0
+    assert (without["dropped_train_documents"], without["repeated_train_documents"]) == (0, 0)
     assert made == without | {"dropped_train_documents": VAL_DOCUMENTS}
 
 

@@ -1,7 +1,8 @@
 """What an experiment concludes, what conclusions amount to, and the condition that is no experiment: accounting.
 
 Accounting is about an evaluation that has been made. Counted are bytes, seconds, the size of the artifact, and what a
-decoder must be told beside the artifact and the code; and it is looked up what the artifact was made from. Weights
+decoder must be told beside the artifact and the code; and it is looked up what the artifact and the text were made
+from. Weights
 that were trained or calibrated on the validation text already depend on what they are to predict, and no test of the
 artifact alone can show it; but the stages that did it have written it down.
 """
@@ -80,6 +81,18 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class Text:
+    """From the tokens' meta.json: how many training documents are validation documents too, and bytes of validation.
+
+    `counted_bytes` are those that its tokens stand for, `text_bytes` those of the text, None where it is not known.
+    """
+
+    repeated: int
+    counted_bytes: int
+    text_bytes: int | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The score that a certificate is about: metrics.json, nats (N,) float64, and what it was made with."""
 
@@ -87,6 +100,7 @@ class Evaluation:
     nats_N: Tensor
     model_bytes: int
     provenance: Provenance
+    text: Text
 
 
 def accounting(evaluation: Evaluation, bytes_N: Tensor, told_N: Tensor, *, cap_bytes: int) -> Finding:
@@ -96,6 +110,7 @@ def accounting(evaluation: Evaluation, bytes_N: Tensor, told_N: Tensor, *, cap_b
     it knows them then; but their places do, and no score holds those.
     """
     metrics, nats_N, provenance = evaluation.metrics, evaluation.nats_N, evaluation.provenance
+    text = evaluation.text
     bpb = float(nats_N.sum()) / (math.log(2) * int(bytes_N.sum()))
     told_bits = places_bits(len(told_N), int(told_N.sum()))
     told_bpb = (float(nats_N[~told_N].sum()) / math.log(2) + told_bits) / int(bytes_N.sum())
@@ -110,6 +125,9 @@ def accounting(evaluation: Evaluation, bytes_N: Tensor, told_N: Tensor, *, cap_b
         "model_bytes": evaluation.model_bytes,
         "calibration": provenance.calibration,
         "adapt_split": provenance.adapt_split if provenance.adapt_epochs else None,
+        "text_counted_bytes": text.counted_bytes,
+        "text_bytes": text.text_bytes,
+        "repeated_documents": text.repeated,
         "told_starts": int(told_N.sum()),
         "told_bits": round(told_bits),
         "told_bpb": told_bpb,
@@ -119,6 +137,12 @@ def accounting(evaluation: Evaluation, bytes_N: Tensor, told_N: Tensor, *, cap_b
         return Finding("fail", "bytes or bits per byte are not what the text and the scores add up to", evidence)
     if not once and not abs(bpb - metrics["val_bpb"]) <= 1e-3:
         return Finding("fail", "bits per byte are not what the scores add up to", evidence)
+    if text.text_bytes is not None and text.counted_bytes > text.text_bytes:
+        why = (
+            f"the tokens count {text.counted_bytes:,} bytes, but the validation text has {text.text_bytes:,}: the "
+            "tokenizer folds it to more bytes, which makes bits per byte smaller than they are"
+        )
+        return Finding("fail", why, evidence)
     if evaluation.model_bytes > cap_bytes:
         return Finding("fail", f"model.bin alone has more than {cap_bytes} bytes", evidence)
     if told_bpb > bpb and told_N.any():
@@ -128,6 +152,9 @@ def accounting(evaluation: Evaluation, bytes_N: Tensor, told_N: Tensor, *, cap_b
             f"them, and without the code of those starts, the score is {told_bpb:.5f} bits per byte, not {bpb:.5f}"
         )
         return Finding("fail", why, evidence)
+    if text.repeated:
+        why = f"{text.repeated:,} documents that were trained on are validation documents too, word for word"
+        return Finding("unproven", why, evidence)
     if provenance.calibration == "text":
         return Finding("unproven", "calibrated on a text file, of which nothing is known", evidence)
     if eval_s > EVAL_S:
@@ -162,7 +189,9 @@ def load_evaluation(artifacts: Path, seed: int, name: str, targets: int) -> Eval
     if len(nats_N) != targets or metrics["targets"] != targets:
         raise UserError(f"{path}: {len(nats_N)} targets, expected {targets} as in {artifacts / 'tokens'}")
     model_bytes = (artifacts / f"compress/{seed}/model.bin").stat().st_size
-    return Evaluation(metrics, nats_N, model_bytes, _provenance(artifacts, seed))
+    keys = "repeated_train_documents", "val_bytes", "val_text_bytes"
+    meta = read_figures(artifacts / "tokens/meta.json", "python -m stages.tokenize", keys)
+    return Evaluation(metrics, nats_N, model_bytes, _provenance(artifacts, seed), Text(*(meta[key] for key in keys)))
 
 
 def _provenance(artifacts: Path, seed: int) -> Provenance:

@@ -18,6 +18,7 @@ import numpy as np
 import zstandard
 
 from fairway.runtime.errors import UserError
+from fairway.runtime.files import write_atomic
 
 # What to do if the program lrzip is missing.
 LRZIP_REMEDY = "apt-get install lrzip, or set compress.codec to ans, which packs as small and faster"
@@ -108,8 +109,11 @@ class Lrzip:
     MAGIC = b"LRZI"
 
     def encode(self, data: bytes) -> bytes:
-        """Compress."""
-        return _lrzip(data, ["-z", "-L", "9", "-T"], largest=2 * len(data) + 2**16)
+        """Compress. Raises UserError with what lrzip says if it fails."""
+        try:
+            return _lrzip(data, ["-z", "-L", "9", "-T"], largest=2 * len(data) + 2**16)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def decode(self, data: bytes, size: int) -> bytes:
         """Decompress to exactly `size` bytes. Raises ValueError if that is not what `data` holds."""
@@ -157,7 +161,9 @@ def lrzip_program() -> str:
 
 
 def _lrzip(data: bytes, options: list[str], *, largest: int) -> bytes:
-    """What lrzip makes of the data with these options. Waits until a processor is free. Raises ValueError if it fails.
+    """What lrzip makes of the data with these options. Waits until a processor is free.
+
+    Raises ValueError with what lrzip says if it fails, and UserError if its folder of temporary files has no room.
 
     The kernel ends lrzip once it has written `largest` bytes, rounded up to the blocks of 512 bytes that ulimit counts
     in, because a malicious stream can hold any amount. A shell sets the limit and not this process between fork and
@@ -166,9 +172,12 @@ def _lrzip(data: bytes, options: list[str], *, largest: int) -> bytes:
     limited = ["sh", "-c", 'ulimit -f "$1" && shift && exec "$@"', "sh", str(-(-largest // 512)), lrzip_program()]
     with _FREE_PROCESSORS, tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in"), Path(folder, "out")
-        source.write_bytes(data)
+        write_atomic(source, data)
         command = [*limited, *options, "-Q", "-p", "1", "-o", str(target), str(source)]
         done = subprocess.run(command, capture_output=True, check=False)
-        if done.returncode:
-            raise ValueError(f"lrzip ended with status {done.returncode}")
+        if done.returncode or not target.is_file():
+            said = " ".join((done.stderr + done.stdout).decode(errors="replace").split())
+            raise ValueError(
+                f"lrzip ended with status {done.returncode} and wrote no file: {said or 'no reason given'}"
+            )
         return target.read_bytes()

@@ -4,15 +4,19 @@ A fault that the user can mend, such as bad input or a setting that does not fit
 that the user sees. Any other exception is a defect of the program and keeps its traceback.
 """
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 # When a fault stops all processes that torchrun started, process 0 prints its message at once. The others wait this
 # long first: torchrun sees process 0 end and stops them meanwhile, so that the message appears once.
 OTHERS_WAIT_S = 5.0
+# What the system says when there is no room for a file: on the disk, in one's share of it, or by a limit on its size.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -22,12 +26,17 @@ class UserError(Exception):
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's main. On a UserError, print its message on stderr and exit with status 1.
 
-    An interrupt from the keyboard ends the same way. Any other exception passes through, with its traceback.
+    An interrupt from the keyboard and a full disk end the same way. Any other exception passes through, with its
+    traceback.
     """
     try:
         main()
     except UserError as error:
         _exit(str(error))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _exit(f"{error.filename or Path.cwd()}: {error.strerror}")
     except KeyboardInterrupt:
         _exit("interrupted")
 

@@ -36,16 +36,21 @@ def require_file(path: Path, made_by: str) -> Path:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a whole file (text as UTF-8) so that `path` holds its old content until it holds all of the new one."""
+    """Write a whole file (text as UTF-8) so that `path` holds its old content until it holds all of the new one.
+
+    Raises UserError naming the file and its bytes if it cannot be written, as on a full disk.
+    """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: {len(data)} bytes cannot be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,7 +59,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def output_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` when the block ends without an exception, and is deleted otherwise.
 
-    Temporary folders that killed runs left behind are deleted first. An existing `path` is replaced at the end.
+    Temporary folders that killed runs left behind are deleted first. An existing `path` is replaced at the end. A
+    UserError about a file in the folder names `path`, since the folder is gone when it is read.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
@@ -67,6 +73,8 @@ def output_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(temporary), str(path))) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

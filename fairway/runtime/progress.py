@@ -104,6 +104,9 @@ class TrainLog:
         self.live.make_summary()
         if "val_bpb" in figures:
             self.shown["val_bpb"] = figures["val_bpb"]
+            if self.progress is not None:
+                # The last line of a run is printed behind its last validation, after which there is no step.
+                self.progress.update(0, **self.shown)
 
     def tick(self, step: int, figures: Figures) -> None:
         """Show how far the run is after a step, with its latest training loss and validation bits per byte."""

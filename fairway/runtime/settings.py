@@ -1,12 +1,12 @@
 """A typed section of a settings file, the one function that reads such a file, and the limits that are no settings."""
 
-import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 
 from fairway.runtime.errors import UserError
 
@@ -34,34 +34,25 @@ class Section(BaseModel):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def _yaml_loader() -> type[yaml.SafeLoader]:
-    """SafeLoader with YAML 1.2 floats: PyYAML reads `1e-3` as text, DVC as a number."""
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
-        list("-+.0123456789"),
-    )
-    return Loader
-
-
 def load_section(path: Path, kind: type[SectionT]) -> SectionT:
     """Read a YAML file as the section `kind`.
 
-    Raises UserError (one line: file, key, what was expected) on any fault.
+    It is read by the library that DVC reads params.yaml with, as YAML 1.2, so that both see the same values: PyYAML
+    reads 010 as 8, 1:30 as 90 and 1e-3 as text. Raises UserError (one line: file, key, what was expected) on any fault,
+    a key that occurs twice among them.
     """
     return parse_section(_read_mapping(path), kind, path)
 
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_yaml_loader())
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{where}: not valid YAML: {error.problem}") from None
+    except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")

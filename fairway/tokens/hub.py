@@ -14,7 +14,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +77,8 @@ def fetch_hub(hub: FetchHub, folder: Path, *, cache: Path | None = None) -> Expo
         for remote, name in export.files.items():
             cached = repository.file(remote)
             link_or_copy(cached, folder / name)
+            if name.endswith(".bin") and not len(open_shard(folder / name, vocab_size=None)):
+                raise UserError(f"{folder / name}: a shard without tokens, as {hub.repository} serves it")
             hashes[name] = _checksum(cached, "0" * 64)
             progress.update()
     about = {
@@ -128,12 +132,13 @@ class Repository:
         Raises UserError if the package huggingface_hub is not installed.
         """
         try:
-            from huggingface_hub import errors, hf_hub_download
+            from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
         except ImportError:
             raise UserError(
                 "params.yaml: fetch.source = hub needs the package huggingface_hub (pip install huggingface_hub)"
             ) from None
         self._hf_hub_download, self._errors = hf_hub_download, errors
+        self._hf_hub_url, self._get_hf_file_metadata = hf_hub_url, get_hf_file_metadata
         self._hub = hub
         self._cache = cache
 
@@ -144,14 +149,36 @@ class Repository:
         second case the copy is removed from the cache.
         """
         cached = self._download(name)
-        # In the documented layout of the cache snapshots/<commit>/<name> is a link to blobs/<checksum of the hub>.
-        blob = cached.parent / os.readlink(cached) if cached.is_symlink() else cached
-        found = _checksum(cached, blob.name)
-        if found != blob.name:
+        blob = cached.parent / os.readlink(cached) if cached.is_symlink() else None
+        # In the documented layout of the cache snapshots/<commit>/<name> is a link to blobs/<checksum of the hub>. On
+        # a file system without links it is the file itself, and only the hub knows the checksum.
+        promised = blob.name if blob else self._promised(name)
+        found = _checksum(cached, promised)
+        if found != promised:
             cached.unlink()
-            blob.unlink(missing_ok=True)
-            raise UserError(f"{self._where(name)}: checksum {found}, the hub promises {blob.name}; fetch it again")
+            if blob:
+                blob.unlink(missing_ok=True)
+            raise UserError(f"{self._where(name)}: checksum {found}, the hub promises {promised}; fetch it again")
         return cached
+
+    def _promised(self, name: str) -> str:
+        """The checksum of the file `name` by the hub's metadata. Raises UserError if the hub does not tell it."""
+        address = f"{self._hub.root}/{name}"
+        try:
+            url = self._hf_hub_url(
+                self._hub.repository,
+                address,
+                repo_type="dataset",
+                revision=self._hub.revision,
+                endpoint=self._hub.endpoint,
+            )
+            etag = self._get_hf_file_metadata(url, endpoint=self._hub.endpoint).etag
+        except (self._errors.HTTPError, OSError) as error:
+            why = " ".join(str(error).split())
+            raise UserError(f"{self._where(name)}: the cache has no links that tell its checksum: {why}") from None
+        if etag is None:
+            raise UserError(f"{self._where(name)}: the hub tells no checksum of it")
+        return str(etag)
 
     def _download(self, name: str) -> Path:
         """The path of the file `name` in the cache. Raises UserError if it is not there and cannot be downloaded."""
@@ -194,7 +221,8 @@ def adopt_export(fetched: Path, folder: Path, settings: TokenizeSettings) -> dic
     """Link the shards and the tokenizer of a fetched export into `folder`; return the content of meta.json.
 
     How many bytes the published text has before the tokenizer folds it is not known, so the entries `*_text_bytes` are
-    null, and so is `dropped_train_documents`: nothing is dropped from finished shards. Raises UserError if the section
+    null. Nothing is dropped from finished shards, but training documents that are also held out are counted:
+    `repeated_train_documents`. Raises UserError if the section
     `tokenize` disagrees with the export, if a file disagrees with its checksum, or if the validation shards disagree
     with their sidecars or with the manifest's counts.
     """
@@ -206,6 +234,7 @@ def adopt_export(fetched: Path, folder: Path, settings: TokenizeSettings) -> dic
         link_or_copy(fetched / name, folder / name)
     check_tokenizer(folder / "tokenizer.model", vocab_size=settings.vocab_size, operators=RESERVED[settings.transform])
     counts = {split: _count(folder, split, settings.vocab_size) for split in ("train", "val")}
+    repeated = repeated_documents(folder)
     promised = about["val_documents"], about["val_tokens"]
     if counts["val"] != promised:
         raise UserError(
@@ -221,7 +250,8 @@ def adopt_export(fetched: Path, folder: Path, settings: TokenizeSettings) -> dic
         "source": {key: about[key] for key in ("repository", "revision", "variant")},
         "val_bytes": _validation_bytes(folder, settings),
         "held_out_documents": about["val_documents"],
-        "dropped_train_documents": None,
+        "dropped_train_documents": 0,
+        "repeated_train_documents": repeated,
         **{f"{split}_documents": documents for split, (documents, _) in counts.items()},
         **{f"{split}_tokens": tokens for split, (_, tokens) in counts.items()},
         **{f"{split}_text_bytes": None for split in counts},
@@ -245,6 +275,30 @@ def _count(folder: Path, split: Any, vocab_size: int) -> tuple[int, int]:
     """How many documents (each begins with BOS) and how many tokens a split has."""
     shards = [open_shard(path, vocab_size=vocab_size) for path in shard_paths(folder, split)]
     return sum(int(np.count_nonzero(shard == BOS)) for shard in shards), sum(map(len, shards))
+
+
+def repeated_documents(folder: Path) -> int:
+    """How many training documents have the very tokens of a validation document."""
+    held_out = set(_document_hashes(shard_paths(folder, "val")))
+    return sum(digest in held_out for digest in _document_hashes(shard_paths(folder, "train")))
+
+
+def _document_hashes(paths: list[Path]) -> Iterator[bytes]:
+    """16 bytes for each document with tokens behind its BOS, in order. A document may lie in several shards."""
+    begun = np.zeros(0, dtype=np.uint16)
+    for path in paths:
+        tokens = open_shard(path, vocab_size=None)
+        begins = np.flatnonzero(tokens == BOS)
+        for begin, end in pairwise([0, *begins.tolist()]):
+            yield from _hashed(np.concatenate([begun, tokens[begin:end]]))
+            begun = begun[:0]
+        begun = np.concatenate([begun, tokens[int(begins[-1]) if len(begins) else 0 :]])
+    yield from _hashed(begun)
+
+
+def _hashed(document: np.ndarray) -> Iterator[bytes]:
+    if len(document) > 1:
+        yield hashlib.blake2b(document.tobytes(), digest_size=16).digest()
 
 
 def _validation_bytes(folder: Path, settings: TokenizeSettings) -> int:
