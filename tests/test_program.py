@@ -479,3 +479,118 @@ def test_a_class_given_as_an_argument_is_linked_though_no_module_imports_it(
     found, text = _run(root, importlib.import_module("given").Chosen, 21)
     assert found == [42]
     assert "another" not in text
+
+
+UNASKED = """
+from abc import ABC, abstractmethod
+from collections import UserList
+
+
+class Base(ABC):
+    @abstractmethod
+    def wanted(self): ...
+
+    @abstractmethod
+    def unwanted(self): ...
+
+
+class Own(Base):
+    def wanted(self, extra=None):
+        return ["own", extra]
+
+    def unwanted(self):
+        return helper("dropped")
+
+    def made_up(self):
+        return "made"
+
+    def made_down(self):
+        return "made too"
+
+    def __len__(self):
+        return 7
+
+    @property
+    def unread(self):
+        return "dropped"
+
+
+class Foreign(UserList):
+    def append(self, item):
+        super().append(item + 1)
+
+    def unknown(self):
+        return "kept"
+
+
+def helper(word):
+    return word
+
+
+def loop(steps, points=None, every=3, *, log=None, named=0):
+    done = []
+    if points and (first := points.load()):
+        done.append(first)
+    for step in range(steps):
+        done.append(step if points is None else points.save(step))
+        if log is not None:
+            log("dropped")
+    return done, every, named
+
+
+def generator(on=False):
+    if on:
+        yield 1
+
+
+def changed(value=None):
+    value = value or [1]
+    return value
+
+
+def passed_on(value=None):
+    return value
+
+
+def ends(flag=False):
+    if not flag:
+        return "early"
+    return helper("dropped")
+
+
+def run_shipped():
+    own, foreign = Own(), Foreign()
+    foreign.extend([1])
+    result.append([own.wanted(), len(own), [getattr(own, f"made_{way}")() for way in ("up", "down")], list(foreign)])
+    result.append([loop(2), loop(steps=1, named=5), list(generator()), changed(), ends()])
+    result.append([[call() for call in (passed_on,)], passed_on(*[4])])
+"""
+
+
+def test_what_the_program_never_asks_for_falls_away(tmp_path: Path) -> None:
+    """Methods that nothing names, arguments that no call gives, branches that are never taken."""
+    found, text = _run(_program(tmp_path, main=UNASKED))
+    assert found == [
+        [["own", None], 7, ["made", "made too"], [1]],
+        [([0, 1], 3, 0), ([0], 3, 5), [], [1], "early"],
+        [[None], 4],
+    ]
+    assert "dropped" not in text
+    assert "kept" in text, "what a class from outside does with its methods is not known"
+    assert not [word for word in ("points", "load", "save", "log", "unwanted") if word in text]
+
+
+def test_messages_say_nothing_of_the_repository(tmp_path: Path) -> None:
+    main = (
+        "def run_shipped(path='a'):\n"
+        "    for left in (3, 2, 1):\n"
+        "        try:\n"
+        "            if left == 3:\n"
+        "                raise OSError(f'{path}: no file; `python -m stages.tokenize` makes it')\n"
+        "            if left == 2:\n"
+        "                raise OSError(f'params.yaml: train.lr: {left}')\n"
+        "            raise OSError('not finite (params.yaml: lower its lr)')\n"
+        "        except OSError as error:\n"
+        "            result.append(str(error))\n"
+    )
+    assert _run(_program(tmp_path, main=main))[0] == ["a: no file", "train.lr: 2", "not finite (lower its lr)"]

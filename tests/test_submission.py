@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import REPOSITORY, Experiment
 from reports import write_certificate
 from warm_python import warm_python
@@ -47,9 +48,44 @@ def scored(tmp_path_factory: pytest.TempPathFactory, finished: Experiment) -> Ex
 def test_the_folder_has_the_challenges_form(scored: Experiment) -> None:
     files = {file.name for file in (scored.folder / "artifacts/submission").iterdir()}
     assert files == {
-        *("README.md", "submission.json", "train_gpt.py", "requirements.txt", "tokenizer.model"),
+        *("README.md", "submission.json", "train_gpt.py", "requirements.txt", "tokenizer.model", "source"),
         f"train_seed{SEED}.log",
     }
+
+
+def test_the_source_beside_the_program_is_the_repositorys(scored: Experiment) -> None:
+    """Files of which something is left in the program, and those that prepare tokens; of the others none."""
+    source = scored.folder / "artifacts/submission/source"
+    files = {str(path.relative_to(source)) for path in source.rglob("*.py")}
+    for name in files:
+        assert (source / name).read_text() == (REPOSITORY / name).read_text()
+    assert files >= {
+        *("fairway/whole_record.py", "fairway/training/muon.py", "fairway/evaluation/sliding.py"),
+        *("fairway/tokens/caseops.py", "stages/tokenize.py"),
+    }
+    assert not {"fairway/evaluation/slot.py", "fairway/training/qat.py", "fairway/packing/link.py"} & files
+    settings = yaml.safe_load((source / "settings.yaml").read_text())
+    assert settings == {name: scored.params[name] for name in settings}
+    assert settings.keys() == {"model", "train", "average", "adapt", "quantize", "compress", "sliding"}
+
+
+def test_the_readme_tells_method_sources_and_how_bytes_are_counted(scored: Experiment, tmp_path: Path) -> None:
+    copy = Experiment(tmp_path)
+    shutil.copytree(scored.folder / "artifacts", copy.folder / "artifacts")
+    path = copy.folder / "artifacts/tokens/meta.json"
+    meta = json.loads(path.read_text())
+    found, text = submitted(copy)
+    assert found["builds_on"] == ["PR #1150", "PR #549"]
+    assert "Builds on [PR #1150](https://github.com/openai/parameter-golf/pull/1150), [PR #549](" in text
+    assert f"width {copy.params['model']['width']}, 320 tokens, rows of 64." in text
+    assert f"stand for {meta['val_bytes']:,} bytes; " in text
+    assert f"They are all of its UTF-8 text: {meta['val_text_bytes']:,} bytes." in text
+    path.write_text(json.dumps(meta | {"val_text_bytes": 123, "transform": "caseops"}))
+    text = submitted(copy)[1]
+    assert "Its UTF-8 text has 123 bytes" in text
+    assert "A sidecar holds of every validation token" in text
+    path.write_text(json.dumps(meta | {"val_text_bytes": None}))
+    assert "The shards are a published export" in submitted(copy)[1]
 
 
 def test_submission_json_says_what_the_stages_found(scored: Experiment) -> None:

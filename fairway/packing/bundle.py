@@ -14,6 +14,7 @@ import re
 import string
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from itertools import permutations
 from pathlib import Path
@@ -49,6 +50,14 @@ r{quotes}{data}
 """
 
 
+@dataclass(frozen=True)
+class Program:
+    """The minified text of a program, and the modules of the repository that it is made of."""
+
+    text: str
+    modules: list[str]
+
+
 def program_text(
     root: Path,
     entry: str,
@@ -57,6 +66,18 @@ def program_text(
     late: Sequence[str] = (),
     chosen: Mapping[str, str] | None = None,
 ) -> str:
+    """The text of make_program."""
+    return make_program(root, entry, arguments, late=late, chosen=chosen).text
+
+
+def make_program(
+    root: Path,
+    entry: str,
+    arguments: Sequence[Any],
+    *,
+    late: Sequence[str] = (),
+    chosen: Mapping[str, str] | None = None,
+) -> Program:
     """The minified program of the module `entry`, such as "fairway.whole_record", with all that it needs under `root`.
 
     Started as a program, it calls run_shipped(*arguments, *late) of that module. Arguments are JSON values, settings
@@ -79,8 +100,9 @@ def program_text(
     started = ast.parse(f"if __name__ == '__main__':\n    {ast.unparse(call)}").body
     if NAMESPACE in global_names(call):
         started = [*ast.parse(f"from types import {NAMESPACE}").body, *started]
+    modules = linked.modules()
     linked.tree.body += started
-    return shorten(linked.tree)
+    return Program(shorten(linked.tree), modules)
 
 
 def _drop_advice(tree: ast.Module) -> None:

@@ -28,6 +28,11 @@ class Linked:
     # Names of imports that nothing in the text mentions. Such an import is there for what importing itself does.
     unmentioned: set[str]
 
+    def modules(self) -> list[str]:
+        """The modules of which the text, from which statements may have been dropped, still has something."""
+        bound = bound_names(self.tree.body)
+        return sorted({module for (module, _), name in self.names.items() if name in bound})
+
 
 # What a name in a module means: a name of the text, or a module of the program, as None and the module's name.
 Meaning = str | tuple[None, str]

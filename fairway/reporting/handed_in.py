@@ -21,17 +21,20 @@ class SubmissionSettings(Section):
     github_id: str | None
     name: str
     blurb: str
+    # The challenge's pull requests whose work it uses, the nearest first.
+    builds_on: list[int]
 
 
 def submission_json(
     person: SubmissionSettings, evaluator: str, runs: list[Run], *, date: str, subset: str | None
 ) -> dict[str, Any]:
-    """The keys of the challenge's submission.json, and three of our own.
+    """The keys of the challenge's submission.json, and four of our own.
 
-    `date` is YYYY-MM-DD. Bytes are those of the largest seed, and deviations are sample deviations. Ours are `subset`,
-    which validation documents were scored (None: all); `certificate`, the verdict of stage certify on the evaluator
-    that ships; and `compliance`, which says of each rule whether it is kept. Of rules that limit seconds it says null
-    unless the record ran on as many GPUs as the track's own machine has.
+    `date` is YYYY-MM-DD. Bytes are those of the largest seed, and deviations are sample deviations. Ours are
+    `builds_on`, the pull requests whose work it uses; `subset`, which validation documents were scored (None: all);
+    `certificate`, the verdict of stage certify on the evaluator that ships; and `compliance`, which says of each rule
+    whether it is kept. Of rules that limit seconds it says null unless the record ran on as many GPUs as the track's
+    own machine has.
     """
     environment = runs[0].train["environment"]
     verdict = standing([run.certificates[evaluator] for run in runs])
@@ -45,6 +48,7 @@ def submission_json(
         "github_id": person.github_id,
         "name": person.name,
         "blurb": person.blurb,
+        "builds_on": [f"PR #{number}" for number in person.builds_on],
         "date": date,
         "track": TRACK,
         "val_loss": loss.mean,
@@ -140,13 +144,19 @@ VERDICTS: dict[Standing, str] = {
 }
 
 
-def readme(submission: dict[str, Any], runs: list[Run]) -> str:
-    """The submission's README.md. `submission` is what submission_json made of the same runs."""
+def readme(
+    submission: dict[str, Any], runs: list[Run], meta: dict[str, Any], settings: dict[str, dict[str, Any]]
+) -> str:
+    """The submission's README.md.
+
+    `submission` is what submission_json made of the same runs, `meta` the tokens' meta.json, and `settings` those that
+    are written into the program, by section.
+    """
     certificate = submission["certificate"]
     missing = [key for key in ("author", "github_id") if submission[key] is None]
     parts = [
         f"# {submission['name']}",
-        submission["blurb"],
+        f"{submission['blurb']} {_builds_on(submission)}".rstrip(),
         *([f"**Scored on {submission['subset']} alone.**"] if submission["subset"] else []),
         _verdict(certificate["verdict"], certificate["evaluator"], runs),
         _table(submission, runs),
@@ -156,9 +166,82 @@ def readme(submission: dict[str, Any], runs: list[Run]) -> str:
         *(f"Not kept: `{key}`." for key in _rules(submission, False)),
         *(f"Told only by a run on {TRACK_GPUS} GPUs: `{key}`." for key in _rules(submission, None)),
         *(f"To be filled in before it is submitted: `submission.{key}` of params.yaml." for key in missing),
+        "## Method",
+        _method(settings, runs[0].train["parameters"]),
+        "## Bytes",
+        _bytes(meta, runs[0], certificate["evaluator"]),
+        "## Run it",
         _commands(runs[0], certificate["evaluator"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+CHALLENGE = "https://github.com/openai/parameter-golf/pull/"
+
+
+def _builds_on(submission: dict[str, Any]) -> str:
+    """The sentence on whose work it uses; empty where it uses nobody's."""
+    numbers = [name.partition("#")[2] for name in submission["builds_on"]]
+    links = ", ".join(f"[PR #{number}]({CHALLENGE}{number})" for number in numbers)
+    what = "what of them is used, and what is changed, is told at the head of the files in `source/`"
+    return f"Builds on {links}; {what}." if links else ""
+
+
+def _method(settings: dict[str, dict[str, Any]], parameters: int) -> str:
+    """A line for each step of the record. All settings stand in source/settings.yaml."""
+    model, train, adapt, quantize = (settings[name] for name in ("model", "train", "adapt", "quantize"))
+    loops = f", layers {model['loop']['first']} to {model['loop']['last']} in a loop" if model["loop"] else ""
+    epochs = f"{adapt['epochs']} epochs of AdamW on rows of the {adapt['split']} split"
+    bits = ", ".join(f"{name} {bits}" for name, bits in quantize["bits"].items())
+    gptq = quantize["gptq"]
+    calibrated = f", calibrated on: {gptq['calibration']}" if gptq else ""
+    kept = settings["average"]
+    return "\n".join(
+        [
+            f"* Network: {parameters:,} parameters, {model['layers']} layers of width {model['width']}{loops}, "
+            f"{model['vocab_size']} tokens, rows of {model['seq_len']}.",
+            f"* Training: Muon (matrices) and AdamW, {train['batch_tokens']:,} tokens a step in the order "
+            f"`{train['loader']['kind']}`; kept are the weights `{kept['method']}`.",
+            f"* Adaptation before quantization: {epochs if adapt['epochs'] else 'none'}.",
+            f"* Quantization: {'GPTQ' if gptq else 'to nearest'}, bits by class: {bits}{calibrated}.",
+            f"* Compression: `{settings['compress']['codec']}`. Evaluation: `{settings['compress']['evaluator']}`.",
+        ]
+    )
+
+
+def _bytes(meta: dict[str, Any], run: Run, evaluator: str) -> str:
+    """How the bytes that bits are divided by are counted, and what was checked of them."""
+    counted, raw, score = meta["val_bytes"], meta["val_text_bytes"], run.scores[evaluator]
+    if raw is None:
+        checked = (
+            "The shards are a published export, whose text is not at hand: every file was compared with the checksum "
+            "of the hub, and the counts of documents and tokens with its manifest."
+        )
+    elif raw == counted:
+        checked = f"They are all of its UTF-8 text: {raw:,} bytes. Each document was checked when it was tokenized."
+    else:
+        checked = f"Its UTF-8 text has {raw:,} bytes, since the tokenizer changes text or drops whitespace."
+    scored = f"{score['bytes']:,} of them belong to the {score['scored']:,} scores"
+    return (
+        f"{HOW_COUNTED[meta['transform']]} The tokens of the validation split stand for {counted:,} bytes; {scored}. "
+        f"{checked}"
+    )
+
+
+# By tokenize.transform. fairway/tokens/encoding.py writes no token of a document of which this is not so.
+HOW_COUNTED = {
+    "none": (
+        "Bytes follow from the ids (`source/fairway/tokens/tokenizer.py`): a token stands for the UTF-8 bytes of its "
+        "piece, with its leading space unless a control token stands before it, and BOS for none. The bytes so "
+        "counted of a document are those of the text that its tokens decode to."
+    ),
+    "caseops": (
+        "Capitals are spelled as operators before text is encoded (`source/fairway/tokens/caseops.py`), so that bytes "
+        "do not follow from the ids. A sidecar holds of every validation token the bytes of the original text that it "
+        "stands for; operators and BOS stand for none. Put together, the pieces of original text are the document, "
+        "but for whitespace at its ends."
+    ),
+}
 
 
 def _verdict(verdict: Standing, evaluator: str, runs: list[Run]) -> str:
@@ -190,10 +273,18 @@ def _rules(submission: dict[str, Any], kept: bool | None) -> list[str]:
 
 
 def _commands(shipped: Run, evaluator: str) -> str:
-    return f"""`train_gpt.py` holds the whole record of seed {shipped.seed}. Beside the shards and the tokenizer it
-trains, quantizes, packs `model.bin` and scores it with `{evaluator}`; if `model.bin` is already there, it scores that.
+    processes = shipped.train["environment"]["processes"]
+    return f"""`train_gpt.py` holds the whole record of seed {shipped.seed}: it trains, quantizes, packs `model.bin`
+and scores it with `{evaluator}`, by all processes. If `model.bin` is already there, it scores that. As the challenge's
+program does, it reads SEED, DATA_PATH (the folder of the shards) and TOKENIZER_PATH from the environment; without them
+it takes this seed, the working directory, and `tokenizer.model` there.
 
 ```sh
 pip install -r requirements.txt
-torchrun --standalone --nproc-per-node={shipped.train["environment"]["processes"]} train_gpt.py
-```"""
+torchrun --standalone --nproc-per-node={processes} train_gpt.py
+```
+
+`source/` is what the program is packed from, with comments: files of the repository, those that prepare the tokens
+among them, and the record's settings (`settings.yaml`). Packing links these files, drops what the settings never reach,
+shortens names and compresses. The logs are made of what the pipeline's stages, which run the same files, wrote down;
+the program prints the lines of its own run in the same form."""

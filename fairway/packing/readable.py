@@ -1,0 +1,27 @@
+"""What ships, for readers: copies of the files that the program is packed from, with their comments.
+
+The program itself is minified, and its names mean nothing any more. Beside it stand the files of the repository of
+which something is left in it, those that prepare its tokens, and the settings that are written into it.
+"""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# The files that make token shards of text, and for CaseOps the byte sidecars: every file of the package.
+PREPARATION = ("stages/tokenize.py", "fairway/tokens/*.py")
+
+
+def write_source(folder: Path, root: Path, modules: Iterable[str], settings: dict[str, Any]) -> None:
+    """Copy the files of the modules under `root`, and PREPARATION, to `folder`; write settings.yaml beside them."""
+    reached = {root / f"{name.replace('.', '/')}.py" for name in modules}
+    prepares = {path for pattern in PREPARATION for path in root.glob(pattern)}
+    for path in sorted({file for file in reached if file.is_file()} | prepares):
+        target = folder / path.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    text = yaml.safe_dump(settings, allow_unicode=True, sort_keys=False)
+    (folder / "settings.yaml").write_text(text, encoding="utf-8")
