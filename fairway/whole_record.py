@@ -139,6 +139,7 @@ def trained_weights(params: ArtifactParams, given: Inputs, world: World) -> dict
     model = GPT(params.model)
     model.init_weights(given.seed)
     model.to_device(world.device)
+    print(f"model_params:{sum(weight.numel() for weight in model.parameters())}")
     clock_s = 0.0
 
     def tick(step: int, figures: Figures) -> None:

@@ -6,9 +6,11 @@ Writes: the section `fetch` of params.yaml; the rest of that file stays as it is
 
 import re
 import sys
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
 
 from fairway.params import load_params
 from fairway.runtime.errors import UserError, run_stage
@@ -33,12 +35,20 @@ def main() -> None:
         section = {"source": "file", "path": path, "column": "text", "shuffle_seed": 1337}
     files = check_own_text(parse_section(section, FetchFile, params))
     text = params.read_text(encoding="utf-8")
-    written = yaml.safe_dump({"fetch": section}, allow_unicode=True, sort_keys=False, width=10_000).rstrip("\n")
+    written = _yaml({"fetch": section})
     changed, sections = SECTION.subn(lambda _: written, text)
     if sections != 1:
         raise UserError(f"{params}: expected one line that begins with `fetch:`, found {sections}")
     write_atomic(params, changed)
     print(f"use_data: fetch.path in {params} is {path} ({len(files)} files)")
+
+
+def _yaml(section: dict[str, Any]) -> str:
+    """The section as DVC would write it, so that it reads the same again: with quotes around a text such as 1e3."""
+    yaml, stream = YAML(), StringIO()
+    yaml.width = 10_000
+    yaml.dump(section, stream)
+    return stream.getvalue().rstrip("\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The README's commands and its worked example run as they stand there; a command that nobody runs fails a test."""
 
+import os
 import re
 import shlex
 import shutil
@@ -100,6 +101,27 @@ def test_a_target_of_make_does_what_it_says(command: str) -> None:
     """As planned: what it starts is run elsewhere."""
     planned = shell(REPOSITORY, command.replace("make", "make --dry-run --no-print-directory"))
     assert planned.splitlines()[-1] == MAKE[command]
+
+
+@pytest.mark.program("make", "grep")
+def test_a_folder_without_git_is_told_what_it_needs(tmp_path: Path) -> None:
+    """Before DVC, which only says that there is no repository, and not where the setting belongs."""
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv/installed").touch()
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    command = ["make", "repro"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode
+    told = "not a git repository: do `git init`, or `dvc config --local core.no_scm true` without git"
+    assert done.stderr.startswith(f"error: {told}\n")
+    assert "`git init`" in README
+    assert "`dvc config --local core.no_scm true`" in README
+    shell(tmp_path, "dvc config --local core.no_scm true")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert "not a git repository" not in done.stderr
 
 
 def own_text() -> str:
@@ -226,7 +248,8 @@ def _score(output: str) -> float:
 
 
 def test_the_shipped_files_score_alone(finished_copy: Experiment) -> None:
-    assert "\nval_bpb: " in shell(finished_copy.folder, "\n".join(ALONE))
+    last = shell(finished_copy.folder, "\n".join(ALONE)).splitlines()[-1]
+    assert re.match(r"final_sliding_exact val_loss:\S+ val_bpb:\S+ ", last)
 
 
 @pytest.mark.long

@@ -206,6 +206,20 @@ def test_copies_of_held_out_documents_teach_neither_tokenizer_nor_network(
     assert made == without | {"dropped_train_documents": VAL_DOCUMENTS}
 
 
+def test_text_that_a_published_tokenizer_folds_to_more_bytes_is_told(experiment: Experiment) -> None:
+    """U+FDFA, of three bytes, is folded to a phrase of 33."""
+    corpus = experiment.folder / "corpus.jsonl"
+    folded = [json.dumps({"text": "\ufdfa" * many}) + "\n" for many in range(1, VAL_DOCUMENTS + 1)]
+    corpus.write_text("".join(folded) + corpus.read_text())
+    experiment.params["tokenize"]["trainer"] = "published"
+    experiment.set_params(experiment.params)
+    experiment.stage("fetch")
+    printed = experiment.stage("tokenize").stdout
+    meta = json.loads((experiment.folder / "artifacts/tokens/meta.json").read_text())
+    assert meta["val_bytes"] == 11 * meta["val_text_bytes"] == 330
+    assert "tokenize: the tokenizer folds text: 330 bytes are counted for 30 bytes of validation text" in printed
+
+
 def test_a_split_without_text_is_refused(experiment: Experiment, folding_model: Path) -> None:
     def refused(*texts: str) -> str:
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)

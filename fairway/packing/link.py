@@ -96,7 +96,7 @@ class Linker:
     def module(self, name: str) -> _Module:
         """The module of that name, which is read once."""
         if name not in self.modules:
-            path = _module_file(self.root, name)
+            path = module_file(self.root, name)
             text = path.read_text(encoding="utf-8") if path and path.is_file() else ""
             body = ast.parse(text, name).body
             statements = [statement for statement in body if not _is_main_guard(statement)]
@@ -112,7 +112,7 @@ class Linker:
             if name in under_way or not self.is_ours(name):
                 return
             under_way.add(name)
-            for other in [*_parents(name), *self.imported(self.module(name).statements)]:
+            for other in [*parents(name), *self.imported(self.module(name).statements)]:
                 visit(other)
             order.append(name)
 
@@ -122,7 +122,7 @@ class Linker:
 
     def is_ours(self, name: str) -> bool:
         """Whether this is a module under the root."""
-        return _module_file(self.root, name) is not None
+        return module_file(self.root, name) is not None
 
     def imported(self, statements: list[ast.stmt]) -> Iterator[str]:
         """Names of the modules that these import statements may mean; some of them may be names inside a module."""
@@ -319,12 +319,13 @@ def _is_main_guard(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'"
 
 
-def _parents(name: str) -> list[str]:
+def parents(name: str) -> list[str]:
+    """The packages that a module lies in, the outermost first."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-def _module_file(root: Path, name: str) -> Path | None:
+def module_file(root: Path, name: str) -> Path | None:
     """The file of a module under `root`, or the folder of a package without __init__.py; None if it is elsewhere."""
     path = root / name.replace(".", "/")
     if path.with_suffix(".py").is_file():

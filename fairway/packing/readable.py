@@ -11,15 +11,20 @@ from typing import Any
 
 import yaml
 
+from fairway.packing.link import module_file, parents
+
 # The files that make token shards of text, and for CaseOps the byte sidecars: every file of the package.
 PREPARATION = ("stages/tokenize.py", "fairway/tokens/*.py")
 
 
 def write_source(folder: Path, root: Path, modules: Iterable[str], settings: dict[str, Any]) -> None:
-    """Copy the files of the modules under `root`, and PREPARATION, to `folder`; write settings.yaml beside them."""
-    reached = {root / f"{name.replace('.', '/')}.py" for name in modules}
-    prepares = {path for pattern in PREPARATION for path in root.glob(pattern)}
-    for path in sorted({file for file in reached if file.is_file()} | prepares):
+    """Copy the files of the modules and their packages under `root`, and PREPARATION, to `folder`.
+
+    The settings, by section, are written beside them as settings.yaml.
+    """
+    reached = (module_file(root, part) for name in modules for part in (*parents(name), name))
+    files = {path for path in reached if path and path.is_file()}
+    for path in sorted(files.union(*(root.glob(pattern) for pattern in PREPARATION))):
         target = folder / path.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)

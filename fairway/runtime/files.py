@@ -73,6 +73,9 @@ def output_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
+    except shutil.Error as error:
+        # What copying a folder raises: the first of its files that failed, as (source, target, reason).
+        raise UserError(f"{path}: {error.args[0][0][2]}") from None
     except UserError as error:
         raise UserError(str(error).replace(str(temporary), str(path))) from None
     finally:
