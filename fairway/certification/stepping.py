@@ -261,7 +261,7 @@ class IndependentDocumentStepper(Stepper):
 
     def __init__(self, evaluation: LoraTttPass, asked_N: Tensor) -> None:
         super().__init__(evaluation, asked_N)
-        self.documents, self._begin = evaluation, -1
+        self.documents, self._begin, self._index = evaluation, -1, 0
 
     def at(self, chunk: int, position: int) -> Prediction:
         """The cut with the position, after a step of the adapters on each cut of the document before it."""
