@@ -5,8 +5,8 @@ is not yet known is replaced: inside the first batch, at its edge, and behind ea
 last predictions before the cut. (The decoder of decoder.py cuts behind every single token that it decodes.) Document
 starts stay where they are, since with them the layout of batches may change, and with the batches the rounding. Only at
 one more cut, before such a start, these are replaced too; there an evaluator may predict in other batches, as long as
-it predicts the same up to rounding. Rounding could hide a use of later document starts alone, since the cuts before have
-shown that not a bit moves with any other token; and the decoder does not know those starts.
+it predicts the same up to rounding. Rounding could hide a use of later document starts and of nothing else: the cuts
+before have shown that not a bit moves with any other token. And the decoder of decoder.py does not know those starts.
 
 C3, score before update: what a target is scored with has not been fitted on it. Single tokens are replaced, in the
 first chunk and behind each step of learning. The prediction of the token itself must stay, and those before it. An
