@@ -283,7 +283,7 @@ def fairway_entry(params: Params, log: list[Line], artifacts: Path) -> Entry:
         "gptq_s": _sum(quantize["calibration_s"], quantize["quantize_s"]),
         "adaptive_eval_s": _sum(final["eval_s"], final["load_s"] and -final["load_s"]),
         "peak_gib": train["peak_memory_bytes"] and train["peak_memory_bytes"] / 2**30,
-        "total_s": log[-1][0] if log and final else None,
+        "total_s": log[-1][0] if log and final["val_bpb"] else None,
     }
 
 
