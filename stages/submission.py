@@ -2,8 +2,9 @@
 
 Reads:  of every seed artifacts/train, adapt, quantize, compress, size_check, evaluate and certify, but the program of
         the first seed alone; artifacts/pack: requirements.txt, source; artifacts/tokens: tokenizer.model, meta.json
-Writes: artifacts/submission/: README.md, submission.json, train_gpt.py, tokenizer.model, requirements.txt, source/ (the
-        files that train_gpt.py is packed from) and train_seed<seed>.log of every seed
+Writes: artifacts/submission/: README.md, submission.json, train_gpt.py, tokenizer.model, tokens.json (the tokens'
+        meta.json), requirements.txt, source/ (the files that train_gpt.py is packed from) and train_seed<seed>.log of
+        every seed
 Source: the challenge's rules; the keys of submission.json are those of its baseline and of the records' folders. Ours:
         submission.json and README.md give the certificate's verdict, and a score that is not proven legal, or is of a
         part of the validation documents, is labelled so; README.md says how bytes are counted.
@@ -35,7 +36,8 @@ def main() -> None:
     program = require_file(ARTIFACTS / f"compress/{shipped}/train_gpt.py", f"python -m stages.compress {shipped}")
     packages = require_file(ARTIFACTS / "pack/requirements.txt", "python -m stages.pack")
     tokenizer = require_file(ARTIFACTS / "tokens/tokenizer.model", "python -m stages.tokenize")
-    meta = read_figures(ARTIFACTS / "tokens/meta.json", "python -m stages.tokenize", ("val_text_bytes", "transform"))
+    keys = "val_text_bytes", "transform", "fused_pairs"
+    meta = read_figures(ARTIFACTS / "tokens/meta.json", "python -m stages.tokenize", keys)
     source = require_file(ARTIFACTS / "pack/source/settings.yaml", "python -m stages.pack")
     settings = yaml.safe_load(source.read_text(encoding="utf-8"))
     today = datetime.now(UTC).date().isoformat()
@@ -50,6 +52,7 @@ def main() -> None:
         shutil.copyfile(packages, out / "requirements.txt")
         shutil.copyfile(program, out / "train_gpt.py")
         shutil.copyfile(tokenizer, out / "tokenizer.model")
+        write_atomic(out / "tokens.json", json.dumps(meta, indent=2) + "\n")
     print(f"artifacts/submission: val_bpb {submission['val_bpb']:.6f}, {submission['certificate']['verdict']}")
 
 

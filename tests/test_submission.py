@@ -48,7 +48,15 @@ def scored(tmp_path_factory: pytest.TempPathFactory, finished: Experiment) -> Ex
 def test_the_folder_has_the_challenges_form(scored: Experiment) -> None:
     files = {file.name for file in (scored.folder / "artifacts/submission").iterdir()}
     assert files == {
-        *("README.md", "submission.json", "train_gpt.py", "requirements.txt", "tokenizer.model", "source"),
+        *(
+            "README.md",
+            "submission.json",
+            "train_gpt.py",
+            "requirements.txt",
+            "tokenizer.model",
+            "tokens.json",
+            "source",
+        ),
         f"train_seed{SEED}.log",
     }
 
@@ -85,10 +93,11 @@ def test_the_readme_tells_method_sources_and_how_bytes_are_counted(scored: Exper
     assert f"width {copy.params['model']['width']}, 320 tokens, rows of 64." in text
     assert f"stand for {meta['val_bytes']:,} bytes; " in text
     assert f"They are all of its UTF-8 text: {meta['val_text_bytes']:,} bytes." in text
-    path.write_text(json.dumps(meta | {"val_text_bytes": 123, "transform": "caseops"}))
+    path.write_text(json.dumps(meta | {"val_text_bytes": 123, "transform": "caseops", "fused_pairs": [[262, 5, 196]]}))
     text = submitted(copy)[1]
     assert "Its UTF-8 text has 123 bytes" in text
     assert "A sidecar holds of every validation token" in text
+    assert "1 frequent pairs of tokens are one token each" in text
     path.write_text(json.dumps(meta | {"val_text_bytes": None}))
     assert "The shards are a published export" in submitted(copy)[1]
 

@@ -222,9 +222,14 @@ def _bytes(meta: dict[str, Any], run: Run, evaluator: str) -> str:
     else:
         checked = f"Its UTF-8 text has {raw:,} bytes, since the tokenizer changes text or drops whitespace."
     scored = f"{score['bytes']:,} of them belong to the {score['scored']:,} scores"
-    return (
-        f"{HOW_COUNTED[meta['transform']]} The tokens of the validation split stand for {counted:,} bytes; {scored}. "
-        f"{checked}"
+    pairs = len(meta["fused_pairs"])
+    fused = f" {pairs} frequent pairs of tokens are one token each, which has the bytes of both." if pairs else ""
+    return " ".join(
+        [
+            f"{HOW_COUNTED[meta['transform']]}{fused}",
+            f"The tokens of the validation split stand for {counted:,} bytes; {scored}.",
+            f"{checked} `tokens.json` has the counts, the pairs, and the SHA-256 of every shard.",
+        ]
     )
 
 

@@ -223,9 +223,8 @@ def adopt_export(fetched: Path, folder: Path, settings: TokenizeSettings) -> dic
 
     How many bytes the published text has before the tokenizer folds it is not known, so the entries `*_text_bytes` are
     null. Nothing is dropped from finished shards, but training documents that are also held out are counted:
-    `repeated_train_documents`. Raises UserError if the section
-    `tokenize` disagrees with the export, if a file disagrees with its checksum, or if the validation shards disagree
-    with their sidecars or with the manifest's counts.
+    `repeated_train_documents`. Raises UserError if the section `tokenize` disagrees with the export, if a file
+    disagrees with its checksum, or if the validation shards disagree with their sidecars or with the manifest's counts.
     """
     about = json.loads((fetched / "hub.json").read_text(encoding="utf-8"))
     _require_agreement(about, settings)
@@ -235,12 +234,13 @@ def adopt_export(fetched: Path, folder: Path, settings: TokenizeSettings) -> dic
         link_or_copy(fetched / name, folder / name)
     check_tokenizer(folder / "tokenizer.model", vocab_size=settings.vocab_size, operators=RESERVED[settings.transform])
     counts = {split: _count(folder, split, settings.vocab_size) for split in ("train", "val")}
-    repeated = repeated_documents(folder)
     promised = about["val_documents"], about["val_tokens"]
     if counts["val"] != promised:
         raise UserError(
             f"{fetched}: the validation shards hold {counts['val']} (documents, tokens), the manifest says {promised}"
         )
+    # As published: before documents are cut off, and before pairs of tokens become one.
+    repeated = repeated_documents(folder)
     changed: dict[str, str] = {}
     if settings.scored_documents < about["val_documents"]:
         changed = cut_validation(folder, settings.scored_documents)
