@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyppmd
 import pytest
 import torch
 import yaml
@@ -122,6 +123,23 @@ def test_any_bytes_are_read_back_out_of_the_string(packed: bytes) -> None:
         Path(file.name).write_bytes(quoted(packed))
         read = eval(ast.unparse(decompress.args[0]), {"__file__": file.name})
     assert read == packed
+
+
+def test_where_ppmd_fails_at_one_order_the_next_is_taken(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library has given another text back at order 16 for some programs, and refused its own output for others."""
+    decompress = pyppmd.decompress
+
+    def faulty(packed: bytes, *, max_order: int) -> bytes:
+        if max_order == 16:
+            raise ValueError("Corrupted input data")
+        return b"another text" if max_order == 15 else decompress(packed, max_order=max_order)
+
+    monkeypatch.setattr(pyppmd, "decompress", faulty)
+    file = _pack(program, {"side": 1.5})
+    assert b"max_order=14" in file
+    assert json.loads(_run_alone(file, tmp_path / "alone")) == ["app", 2.25, True]
 
 
 def test_settings_carry_the_record_and_nothing_else() -> None:

@@ -200,7 +200,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"params\.yaml: no such file"):
         load_params(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("seeds: [1\n")
-    with pytest.raises(UserError, match=r"params\.yaml, line 2: not valid YAML"):
+    with pytest.raises(UserError, match=r"params\.yaml: not valid YAML: line 2: "):
         load_params(tmp_path / "params.yaml")
 
 
@@ -228,7 +228,7 @@ def test_every_scalar_is_read_as_dvc_reads_it_or_refused(tmp_path: Path, text: s
 
 def test_a_key_that_occurs_twice_is_refused_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(yaml.safe_dump({"processes": 1}) + "processes: 2\n")
-    with pytest.raises(UserError, match=r'params\.yaml, line 2: not valid YAML: found duplicate key "processes"'):
+    with pytest.raises(UserError, match=r'params\.yaml: not valid YAML: line 2: found duplicate key "processes"'):
         load_params(tmp_path / "params.yaml")
 
 

@@ -14,6 +14,7 @@ import re
 import string
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from itertools import permutations
@@ -31,8 +32,8 @@ from fairway.packing.unasked import drop_unasked
 
 # The module of the whole record, and the function of it that the program calls when it is started.
 RECORD, ENTRY = "fairway.whole_record", "run_shipped"
-# How many letters back PPMd looks, in the order in which these are tried. 16 packs best, but with it the library once
-# gave another text back.
+# How many letters back PPMd looks, in the order in which these are tried. 16 packs best, but of some texts the library
+# then gives another one back, or calls its own output damaged. The same output always does the same.
 PPMD_ORDERS = range(16, 7, -1)
 # What messages say of the repository, which has params.yaml and stages while the program has neither.
 ADVICE = re.compile(r"; `python -m stages\.\w+` makes (it|them)|params\.yaml: | in params\.yaml \(model\)")
@@ -133,13 +134,14 @@ def _is(node: ast.expr | None, value: str) -> bool:
 def self_extracting(text: str, **late: int) -> bytes:
     """The file that ships: the stub, which sets the names `late`, and the compressed program.
 
-    Raises ValueError if PPMd does not give the same text back, or if no string can hold its output (see quoted).
+    Raises ValueError if for no order PPMd gives the same text back and a string can hold its output (see quoted).
     """
     for order in PPMD_ORDERS:
         packed = pyppmd.compress(text, max_order=order)
-        if pyppmd.decompress(packed, max_order=order) == text.encode():
-            return quoted(packed, order, **late)
-    raise ValueError("PPMd does not give the program back")
+        with suppress(ValueError):
+            if pyppmd.decompress(packed, max_order=order) == text.encode():
+                return quoted(packed, order, **late)
+    raise ValueError("PPMd does not give the program back, or no string can hold what it makes: change it a little")
 
 
 def quoted(packed: bytes, order: int = PPMD_ORDERS[0], **late: int) -> bytes:
@@ -149,7 +151,7 @@ def quoted(packed: bytes, order: int = PPMD_ORDERS[0], **late: int) -> bytes:
     zero = next(pair for pair in pairs if pair not in text)
     quotes = next((quotes for quotes in ('"' * 3, "'" * 3) if quotes not in text), None)
     if quotes is None:
-        raise ValueError("the compressed program holds both kinds of quotes in threes: change it a little")
+        raise ValueError("the compressed program holds both kinds of quotes in threes")
     settings = "".join(f"{name}={value!r}\n" for name, value in late.items())
     data = text.replace("\0", zero)
     return STUB.format(zero=zero, order=order, quote=repr(quotes[0]), quotes=quotes, data=data, late=settings).encode(

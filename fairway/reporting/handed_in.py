@@ -282,7 +282,7 @@ def _commands(shipped: Run, evaluator: str) -> str:
     return f"""`train_gpt.py` holds the whole record of seed {shipped.seed}: it trains, quantizes, packs `model.bin`
 and scores it with `{evaluator}`, by all processes. If `model.bin` is already there, it scores that. As the challenge's
 program does, it reads SEED, DATA_PATH (the folder of the shards) and TOKENIZER_PATH from the environment; without them
-it takes this seed, the working directory, and `tokenizer.model` there.
+it takes this seed, the working directory, and `tokenizer.model` there. For another seed only its second line differs.
 
 ```sh
 pip install -r requirements.txt

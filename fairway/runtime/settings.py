@@ -50,8 +50,8 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except MarkedYAMLError as error:
-        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {error.problem}") from None
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{path}: not valid YAML: {where}{error.problem}") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
