@@ -131,7 +131,7 @@ def test_where_ppmd_fails_at_one_order_the_next_is_taken(
     """The library has given another text back at order 16 for some programs, and refused its own output for others."""
     decompress = pyppmd.decompress
 
-    def faulty(packed: bytes, *, max_order: int) -> bytes:
+    def faulty(packed: bytes, *, max_order: int) -> bytes | str:
         if max_order == 16:
             raise ValueError("Corrupted input data")
         return b"another text" if max_order == 15 else decompress(packed, max_order=max_order)

@@ -71,7 +71,6 @@ def test_the_source_beside_the_program_is_the_repositorys(scored: Experiment) ->
         *("fairway/whole_record.py", "fairway/training/muon.py", "fairway/evaluation/sliding.py"),
         *(
             "fairway/tokens/caseops.py",
-            "stages/tokenize.py",
             "fairway/__init__.py",
             "fairway/model/kernels/__init__.py",
         ),

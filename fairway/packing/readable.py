@@ -14,7 +14,7 @@ import yaml
 from fairway.packing.link import module_file, parents
 
 # The files that make token shards of text, and for CaseOps the byte sidecars: every file of the package.
-PREPARATION = ("stages/tokenize.py", "fairway/tokens/*.py")
+PREPARATION = "fairway/tokens/*.py"
 
 
 def write_source(folder: Path, root: Path, modules: Iterable[str], settings: dict[str, Any]) -> None:
@@ -24,7 +24,7 @@ def write_source(folder: Path, root: Path, modules: Iterable[str], settings: dic
     """
     reached = (module_file(root, part) for name in modules for part in (*parents(name), name))
     files = {path for path in reached if path and path.is_file()}
-    for path in sorted(files.union(*(root.glob(pattern) for pattern in PREPARATION))):
+    for path in sorted(files.union(root.glob(PREPARATION))):
         target = folder / path.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
