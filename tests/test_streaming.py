@@ -16,7 +16,7 @@ from fairway.evaluation.streaming import StreamingEvaluator, StreamingSettings
 from fairway.model.attention import rotary_table
 from fairway.model.causal_attention import attend_recent
 from fairway.model.context import Context
-from fairway.runtime.distributed import alone
+from fairway.runtime.distributed import World, alone
 from fairway.runtime.errors import UserError
 
 ROW = 16
@@ -152,3 +152,11 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         _evaluator(**changes).begin(lively_network(), random_stream(1, 50), alone(torch.device("cpu")))
+
+
+def test_more_processes_than_lanes_are_refused() -> None:
+    """As the program that ships may be started, whose settings were checked with another number."""
+    network, tokens = lively_network("r1172"), random_stream(3, 85)
+    world = World(rank=0, size=2, device=tokens.device)
+    with pytest.raises(UserError, match=r"streaming\.lanes \(1\) is less than the 2 processes"):
+        _evaluator(lanes=1).begin(network, tokens, world)
