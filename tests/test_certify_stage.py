@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from reports import Figures
 from stand_in_lrzip import install
 
-from fairway.certification.decoder import PRECISION, Decoder, Encoder, counts
 from fairway.codec.container import pack, unpack
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import read_figures
