@@ -2,9 +2,11 @@
 # make test    every fast test (CPU)
 # make lint    style and types
 # make test-browser  the report in Chromium, installed by apt where it is missing
+# make pack FILE=notes.md, make unpack FILE=notes.md.fwz   any text packed by model.bin, and back
+# make sample PROMPT='The database'   what model.bin writes behind that
 # make doctor  what this machine has and lacks for each record
 # make dag     the pipeline as a graph, in Mermaid's notation
-.PHONY: repro test test-long test-gpu test-browser lint doctor dag clean
+.PHONY: repro test test-long test-gpu test-browser lint doctor dag pack unpack sample clean
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -32,6 +34,12 @@ lint: .venv/installed
 
 doctor: .venv/installed
 	python -m stages.doctor
+
+pack unpack: .venv/installed
+	python -m fairway.zip $@ '$(FILE)' $(if $(OUT),'$(OUT)')
+
+sample: .venv/installed
+	python -m fairway.sample '$(PROMPT)'
 
 dag: .venv/installed
 	@dvc dag --mermaid --collapse-foreach-matrix

@@ -63,7 +63,7 @@ def continuation(
     """
     lanes, reader = Lanes(language.model, 1), Reader(language.spelling)
     for token in (known := [BOS, *language.spelling.encode(prompt)]):
-        log_probs_V = lanes.step(torch.tensor([token]))[0]
+        log_probs_V = lanes.step(torch.tensor([token]))[0].clone()
     for token in known[1:]:
         reader.feed(token)
     for _ in range(tokens):
@@ -74,7 +74,7 @@ def continuation(
         if text is None:
             return
         yield text
-        log_probs_V = lanes.step(torch.tensor([token]))[0]
+        log_probs_V = lanes.step(torch.tensor([token]))[0].clone()
 
 
 def _draw(log_probs_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:

@@ -57,7 +57,7 @@ class Lanes:
         self.model, self._cache = model, RowCache(model.config, lanes)
         self._row_BT = torch.zeros(lanes, 0, dtype=torch.int64)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, tokens_B: Tensor) -> Tensor:
         """Take one token (B,) int64 of each lane; the log-probabilities (B, V) float32 of the tokens behind them."""
         seq_len = self.model.config.seq_len
