@@ -11,6 +11,7 @@ from fairway.decoding.spelling import Spelling
 from fairway.model.gpt import GPT
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import file_sha256, read_figures, require_file
+from fairway.tokens.fused_pairs import from_json
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ def load_language(artifacts: Path, seed: int) -> Language:
     spell every text.
     """
     path, tokens = artifacts / f"compress/{seed}/model.bin", artifacts / "tokens"
-    meta = read_figures(tokens / "meta.json", "python -m stages.tokenize", ("transform", "vocab_size"))
+    meta = read_figures(tokens / "meta.json", "python -m stages.tokenize", ("transform", "vocab_size", "fused_pairs"))
     tokenizer = require_file(tokens / "tokenizer.model", "python -m stages.tokenize")
     model = load_artifact(path, torch.device("cpu"))
     if meta["vocab_size"] != model.config.vocab_size:
         raise UserError(
             f"{path}: a network for {model.config.vocab_size} tokens, expected {meta['vocab_size']} as in {tokens}"
         )
-    parts = f"{file_sha256(path)} {file_sha256(tokenizer)} {meta['transform']}"
+    parts = f"{file_sha256(path)} {file_sha256(tokenizer)} {meta['transform']} {meta['fused_pairs']}"
     fingerprint = hashlib.sha256(parts.encode()).digest()
-    return Language(model, Spelling(tokenizer, meta["transform"]), fingerprint, str(path))
+    spelling = Spelling(tokenizer, meta["transform"], from_json(meta["fused_pairs"]))
+    return Language(model, spelling, fingerprint, str(path))

@@ -4,6 +4,8 @@ A tokenizer may fold characters, merge whitespace, or know no piece for a charac
 where it stands for exactly the stretch of text that it came from. Everything else is spelled in byte pieces, of which
 every tokenizer with byte fallback has 256. What comes out is the bytes of the tokens one behind the other.
 
+Pairs that are one token each (tokens/fused_pairs.py) are fused in the end: such a token is the bytes of both.
+
 A tokenizer for CaseOps encodes and spells CaseOps text, which can stand for every text (tokens/caseops.py).
 """
 
@@ -12,22 +14,27 @@ from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 
+import numpy as np
+
 from fairway.runtime.errors import UserError
 from fairway.tokens import caseops
+from fairway.tokens.fused_pairs import Pair, fuse
 from fairway.tokens.tokenizer import SPACE, Tokenizer, Transform
 
 
 class Spelling:
     """Texts as ids of a SentencePiece model. Raises UserError if the file is none, or without all 256 byte pieces."""
 
-    def __init__(self, path: Path, transform: Transform) -> None:
-        self.tokenizer, self.transform = Tokenizer(path), transform
+    def __init__(self, path: Path, transform: Transform, pairs: Sequence[Pair]) -> None:
+        self.tokenizer, self.transform, self.pairs = Tokenizer(path), transform, pairs
         model = self.tokenizer.model
         self._byte_ids = [model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         if not all(map(model.is_byte, self._byte_ids)):
             raise UserError(f"{path}: expected a tokenizer with byte fallback, which can spell any text")
         # What each id stands for; None for ids that stand for no text, such as BOS.
         self._bytes = [self._bytes_of(index) for index in range(model.vocab_size())]
+        for pair in pairs:
+            self._bytes[pair.fused] = self.bytes_of(pair.first) + self.bytes_of(pair.second)
 
     def _bytes_of(self, index: int) -> bytes | None:
         model = self.tokenizer.model
@@ -52,7 +59,9 @@ class Spelling:
             if surface and self._bytes[index] == surface.encode("utf-8"):
                 ids += [*self._spelled(text[done:begin]), index]
                 done = met
-        return ids + self._spelled(text[done:])
+        ids += self._spelled(text[done:])
+        fused: list[int] = fuse(np.array(ids, dtype=np.int64), self.pairs).tolist()
+        return fused
 
     def _spelled(self, text: str) -> list[int]:
         return [self._byte_ids[byte] for byte in text.encode("utf-8")]
