@@ -1,4 +1,5 @@
 # make repro   the whole pipeline on params.yaml; with DATA=path on text of your own, which params.yaml then names
+# make record RECORD=r1172 GPUS=4   params.yaml from records/ for so many GPUs, and the whole pipeline on it
 # make test    every fast test (CPU)
 # make lint    style and types
 # make test-browser  the report in Chromium, installed by apt where it is missing
@@ -6,13 +7,17 @@
 # make sample PROMPT='The database'   what model.bin writes behind that
 # make doctor  what this machine has and lacks for each record
 # make dag     the pipeline as a graph, in Mermaid's notation
-.PHONY: repro test test-long test-gpu test-browser lint doctor dag pack unpack sample clean
+.PHONY: repro record test test-long test-gpu test-browser lint doctor dag pack unpack sample clean
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 repro: .venv/installed
 	$(if $(DATA),python -m stages.use_data '$(DATA)')
 	$(if $(DATA),dvc repro --force --single-item fetch)
+	dvc repro
+
+record: .venv/installed
+	python -m stages.use_record '$(RECORD)' '$(GPUS)'
 	dvc repro
 
 test: .venv/installed lint

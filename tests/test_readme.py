@@ -36,6 +36,7 @@ def commands() -> list[str]:
 MAKE = {
     "make repro": "dvc repro",
     "make repro DATA=texts": "dvc repro",
+    "make record RECORD=r1172 GPUS=8": "dvc repro",
     "make test": "pytest -n 2 --dist loadfile --no-loadscope-reorder",
     "make doctor": "python -m stages.doctor",
     "make dag": "dvc dag --mermaid --collapse-foreach-matrix",
