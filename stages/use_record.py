@@ -49,7 +49,7 @@ def check_nothing_is_lost(chosen: Chosen) -> None:
     if now in (chosen.text, committed.stdout.decode("utf-8", "replace")) or was_chosen(now):
         return
     raise UserError(
-        f"{PARAMS}: holds changes that git does not; commit them, or `mv {PARAMS} mine.yaml`, before a record replaces it"
+        f"{PARAMS}: holds changes that git does not; commit them, or `mv {PARAMS} mine.yaml`, and run this again"
     )
 
 
