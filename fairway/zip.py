@@ -35,7 +35,7 @@ def main() -> None:
         raise UserError(f"{source}: {error.strerror}; expected a file to {command}") from None
     if target.exists():
         raise UserError(f"{target}: already there; name another file behind {source}, or delete this one")
-    # One thread rounds alike on machines with any number of processors, and in a network of laptop size it is as fast.
+    # How sums are split among threads decides how they round. One thread is had on every machine.
     torch.set_num_threads(1)
     language = load_language(Path("artifacts"), load_params("params.yaml").seeds[0])
     try:

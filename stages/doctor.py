@@ -26,12 +26,17 @@ def main() -> None:
     files = {"params.yaml": Path("params.yaml")} | {name: Path(f"records/{name}.yaml") for name in names}
     params, faults = read_params(files)
     checks = {name: record_checks(found) for name, found in params.items()}
-    parts = [description(), table(checks) if checks else [], remedies(checks, faults), speed(params), verdict(checks)]
-    print("\n\n".join("\n".join(lines) for lines in parts if lines))
+    parts = [description(), table(checks) if checks else [], remedies(checks, faults)]
+    print("\n\n".join("\n".join(lines) for lines in parts if lines), flush=True)
+    for lines in (speed(params), verdict(checks)):
+        print("".join(f"\n{line}" for line in lines), end="\n" if lines else "", flush=True)
 
 
 def speed(params: dict[str, Params]) -> list[str]:
-    """A line on the speed of the first GPU, if there is one that a record fits on: by the record of params.yaml."""
+    """A line on the speed of the first GPU, if there is one that a record fits on: by the record of params.yaml.
+
+    It takes half a minute, most of it compilation.
+    """
     gpus = gpu_bytes()
     if not gpus or gpus[0] < GPU_MEMORY:
         return []

@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPOSITORY, Experiment, commit, git
 from test_readme import README
 
-from fairway import machine
+from fairway import machine, step_time
 from fairway.chosen_record import MINUTES, choose, expectation, record_names
 from fairway.params import load_params
 from fairway.runtime.errors import UserError
-from fairway.step_time import MEASURED_MS, SLOW, judged
+from fairway.step_time import MEASURED_MS, SLOW, judged, step_verdict
 from stages import use_record
 
 RECORDS = REPOSITORY / "records"
@@ -133,6 +134,20 @@ def test_a_slow_machine_is_told_from_a_fast_one_by_the_benchmarks() -> None:
     assert measured == MEASURED_MS
     assert judged("r1172", 1.1 * MEASURED_MS["r1172"]).startswith("✓ one training step of r1172 takes 566 ms")
     assert "take another machine" in judged("r1172", 1.01 * SLOW * MEASURED_MS["r1172"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_is_timed_on_a_gpu() -> None:
+    assert re.match(r"[✓✗] one training step of r1172 takes \d+ ms on the first GPU", step_verdict("r1172", steps=1))
+
+
+def test_a_step_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler\nfound")
+
+    monkeypatch.setattr(step_time, "Step", broken)
+    assert step_verdict("r1172") == "✗ a training step of r1172 fails here: RuntimeError: no compiler"
 
 
 def test_the_containers_name_files_and_targets_that_are_there() -> None:
