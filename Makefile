@@ -1,10 +1,13 @@
 # make repro   the whole pipeline on params.yaml; with DATA=path on text of your own, which params.yaml then names
+# make record RECORD=r1172 GPUS=4   params.yaml from records/ for so many GPUs, and the whole pipeline on it
 # make test    every fast test (CPU)
 # make lint    style and types
 # make test-browser  the report in Chromium, installed by apt where it is missing
+# make pack FILE=notes.md, make unpack FILE=notes.md.fwz   any text packed by model.bin, and back
+# make sample PROMPT='The database'   what model.bin writes behind that
 # make doctor  what this machine has and lacks for each record
 # make dag     the pipeline as a graph, in Mermaid's notation
-.PHONY: repro test test-long test-gpu test-browser lint doctor dag clean
+.PHONY: repro record test test-long test-gpu test-browser lint doctor dag pack unpack sample clean
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -13,6 +16,10 @@ repro: .venv/installed
 	  echo 'error: not a git repository: do `git init`, or `dvc config --local core.no_scm true` without git' >&2; exit 1; }
 	$(if $(DATA),python -m stages.use_data '$(DATA)')
 	$(if $(DATA),dvc repro --force --single-item fetch)
+	dvc repro
+
+record: .venv/installed
+	python -m stages.use_record '$(RECORD)' '$(GPUS)'
 	dvc repro
 
 test: .venv/installed lint
@@ -34,6 +41,12 @@ lint: .venv/installed
 
 doctor: .venv/installed
 	python -m stages.doctor
+
+pack unpack: .venv/installed
+	python -m fairway.zip $@ '$(FILE)' $(if $(OUT),'$(OUT)')
+
+sample: .venv/installed
+	python -m fairway.sample '$(PROMPT)'
 
 dag: .venv/installed
 	@dvc dag --mermaid --collapse-foreach-matrix

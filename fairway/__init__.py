@@ -1,5 +1,6 @@
 """The nouns: all substance of the pipeline, one package per subject. Each imports only those before it in this list:
-runtime, tokens, model, training, adaptation, codec, quantization, evaluation, certification, packing, reporting.
+runtime, tokens, model, training, adaptation, codec, quantization, evaluation, decoding, certification, packing,
+reporting.
 """
 
 import os

@@ -84,6 +84,9 @@ CORE_FLOPS, CPU_HOURS = 2e10, 24
 # if the file system knows no links. A seed of a record leaves its weights.
 COPIES, SHARD_BYTES, SEED_BYTES = 4, 2 * 10**8, 2 * 10**9
 
+# The one need without which figures may differ in their last digits, but everything runs.
+PINNED = "packages as pinned"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -129,7 +132,7 @@ def _wants_gpus(params: Params) -> bool:
 def _programs(params: Params) -> list[Check]:
     unpinned = machine.unpinned()
     checks = [
-        Check("packages as pinned", not unpinned, f"pip install -r {machine.pin_files()[-1]} ({unpinned})"),
+        Check(PINNED, not unpinned, f"pip install -r {machine.pin_files()[-1]} ({unpinned})"),
         Check("torchrun", find_spec("torch.distributed.run") is not None, "install a PyTorch with torch.distributed"),
         Check("dvc", shutil.which("dvc") is not None, "source .venv/bin/activate, or pip install -r requirements.txt"),
         Check("git", shutil.which("git") is not None, "install git: experiments are kept in it"),
@@ -239,6 +242,20 @@ def remedies(checks: dict[str, list[Check]], faults: Sequence[str] = ()) -> list
     lines = [f"✗ {fault}" for fault in faults]
     lines += [f"✗ {check.need} ({_some(names)}): {check.remedy}" for check, names in unmet.items()]
     return lines or ["Nothing is missing."]
+
+
+def verdict(checks: dict[str, list[Check]]) -> list[str]:
+    """One line that names the params files whose needs are all met; none if there are no params files.
+
+    Other versions of packages than the pinned ones give other last digits, and no more.
+    """
+    ready = [name for name, found in checks.items() if all(check.met or check.need == PINNED for check in found)]
+    named = ", ".join(_called(name) for name in ready) or "none of these as it is"
+    return [f"This machine can run: {named}"] if checks else []
+
+
+def _called(name: str) -> str:
+    return f"{name} (`make repro`)" if name == "params.yaml" else name
 
 
 def _some(names: list[str]) -> str:

@@ -2,17 +2,22 @@
 
 Reads:  params.yaml (the experiment in hand), records/*.yaml but published.yaml
 Prints: this machine's GPUs, memory and libraries, then ✓ or ✗ for each need and record, then what to do about each ✗.
-        A params file with a fault is one line among these and has no column. The exit status is 0 whatever is found.
-Method: fairway/preflight.py, which also checks params.yaml before fetch and train, and fairway/machine.py
+        A params file with a fault is one line among these and has no column. On a GPU, how long a training step takes
+        beside what was measured. At the end, what this machine can run. The exit status is 0 whatever is found.
+Method: fairway/preflight.py, which also checks params.yaml before fetch and train; fairway/machine.py and step_time.py
 Usage:  make doctor, or python -m stages.doctor
 """
 
 from pathlib import Path
 
-from fairway.machine import description
+from fairway.machine import description, gpu_bytes
 from fairway.params import Params, load_params
-from fairway.preflight import record_checks, remedies, table
+from fairway.preflight import GPU_MEMORY, record_checks, remedies, table, verdict
 from fairway.runtime.errors import UserError, run_stage
+from fairway.step_time import MEASURED_MS, step_verdict
+
+# The record whose step is timed if params.yaml names none that has been measured.
+TIMED = "r1172"
 
 
 def main() -> None:
@@ -22,7 +27,21 @@ def main() -> None:
     params, faults = read_params(files)
     checks = {name: record_checks(found) for name, found in params.items()}
     parts = [description(), table(checks) if checks else [], remedies(checks, faults)]
-    print("\n\n".join("\n".join(lines) for lines in parts if lines))
+    print("\n\n".join("\n".join(lines) for lines in parts if lines), flush=True)
+    for lines in (speed(params), verdict(checks)):
+        print("".join(f"\n{line}" for line in lines), end="\n" if lines else "", flush=True)
+
+
+def speed(params: dict[str, Params]) -> list[str]:
+    """A line on the speed of the first GPU, if there is one that a record fits on: by the record of params.yaml.
+
+    It takes half a minute, most of it compilation.
+    """
+    gpus = gpu_bytes()
+    if not gpus or gpus[0] < GPU_MEMORY:
+        return []
+    chosen = params["params.yaml"].report.record if "params.yaml" in params else None
+    return [step_verdict(chosen if chosen in MEASURED_MS else TIMED)]
 
 
 def read_params(files: dict[str, Path]) -> tuple[dict[str, Params], list[str]]:

@@ -5,16 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from conftest import Experiment
-from hypothesis import given
-from hypothesis import strategies as st
 from reports import Figures
 from stand_in_lrzip import install
 
-from fairway.certification.decoder import PRECISION, Decoder, Encoder, counts
 from fairway.codec.container import pack, unpack
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import read_figures
@@ -93,22 +88,3 @@ def test_a_damaged_file_in_a_report_names_the_command_that_makes_it(
     path.write_bytes(path.read_bytes()[:-9] if path.suffix != ".tsv" else path.read_bytes() + b"12")
     with pytest.raises(UserError, match=rf"{re.escape(file)}: .*; run `python -m stages\.{made_by}` again$"):
         figures.facts()
-
-
-@given(st.lists(st.integers(0, 59), min_size=1, max_size=60), st.integers(0, 99))
-def test_tokens_come_back_from_their_code(tokens: list[int], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    rows = (3 * torch.randn(len(tokens), 60, generator=generator)).log_softmax(-1)
-    encoder = Encoder()
-    for token, row in zip(tokens, rows, strict=True):
-        encoder.push(token, row)
-    decoder = Decoder(encoder.words())
-    assert [decoder.pop(row) for row in rows] == tokens
-    bits = -float(rows.double()[range(len(tokens)), tokens].sum()) / np.log(2)
-    assert abs(32 * len(encoder.words()) - bits) <= 64 + 1e-4 * bits
-
-
-@pytest.mark.parametrize("spread", [0.0, 5.0, 80.0])
-def test_counts_are_whole_leave_no_token_out_and_add_up(spread: float) -> None:
-    found = counts((spread * torch.randn(300, generator=torch.Generator().manual_seed(1))).log_softmax(-1))
-    assert (found.dtype, int(found.min()) >= 1, int(found.sum())) == (np.int64, True, 2**PRECISION)

@@ -15,7 +15,7 @@ from forks import Fork
 
 from fairway import machine
 from fairway.params import load_params
-from fairway.preflight import Check, check_machine, cpu_hours, fewer_processes, remedies, table
+from fairway.preflight import PINNED, Check, check_machine, cpu_hours, fewer_processes, remedies, table, verdict
 from fairway.runtime.errors import UserError
 
 # Nothing listens on the port that discards what it is sent.
@@ -75,6 +75,7 @@ def test_a_bare_machine_lacks_programs_hub_and_gpus(experiment: Experiment) -> N
     assert marks(output, "8 GPUs") == ["·", "·", *"✗✗✗✗"]
     assert marks(output, "1 GPU") == ["·", "✗", *"····"]
     assert marks(output, "documents") == ["✓", *"·····"]
+    assert output.splitlines()[-1] == "This machine can run: none of these as it is"
     assert "\n✗ lrzip (r1958): apt-get install lrzip" in output
     assert f"\n✗ hub reachable (lab-1gpu, r1150, r1172, r1488, r1958): let this machine reach {NOWHERE}" in output
 
@@ -86,6 +87,7 @@ def test_what_is_there_is_ticked(experiment: Experiment, hub: str) -> None:
         assert marks(output, need) == ["✓"] * 6
     assert marks(output, "hub reachable") == ["·", *"✓✓✓✓✓"]
     assert "✗ lrzip" not in output
+    assert output.splitlines()[-1] == "This machine can run: params.yaml (`make repro`)"
 
 
 def test_a_params_file_with_a_fault_is_one_line_and_the_rest_is_shown_all_the_same(experiment: Experiment) -> None:
@@ -191,6 +193,13 @@ def test_variants_share_the_column_of_their_record_unless_they_need_more() -> No
     assert table(checks)[0].split() == ["r1", "r1-other"]
     assert table(checks)[-1] == "r1-same: as r1"
     assert remedies(checks) == ["✗ lrzip (r1-other): install it"]
+
+
+def test_other_versions_than_the_pinned_ones_keep_no_record_from_running() -> None:
+    other, lacking = Check(PINNED, False, "pip install"), Check("disk", False, "delete")
+    checks = {"params.yaml": [other], "r1": [lacking], "lab-1gpu": [Check("disk", True, "")]}
+    assert verdict(checks) == ["This machine can run: params.yaml (`make repro`), lab-1gpu"]
+    assert verdict({}) == []
 
 
 def test_where_nothing_is_missing_it_says_so() -> None:

@@ -16,6 +16,7 @@ ORDER = (
     "codec",
     "quantization",
     "evaluation",
+    "decoding",
     "certification",
     "packing",
     "reporting",

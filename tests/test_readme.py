@@ -37,6 +37,7 @@ def commands() -> list[str]:
 MAKE = {
     "make repro": "dvc repro",
     "make repro DATA=texts": "dvc repro",
+    "make record RECORD=r1172 GPUS=8": "dvc repro",
     "make test": "pytest -n 2 --dist loadfile --no-loadscope-reorder",
     "make doctor": "python -m stages.doctor",
     "make dag": "dvc dag --mermaid --collapse-foreach-matrix",
@@ -68,6 +69,12 @@ ALONE = (
     "alone",
     "cd alone && python train_gpt.py",
 )
+# In a folder with a model.bin and notes.md, with what their output must match.
+ZIPPED = {
+    "python -m fairway.zip pack notes.md": r"xz -9e .*bytes",
+    "python -m fairway.zip unpack notes.md.fwz again.md": "wrote again.md",
+    'python -m fairway.sample "The database" --temperature 0.8 --seed 1 --tokens 200': "^The database.",
+}
 
 
 def shell(folder: Path, command: str) -> str:
@@ -91,7 +98,7 @@ def commit(folder: Path) -> None:
 
 
 def test_every_command_is_run_by_a_test() -> None:
-    claimed = [*MAKE, *PLANNED, *PIPELINE, *CLONED, *MACHINES, *ALONE]
+    claimed = [*MAKE, *PLANNED, *PIPELINE, *CLONED, *MACHINES, *ALONE, *ZIPPED]
     assert sorted(set(commands())) == sorted(claimed)
 
 
@@ -245,6 +252,23 @@ def test_the_worked_example_scores(finished_copy: Experiment) -> None:
 
 def _score(output: str) -> float:
     return float(re.search(r"val_bpb (\S+)", output)[1])  # type: ignore[index]
+
+
+def test_a_text_is_packed_and_comes_back_and_a_prompt_goes_on(finished_copy: Experiment) -> None:
+    finished_copy.copy_code()
+    notes = finished_copy.folder / "notes.md"
+    notes.write_bytes("Notes — of anything.\r\n".encode())
+    for command, expected in ZIPPED.items():
+        assert re.search(expected, shell(finished_copy.folder, command)), command
+    assert (finished_copy.folder / "again.md").read_bytes() == notes.read_bytes()
+
+
+@pytest.mark.program("make")
+def test_makes_words_for_packed_texts_are_those_commands() -> None:
+    for line in re.findall(r"`(make (?:pack|unpack|sample) [^`]*)`", README):
+        planned = shell(REPOSITORY, line.replace("make", "make --dry-run --no-print-directory")).splitlines()[-1]
+        words = shlex.split(planned)
+        assert any(shlex.split(command)[: len(words)] == words for command in ZIPPED), line
 
 
 def test_the_shipped_files_score_alone(finished_copy: Experiment) -> None:

@@ -6,7 +6,7 @@ comes out as another distribution, and from there on as other tokens. The code m
 for the slices, neither longer nor shorter: otherwise what is coded is not what was claimed. The slices lie around the
 first two steps of learning and the start of a document, as far as there are any.
 
-Tokens become bits, and bits tokens, by range coding with integer counts (Martin 1979), from the constriction library.
+What turns tokens into bits and bits into tokens stands in decoding/token_coder.py.
 
 Legend: N targets, C coded targets, V vocabulary, W words of code.
 """
@@ -14,9 +14,7 @@ Legend: N targets, C coded targets, V vocabulary, W words of code.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import constriction
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,50 +23,8 @@ from fairway.certification.accounting import Finding, places_bits
 from fairway.certification.black_box import Baseline, BlackBox, baseline
 from fairway.certification.excerpt import Order, stream_order
 from fairway.certification.follower import Follower
+from fairway.decoding.token_coder import Decoder, Encoder
 from fairway.tokens.tokenizer import BOS
-
-# Counts of a distribution add up to 2 to this power, the precision of the library's coder.
-PRECISION = 24
-
-
-def counts(log_probs_V: Tensor) -> np.ndarray:
-    """A distribution as integers (V,), each at least 1, that sum to 2**PRECISION; what is left goes to the largest."""
-    probs_V = np.exp(log_probs_V.double().numpy())
-    counts_V = 1 + np.floor(probs_V / probs_V.sum() * (2**PRECISION - len(probs_V))).astype(np.int64)
-    counts_V[counts_V.argmax()] += 2**PRECISION - counts_V.sum()
-    return counts_V
-
-
-def _model(log_probs_V: Tensor) -> Any:
-    return constriction.stream.model.Categorical(counts(log_probs_V).astype(np.float64), lazy=True)
-
-
-class Encoder:
-    """Takes tokens; `words` are the code so far, (W,) uint32."""
-
-    def __init__(self) -> None:
-        self._coder = constriction.stream.queue.RangeEncoder()
-
-    def push(self, token: int, log_probs_V: Tensor) -> None:
-        """Code a token of a distribution (V,)."""
-        self._coder.encode(token, _model(log_probs_V))
-
-    def words(self) -> np.ndarray:
-        """The code."""
-        code: np.ndarray = self._coder.get_compressed()
-        return code
-
-
-class Decoder:
-    """Gives the tokens back, if it is given the same distributions."""
-
-    def __init__(self, words: np.ndarray) -> None:
-        self._coder = constriction.stream.queue.RangeDecoder(words)
-
-    def pop(self, log_probs_V: Tensor) -> int:
-        """The next token."""
-        return int(self._coder.decode(_model(log_probs_V)))
-
 
 # The token that stands in the decoder's stream wherever the true one is not known yet.
 UNKNOWN = 0
@@ -180,14 +136,15 @@ def _encode(box: BlackBox, base: Baseline, slices: Slices) -> np.ndarray:
             rows = {position: base.log_probs_NV[position].cpu()}
         elif position not in rows:
             rows = follower.rows(position)
-        encoder.push(int(base.tokens_N1[position + 1]), rows[position])
+        encoder.push(base.tokens_N1[position + 1][None].cpu().numpy(), rows[position][None])
     return encoder.words()
 
 
 def _decode(box: BlackBox, base: Baseline, slices: Slices, words: np.ndarray) -> Iterator[int]:
     """The tokens, one by one. The pass knows each of them from then on; those between slices it is given.
 
-    They end where the pass, as it knows the stream by then, does not predict the next one in its chunk at all.
+    They end where the pass, as it knows the stream by then, does not predict the next one in its chunk at all, and
+    where the words are no code by what it predicts.
     """
     order, true_N1 = slices.order, base.tokens_N1
     unknown_N1 = order.unknown(int(slices.indices[0])).to(true_N1.device)
@@ -199,10 +156,9 @@ def _decode(box: BlackBox, base: Baseline, slices: Slices, words: np.ndarray) ->
             follower.fill(known_N1, true_N1[known_N1])
         position, expected = int(order.positions[index]), index + 1
         try:
-            row_V = follower.row(position)
-        except LookupError:
+            token = int(reader.pop(follower.row(position)[None])[0])
+        except (LookupError, ValueError):
             return
-        token = reader.pop(row_V)
         follower.fill(position + 1, torch.tensor(token, device=true_N1.device))
         yield token
 

@@ -1,0 +1,95 @@
+"""A record of records/ for so many GPUs: its params file, and what it is expected to give and to cost.
+
+A record is a run of eight processes in the track's minutes. On fewer GPUs there are fewer processes, and as many steps
+take as many times longer: the clock and what is reserved of it are multiplied. A file for one process, such as the lab,
+keeps its seconds on any number of GPUs.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+
+from fairway.params import Params, load_params
+from fairway.reporting.comparison import load_published
+from fairway.runtime.errors import UserError
+
+# Minutes for all seeds on as many GPUs as the file has processes: the table of the README, and for the lab its text.
+MINUTES = {"r1150": 50, "r1172": 50, "r1488": 55, "r1958": 65, "r1488-train-ttt": 50, "r1958-train-ttt": 60}
+MINUTES |= {"r1150-causal-slot": 50, "r1172-causal-slot": 50, "r1488-causal-slot": 50, "r1958-lora-ttt": 70}
+MINUTES |= {"lab-1gpu": 20}
+# Dollars for an hour of one GPU, as the README reckons.
+GPU_HOUR = 2.50
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The record `name` for so many GPUs: the text of its params file, and what that says."""
+
+    name: str
+    gpus: int
+    text: str
+    params: Params
+    # How many times longer than with the processes of the record it takes.
+    longer: float
+
+
+def record_names(records: Path) -> list[str]:
+    """The records that there are, in alphabetical order."""
+    return sorted(file.stem for file in records.glob("*.yaml") if file.stem != "published")
+
+
+def choose(records: Path, name: str, gpus: int) -> Chosen:
+    """The record of that name. Raises UserError if there is none, or if so many processes cannot share a step."""
+    if name not in (names := record_names(records)):
+        raise UserError(f"RECORD={name}: no such record; expected one of {', '.join(names)}")
+    file = records / f"{name}.yaml"
+    params = load_params(file)
+    micro_batches = params.train.batch_tokens // params.train.micro_batch_tokens
+    if gpus < 1 or micro_batches % gpus:
+        able = ", ".join(str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0)
+        raise UserError(f"GPUS={gpus}: expected a number that divides the {micro_batches} micro-batches: {able}")
+    longer = max(params.processes / gpus, 1.0)
+    text = _with(file.read_text(encoding="utf-8"), "processes", str(gpus), file)
+    for key, seconds in (("max_wallclock_s", params.train.max_wallclock_s), ("reserve_s", params.train.reserve_s)):
+        if seconds is not None:
+            text = _with(text, key, f"{seconds * longer:.1f}", file)
+    with TemporaryDirectory() as folder:
+        made = Path(folder) / "params.yaml"
+        made.write_text(text, encoding="utf-8")
+        return Chosen(name, gpus, text, load_params(made), longer)
+
+
+def _with(text: str, key: str, value: str, file: Path) -> str:
+    """The text of a params file with another value of a key that stands there once."""
+    changed, count = re.subn(rf"^( *{key}:).*$", rf"\g<1> {value}", text, flags=re.MULTILINE)
+    if count != 1:
+        raise UserError(f"{file}: expected one line that begins with `{key}:`, found {count}")
+    return changed
+
+
+def expectation(chosen: Chosen, published: Path) -> str:
+    """One line: the published score, minutes and cost. Raises UserError if the published figures are damaged."""
+    gpus = "1 GPU" if chosen.gpus == 1 else f"{chosen.gpus} GPUs"
+    line = f"{chosen.name} on {gpus}: {_score(chosen.name, published)}; "
+    if chosen.name not in MINUTES:
+        return line + "minutes and cost are not known"
+    minutes = MINUTES[chosen.name] * chosen.longer
+    return line + (
+        f"some {minutes:,.0f} minutes, ${minutes / 60 * chosen.gpus * GPU_HOUR:,.0f} at ${GPU_HOUR:.2f} a GPU-hour, "
+        "without certificates and the first download"
+    )
+
+
+def _score(name: str, published: Path) -> str:
+    """What a score is expected to be near, or why there is none to expect."""
+    known = load_published(published).records
+    if name in known:
+        scores = known[name].bpb(known[name].evaluator)
+        return f"published {mean(scores):.4f} bits per byte ({known[name].evaluator}, mean of {len(scores)} seeds)"
+    origin = name.partition("-")[0]
+    if origin in known:
+        scores = known[origin].bpb(known[origin].evaluator)
+        return f"no published score, being a variant of {origin} ({mean(scores):.4f} bits per byte)"
+    return "no published score, since it scores a part of the validation documents"
