@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from conftest import REPOSITORY, Experiment
 
 from fairway.params import load_params
 from fairway.reporting.comparison import load_published
+from fairway.reporting.documents import read_documents
 from fairway.reporting.facts import Facts, facts
+from fairway.reporting.made import Made
 from fairway.reporting.page import page
 from fairway.reporting.runs import collect
+from fairway.reporting.versions import Change
 
 # The stages whose figures the report reads, besides certify.
 STAGES = ("train", "adapt", "quantize", "compress", "size_check", "evaluate")
@@ -60,6 +64,15 @@ def add_seed(folder: Path, seed: int, shift_bpb: float) -> None:
     certify(folder, seed)
 
 
+MADE = Made(
+    name="Laptop default",
+    experiment="rapid-lark",
+    at=datetime(2026, 5, 1, 12, 30, tzinfo=UTC),
+    against="params.yaml of commit 0123abc",
+    changes=[Change("slot.steps", "5", "24"), Change("train.loader.kind", '"sequential"', '"packed"')],
+)
+
+
 class Figures:
     """A private copy of the evaluated experiment's figures, with certificates."""
 
@@ -67,6 +80,7 @@ class Figures:
         self.folder = folder
         for stage in STAGES:
             shutil.copytree(evaluated.folder / "artifacts" / stage, folder / "artifacts" / stage)
+        shutil.copytree(evaluated.folder / "artifacts/tokens", folder / "artifacts/tokens")
         shutil.copytree(REPOSITORY / "records", folder / "records")
         self.meta = json.loads((evaluated.folder / "artifacts/tokens/meta.json").read_text())
         self.params = json.loads(json.dumps(evaluated.params))
@@ -98,5 +112,8 @@ class Figures:
         )
 
     def page(self) -> str:
-        """The page's HTML."""
-        return page(self.facts(), self.meta)
+        """The page's HTML, of a run that changed two settings."""
+        found = self.facts()
+        seeds = [run.seed for run in found.runs]
+        reading = read_documents(self.folder / "artifacts", self.meta, seeds, found.shipped.name)
+        return page(found, self.meta, reading, MADE)
