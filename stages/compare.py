@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fairway.reporting.compare_page import compare_page
 from fairway.reporting.comparison import load_published
-from fairway.reporting.experiments import experiments, pair
+from fairway.reporting.stored_experiments import experiments, pair
 from fairway.runtime.errors import UserError, run_stage
 from fairway.runtime.files import write_atomic
 

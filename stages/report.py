@@ -15,8 +15,8 @@ from pathlib import Path
 
 from fairway.params import load_params
 from fairway.reporting import tables
+from fairway.reporting.by_document import read_documents
 from fairway.reporting.comparison import load_published
-from fairway.reporting.documents import read_documents
 from fairway.reporting.facts import facts
 from fairway.reporting.made import made
 from fairway.reporting.page import page

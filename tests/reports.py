@@ -10,8 +10,8 @@ import yaml
 from conftest import REPOSITORY, Experiment
 
 from fairway.params import load_params
+from fairway.reporting.by_document import read_documents
 from fairway.reporting.comparison import load_published
-from fairway.reporting.documents import read_documents
 from fairway.reporting.facts import Facts, facts
 from fairway.reporting.made import Made
 from fairway.reporting.page import page

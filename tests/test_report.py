@@ -18,10 +18,12 @@ from fairway.reporting import tables
 from fairway.reporting.budgets import Entry, budgets, eval_s, ledger, train_s
 from fairway.reporting.comparison import compare, load_published, welch
 from fairway.reporting.facts import Facts
+from fairway.reporting.page import matrices
 from fairway.reporting.tables import markdown, summarize, time_table, times, timing
 from fairway.runtime.errors import UserError
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;"
+QUANTIZED = "artifacts/quantize/1337/quantize.json"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
@@ -56,7 +58,14 @@ def test_the_stage_writes_what_dvc_and_people_read(one: Figures, evaluated: Expe
     assert printed.strip() == f"{table}\n{timing(one.facts())} The page to look at: results/report.html"
     seconds = json.loads((experiment.folder / "results/times.json").read_text())
     assert seconds == times(one.facts()) | {"ledger": time_table(one.facts().runs)}
-    assert (experiment.folder / "results/report.html").read_text() == one.page()
+    # But for the head, which says what made it, and when.
+    below = [html.partition('<dl class="cards">')[2] for html in (_page(experiment), one.page())]
+    assert below[0] == below[1] != ""
+    assert "· Laptop default ·" in _page(experiment)
+
+
+def _page(experiment: Experiment) -> str:
+    return (experiment.folder / "results/report.html").read_text()
 
 
 def _as_git_tracks_it(found: Facts) -> tuple[str, ...]:
@@ -223,7 +232,7 @@ def test_the_page_has_the_ledger_and_how_often_evaluators_learn(three: Figures) 
     # Its head, the eight kinds of work without adaptation and calibration, three for each evaluator, and the sum.
     assert len(rows) == 1 + 6 + 3 * 3 + 1
     assert all(row.count("<td") == 1 + 3 for row in rows[1:])
-    assert "training, 600 s" in rows[3]
+    assert '<td data-label="budget">training</td>' in rows[3]
     updates = re.search(r'aria-label="Scores and updates, table".*?</table>', html, re.DOTALL)[0]  # type: ignore[index]
     assert re.search(r"<code>sliding</code></th>(<td[^>]*>[\d,]+</td>)<td[^>]*>0</td>\s*<td[^>]*></td>", updates)
     ttt = three.facts().runs[0].scores["ttt"]
@@ -252,13 +261,28 @@ def test_dvc_shows_two_figures_of_times_and_not_the_ledger(one: Figures, tmp_pat
     assert shown[""]["data"]["results/times.json"]["data"] == times(found)
 
 
-def test_the_ladder_starts_every_evaluator_from_the_kept_weights(one: Figures) -> None:
-    found = one.facts()
-    trained, averaged, *evaluators = found.rungs
-    assert (trained.before, averaged.before) == (None, trained.bpb)
-    assert {rung.before for rung in evaluators} == {averaged.bpb}
+def test_the_ladder_leads_from_trained_to_quantized_weights_to_windows_to_what_adapts(one: Figures) -> None:
+    trained, averaged, quantized, sliding, *adaptive = one.facts().rungs
+    assert (trained.before, averaged.before, quantized.before) == (None, trained.bpb, averaged.bpb)
+    assert quantized.bpb == json.loads((one.folder / QUANTIZED).read_text())["quantized_rows_bpb"]
+    assert (sliding.name, sliding.before) == ("sliding", quantized.bpb)
+    assert [(rung.name, rung.before) for rung in adaptive] == [("ttt", sliding.bpb), ("slot", sliding.bpb)]
     one.params["average"]["method"] = "last"
-    assert [rung.name for rung in one.facts().rungs] == ["trained", "sliding", "ttt", "slot"]
+    assert [rung.name for rung in one.facts().rungs] == ["trained", "quantized", "sliding", "ttt", "slot"]
+
+
+def test_without_sliding_windows_evaluators_start_from_the_quantized_weights(one: Figures) -> None:
+    one.params["evaluators"] = ["ttt"]
+    one.params["compress"]["evaluator"] = "ttt"
+    *_, quantized, ttt = one.facts().rungs
+    assert ttt.before == quantized.bpb
+
+
+def test_quantized_rows_lie_between_the_trained_ones_and_what_windows_win_back(one: Figures) -> None:
+    """On this network 6 bits cost next to nothing, and longer windows help a little."""
+    *_, averaged, quantized, sliding, _, _ = one.facts().rungs
+    assert quantized.bpb == pytest.approx(averaged.bpb, abs=2e-3)
+    assert quantized.bpb > sliding.bpb
 
 
 def test_published_levels_join_the_ladder_only_if_the_text_is_theirs(one: Figures) -> None:
@@ -321,7 +345,8 @@ def test_reproduced_figures_stand_beside_published_ones(one: Figures) -> None:
     rows = {row.label: row for row in reproduction.figures}
     assert rows["ttt, bpb"].published == pytest.approx(1.11512332)
     assert rows["training, s"].published == pytest.approx(600.086)
-    assert (rows["quantized weights, bpb"].reproduced, rows["slot, bpb"].published) == (None, None)
+    assert rows["quantized weights, bpb"].reproduced == one.facts().rungs[2].bpb
+    assert rows["slot, bpb"].published is None
     assert rows["slot, bpb"].struck
     assert "do not compare" in one.page()
 
@@ -450,3 +475,48 @@ def test_scores_of_a_part_of_the_held_out_documents_are_labelled_so(one: Figures
     label = f"the first {scored} of 50000 validation documents"
     assert markdown(one.facts()).startswith(f"| bits per byte of {label} | ")
     assert f"of {label}" in one.page()
+
+
+def test_the_head_says_what_ran_when_and_with_what_changed(one: Figures) -> None:
+    html = one.page()
+    assert "Laptop default · experiment rapid-lark · 2026-05-01 12:30 UTC" in html
+    assert "Changed against params.yaml of commit 0123abc" in html
+    assert "<code>slot.steps</code> 5 → <b>24</b>" in html
+
+
+def test_seconds_of_another_machine_are_not_measured_by_the_tracks_limits(one: Figures) -> None:
+    """Only the size fills a meter, no bar has a limit, and no record is claimed."""
+    html = one.page()
+    assert html.count('class="meter"') == 1
+    assert "mark limit" not in html
+    assert "600 s are of 8 H100" in html
+    environment = json.loads((one.folder / "artifacts/train/1337/train.json").read_text())["environment"]
+    one.change("train/1337/train.json", environment=environment | {"cuda": "12.8", "processes": 8})
+    html = one.page()
+    assert html.count('class="meter"') == 3
+    assert "mark limit" in html
+    assert "training, 600 s" in html
+
+
+def test_a_figure_good_enough_for_a_record_is_one_on_the_tracks_machine_alone(three: Figures) -> None:
+    _on_the_challenges_text(three)
+    three.params["report"]["baseline"] = "r549"
+    for seed, bpb in zip(three.params["seeds"], (0.9, 0.9001, 0.9002), strict=True):
+        three.change(f"evaluate/{seed}/sliding/metrics.json", val_bpb=bpb)
+    assert "this is one" not in three.page()
+    assert "a record is made on 8 H100" in three.page()
+    for seed in three.params["seeds"]:
+        environment = json.loads((three.folder / f"artifacts/train/{seed}/train.json").read_text())["environment"]
+        three.change(f"train/{seed}/train.json", environment=environment | {"cuda": "12.8", "processes": 8})
+    assert "<strong>this is one</strong>" in three.page()
+
+
+def test_every_rounded_matrix_has_its_bits_and_its_error(one: Figures) -> None:
+    tensors = json.loads((one.folder / QUANTIZED).read_text())["tensors"]
+    rounded = {name: tensor for name, tensor in tensors.items() if tensor["bits"] < 16}
+    found = {matrix.name: matrix for matrix in matrices(one.facts().runs[0])}
+    assert found.keys() == rounded.keys() != set()
+    for name, matrix in found.items():
+        assert matrix.error**2 == pytest.approx(rounded[name]["mse"])
+        assert matrix.weights == math.prod(rounded[name]["shape"])
+        assert f"<code>{name}</code>" in one.page()

@@ -199,7 +199,7 @@ def _gradient(runs: list[Run]) -> Chart:
         name="gradient",
         title="Gradient while training",
         summary="L2 norm of a micro-batch's gradient over all weights before it is clipped, mean over the "
-        f"micro-batches of a step. {course('It', lines, '')}",
+        f"micro-batches of a step. {course('Norm', lines, '')}",
         x_label="step",
         y_label="norm",
         drawing=plot(lines),

@@ -6,8 +6,8 @@ from statistics import mean
 
 from fairway.reporting.charts import Bar, Chart, Line, course, hue, numbers, plot, signed
 from fairway.reporting.comparison import Published, PublishedRecord
-from fairway.reporting.experiments import Apart, Found, Gap, Pair, Row
 from fairway.reporting.page import render
+from fairway.reporting.stored_experiments import Apart, Found, Gap, Pair, Row
 
 
 def compare_page(found: Found, compared: Pair, published: Published) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fairway.reporting.budgets import ledger
+from fairway.reporting.by_document import SHADES, Reading
 from fairway.reporting.charts import charts, hue, ladder_bars, ladder_range, signed, time_bars
 from fairway.reporting.comparison import MARGIN_NATS, SIGNIFICANCE
-from fairway.reporting.documents import SHADES, Reading
 from fairway.reporting.facts import Facts
 from fairway.reporting.made import Made
 from fairway.reporting.runs import Condition, Run, Score, spread, worst

@@ -15,8 +15,8 @@ from typing import Any
 import dvc.api
 import numpy as np
 
+from fairway.reporting.by_document import Stream, Texts, read_nats, read_stream, title
 from fairway.reporting.comparison import Paired, paired
-from fairway.reporting.documents import Stream, Texts, read_nats, read_stream, title
 from fairway.reporting.runs import Standing
 from fairway.reporting.tables import scores_of
 from fairway.reporting.versions import FAULTS, Change, Version, changes
