@@ -1,10 +1,11 @@
 # make repro   the whole pipeline on params.yaml; with DATA=path on text of your own, which params.yaml then names
+# make compare experiments of dvc exp beside each other and beside published records; OF="a b" names two of them
 # make test    every fast test (CPU)
 # make lint    style and types
-# make test-browser  the report in Chromium, installed by apt where it is missing
+# make test-browser  both pages in Chromium, installed by apt where it is missing
 # make doctor  what this machine has and lacks for each record
 # make dag     the pipeline as a graph, in Mermaid's notation
-.PHONY: repro test test-long test-gpu test-browser lint doctor dag clean
+.PHONY: repro compare test test-long test-gpu test-browser lint doctor dag clean
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -12,6 +13,9 @@ repro: .venv/installed
 	$(if $(DATA),python -m stages.use_data '$(DATA)')
 	$(if $(DATA),dvc repro --force --single-item fetch)
 	dvc repro
+
+compare: .venv/installed
+	python -m stages.compare $(OF)
 
 test: .venv/installed lint
 	pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -36,6 +36,8 @@ def commands() -> list[str]:
 MAKE = {
     "make repro": "dvc repro",
     "make repro DATA=texts": "dvc repro",
+    "make compare": "python -m stages.compare",
+    'make compare OF="workspace rapid-lark"': "python -m stages.compare workspace rapid-lark",
     "make test": "pytest -n 2 --dist loadfile --no-loadscope-reorder",
     "make doctor": "python -m stages.doctor",
     "make dag": "dvc dag --mermaid --collapse-foreach-matrix",

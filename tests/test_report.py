@@ -5,14 +5,13 @@ import json
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
 import yaml
 from conftest import REPOSITORY, Experiment
-from reports import Figures, certificate, certify, write_certificate
+from reports import Document, Figures, certificate, certify, write_certificate
 
 from fairway.reporting import tables
 from fairway.reporting.budgets import Entry, budgets, eval_s, ledger, train_s
@@ -24,7 +23,6 @@ from fairway.runtime.errors import UserError
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;"
 QUANTIZED = "artifacts/quantize/1337/quantize.json"
-VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
 @pytest.fixture
@@ -374,40 +372,6 @@ def test_dvc_draws_the_plots(one: Figures, evaluated: Experiment, tmp_path: Path
     drawn = json.loads(experiment.run("dvc", "plots", "show", "--json").stdout)["data"]
     assert set(drawn) == {"Validation while training", "Loss along the validation stream", "Size of the artifact"}
     assert all(plot["content"]["data"]["values"] for plots in drawn.values() for plot in plots)
-
-
-class Document(HTMLParser):
-    """Checks that tags are balanced, and gathers attributes and text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text: list[str] = []
-        self.tags: list[str] = []
-        self.feed(html)
-        assert self.open == [], f"left open: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    def values(self, name: str) -> list[str]:
-        """All values of an attribute."""
-        return [value for _, key, value in self.attributes if key == name]
 
 
 @pytest.mark.parametrize("seeds", [{}, {42: 0.002, 2025: -0.001}])

@@ -39,6 +39,7 @@ class Row:
     changes: list[Change]
     summary: dict[str, float]
     seconds: dict[str, float]
+    seeds: list[int]
     # Validation bits per byte by step, the mean over seeds.
     curve: list[tuple[float, float]]
     missing: list[str]
@@ -108,12 +109,14 @@ def _row(version: Version, created: str, before: dict[str, Any]) -> Row:
     except UserError as error:
         curve = []
         missing.append(str(error))
+    settings = version.settings()
     return Row(
         version,
         created,
-        changes(before, version.settings()) if before else [],
+        changes(before, settings) if before else [],
         figures("results/summary.json"),
         figures("results/times.json"),
+        settings["seeds"],
         curve,
         missing,
     )
@@ -189,7 +192,7 @@ class _Side:
 
     def __init__(self, row: Row, folder: Path) -> None:
         self.version, self.folder = row.version, folder / "artifacts"
-        self.seeds: list[int] = row.version.settings()["seeds"]
+        self.seeds = row.seeds
         self.into = folder
         for name in row.version.names("artifacts/tokens"):
             if not name.startswith("train_"):
@@ -212,7 +215,7 @@ MOST_GAPS = 20
 
 def _apart(evaluator: str, first: tuple[Stream, np.ndarray], second: tuple[Stream, np.ndarray], texts: Texts) -> Apart:
     (stream, first_D), (other, second_D) = first, second
-    shared = _same_documents(stream.bytes_D, other.bytes_D)
+    shared = same_documents(stream.bytes_D, other.bytes_D)
     first_D, second_D, bytes_D = first_D[shared], second_D[shared], stream.bytes_D[shared]
     most = np.sort(np.argsort(-np.abs(second_D - first_D), kind="stable")[:MOST_GAPS])
     gaps = [
@@ -227,7 +230,7 @@ def _apart(evaluator: str, first: tuple[Stream, np.ndarray], second: tuple[Strea
     return Apart(evaluator, paired(first_D, second_D, bytes_D), gaps)
 
 
-def _same_documents(first_D: np.ndarray, second_D: np.ndarray) -> np.ndarray:
+def same_documents(first_D: np.ndarray, second_D: np.ndarray) -> np.ndarray:
     """The numbers of the documents that both streams hold whole, given the bytes (D,) of theirs.
 
     Streams are cut to whole rows, which may leave less of the last document. Raises UserError if any other differs.

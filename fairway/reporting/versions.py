@@ -14,6 +14,8 @@ from typing import Any
 import dvc.api
 from dvc.exceptions import DvcException
 from dvc_data.index import DataIndexError
+from fsspec.implementations.local import LocalFileSystem
+from ruamel.yaml import YAML, YAMLError
 
 from fairway.runtime.errors import UserError
 
@@ -29,12 +31,14 @@ class Version:
 
     def __init__(self, name: str, rev: str | None) -> None:
         self.name, self.rev = name, rev
-        self._files = dvc.api.DVCFileSystem(rev=rev)
+        self._files = LocalFileSystem() if rev is None else dvc.api.DVCFileSystem(rev=rev)
 
     def settings(self, path: str = "params.yaml") -> dict[str, Any]:
-        """The content of a file of settings."""
-        with self._needs(path):
-            settings: dict[str, Any] = dvc.api.params_show(path, rev=self.rev)
+        """The content of a file of settings, whose numbers are read as DVC reads them, by YAML 1.2."""
+        try:
+            settings: dict[str, Any] = YAML(typ="safe", pure=True).load(self.read(path))
+        except YAMLError:
+            raise UserError(f"{self.name}: {path} is not valid YAML") from None
         return settings
 
     def commit(self) -> str:
@@ -65,7 +69,8 @@ class Version:
         try:
             yield
         except FAULTS:
-            raise UserError(f"{self.name}: no {what} in git, nor in DVC's cache or remote") from None
+            where = "" if self.rev is None else " in git, nor in DVC's cache or remote"
+            raise UserError(f"{self.name}: no {what}{where}") from None
 
 
 @dataclass(frozen=True)
