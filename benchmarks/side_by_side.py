@@ -2,13 +2,14 @@
 
 Reads:  params.yaml (records/lab-1gpu.yaml, or one with its keys: one seed, one process, a clock) and artifacts/tokens;
         the published train_gpt.py of PR #1855, which stays outside of this repository
-Writes: OUT/pr1855.log and OUT/fairway.log, every line with its seconds since the start; adds a run of each program to
-        benchmarks/side_by_side.json, which nothing else writes
+Writes: OUT/conditions.json, OUT/pr1855.log and OUT/fairway.log, every line with its seconds since the start; adds a run
+        of each program to benchmarks/side_by_side.json, which nothing else writes
 Method: the program trains on GPU 0 with its own settings and the clock, seed and share of documents of params.yaml.
         `dvc repro` runs on GPU 1, from training to the certificates. Each packs and evaluates what it has trained.
         The program prints what it measures; what it does not print is read off the times of its lines.
 Usage:  dvc repro tokenize
         python -m benchmarks.side_by_side measure TRAIN_GPT_PY --attention "flash-attn-4 4.0.0b36" [--stub FOLDER]
+        python -m benchmarks.side_by_side add       the pair in OUT that was broken off: what it has come to
         python -m benchmarks.side_by_side table     the last pair of each GPU and record, as RESULTS.md has it
 
 The program imports flash_attn_interface (FlashAttention-3). `--stub` names a folder with a module of that name, which
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,7 @@ PUBLISHED_SETTINGS = {
 
 
 def main() -> None:
-    """Measure a pair and add it to the runs, or print the table."""
+    """Measure a pair and add it to the runs, or add one that was broken off, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     measure = commands.add_parser("measure")
@@ -65,15 +67,18 @@ def main() -> None:
     measure.add_argument("--attention", required=True, help="the kernels that both run, with their version")
     measure.add_argument("--stub", type=Path, help="a folder with a module flash_attn_interface")
     measure.add_argument("--record", default="lab-1gpu")
-    measure.add_argument("--out", type=Path, default=Path("artifacts/side_by_side"))
+    for command in (measure, commands.add_parser("add")):
+        command.add_argument("--out", type=Path, default=Path("artifacts/side_by_side"))
     commands.add_parser("table")
     chosen = parser.parse_args()
     if chosen.command == "table":
         print(table(_runs()))
         return
     params = load_params("params.yaml")
-    _check(params, chosen.program)
-    entries = _measure(params, chosen)
+    if chosen.command == "measure":
+        _check(params, chosen.program)
+        _measure(params, chosen)
+    entries = _entries(params, chosen.out)
     write_atomic(RUNS, json.dumps([*_runs(), *entries], indent=1) + "\n")
     print(table(entries))
 
@@ -95,16 +100,11 @@ def _check(params: Params, program: Path) -> None:
         raise UserError("artifacts/tokens/meta.json: no such file; `dvc repro tokenize` makes it")
 
 
-def _measure(params: Params, chosen: argparse.Namespace) -> list[Entry]:
-    """Run both programs to their ends, and what was measured of each."""
-    out = chosen.out.resolve()
-    pr1855 = _start([sys.executable, str(chosen.program.resolve())], out, "pr1855", _environment(params, chosen, out))
-    fairway = _start(
-        [sys.executable, "-m", "dvc", "repro"], out, "fairway", {"CUDA_VISIBLE_DEVICES": "1"}, folder=Path.cwd()
-    )
-    logs = [join() for join in (pr1855, fairway)]
-    now = time.strftime("%Y-%m-%dT%H:%M:%S")
-    common = {
+def _measure(params: Params, chosen: argparse.Namespace) -> None:
+    """Run both programs to their ends, with what they have in common in OUT/conditions.json."""
+    out, now = chosen.out.resolve(), time.strftime("%Y-%m-%dT%H:%M:%S")
+    out.mkdir(parents=True, exist_ok=True)
+    conditions = {
         "date": now[:10],
         "pair": now,
         "gpu": torch.cuda.get_device_name(0),
@@ -114,7 +114,27 @@ def _measure(params: Params, chosen: argparse.Namespace) -> list[Entry]:
         "seed": params.seeds[0],
         "seconds": params.train.max_wallclock_s,
     }
-    return [common | pr1855_entry(logs[0]), common | fairway_entry(params, logs[1], ARTIFACTS)]
+    write_atomic(out / "conditions.json", json.dumps(conditions, indent=1) + "\n")
+    pr1855 = _start([sys.executable, str(chosen.program.resolve())], out, "pr1855", _environment(params, chosen, out))
+    fairway = _start(
+        [sys.executable, "-m", "dvc", "repro"], out, "fairway", {"CUDA_VISIBLE_DEVICES": "1"}, folder=Path.cwd()
+    )
+    for wait in (pr1855, fairway):
+        wait()
+
+
+def _entries(params: Params, out: Path) -> list[Entry]:
+    """A run of each program, from the logs in OUT and the artifacts here."""
+    if not (out / "conditions.json").is_file():
+        raise UserError(f"{out}/conditions.json: no such file; `python -m benchmarks.side_by_side measure` makes it")
+    conditions = json.loads((out / "conditions.json").read_text(encoding="utf-8"))
+    logs = [_log(out / f"{name}.log") for name in ("pr1855", "fairway")]
+    return [conditions | pr1855_entry(logs[0]), conditions | fairway_entry(params, logs[1], ARTIFACTS)]
+
+
+def _log(path: Path) -> list[Line]:
+    lines = (line.lstrip().partition(" ") for line in path.read_text(encoding="utf-8").splitlines())
+    return [(float(at), text) for at, _, text in lines]
 
 
 def _environment(params: Params, chosen: argparse.Namespace, out: Path) -> dict[str, str]:
@@ -150,33 +170,33 @@ def _published_names(out: Path) -> Path:
 
 def _start(
     command: list[str], out: Path, name: str, environment: dict[str, str], *, folder: Path | None = None
-) -> Callable[[], list[Line]]:
-    """Start a program, whose output goes to OUT/<name>.log; the function returned waits for its end and gives the log.
+) -> Callable[[], None]:
+    """Start a program, whose output goes to OUT/<name>.log; the function returned waits for its end.
 
-    Raises UserError if the program failed.
+    That raises UserError if the program failed.
     """
     (where := folder or out / name).mkdir(parents=True, exist_ok=True)
-    lines: list[Line] = []
+    last = "it printed nothing"
     started_at = time.monotonic()
     process = subprocess.Popen(
         command, cwd=where, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
     def read() -> None:
+        nonlocal last
         assert process.stdout is not None
         with (out / f"{name}.log").open("w", encoding="utf-8") as log:
             for text in process.stdout:
-                lines.append((time.monotonic() - started_at, text.rstrip("\n")))
-                print(f"{lines[-1][0]:9.3f} {lines[-1][1]}", file=log, flush=True)
+                last = text.rstrip("\n")
+                print(f"{time.monotonic() - started_at:9.3f} {last}", file=log, flush=True)
 
     thread = threading.Thread(target=read)
     thread.start()
 
-    def join() -> list[Line]:
+    def join() -> None:
         thread.join()
         if process.wait():
-            raise UserError(f"{out}/{name}.log: the program failed: {lines[-1][1] if lines else 'it printed nothing'}")
-        return lines
+            raise UserError(f"{out}/{name}.log: the program failed: {last}")
 
     return join
 
@@ -231,43 +251,54 @@ def _halves(steps: list[tuple[float, int]], loop_s: float) -> tuple[list[tuple[f
 
 
 def fairway_entry(params: Params, log: list[Line], artifacts: Path) -> Entry:
-    """The same figures of a finished `dvc repro`, from what its stages wrote.
+    """The same figures of a `dvc repro`, from what its stages wrote. What is not there is None.
 
     quantized_bpb is the score of an evaluator sliding_rows (windows of a whole row, stride of a row, documents kept
-    apart) where params.yaml has one, as the program's diagnostic is; None otherwise.
+    apart) where params.yaml has one, as the program's diagnostic is.
     """
     seed = params.seeds[0]
 
     def report(name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((artifacts / name).read_text(encoding="utf-8"))
-        return found
+        path = artifacts / name
+        return defaultdict(lambda: None, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
 
     train, quantize = report(f"train/{seed}/train.json"), report(f"quantize/{seed}/quantize.json")
-    curve = (artifacts / f"train/{seed}/live/plots/metrics/clock_s.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    moments = [(float(clock_s), int(step)) for step, clock_s in (line.split("\t") for line in curve)]
-    plain, looped = _halves(moments, train["wall_s"] * (params.train.schedule.loop_from or 1.0))
-    final, rows = report(f"evaluate/{seed}/lora_ttt/metrics.json"), "sliding_rows"
+    final = report(f"evaluate/{seed}/lora_ttt/metrics.json")
+    plain, looped = _halves(*_clock(params, artifacts / f"train/{seed}", train["wall_s"]))
+    by_weights = train["val_bpb_by_weights"] or {}
     return {
         "program": "fairway",
         "steps": train["steps"],
         "step_ms": _ms(plain),
         "step_ms_looped": _ms(looped),
-        "start_s": train["start_s"] + train["compile_s"],
-        "last_bpb": train["val_bpb_by_weights"]["last"],
-        "ema_bpb": train["val_bpb_by_weights"].get(f"ema_{params.average.ema_decay}"),
-        "quantized_bpb": report(f"evaluate/{seed}/{rows}/metrics.json")["val_bpb"]
-        if rows in params.evaluators
-        else None,
+        "start_s": _sum(train["start_s"], train["compile_s"]),
+        "last_bpb": by_weights.get("last"),
+        "ema_bpb": by_weights.get(f"ema_{params.average.ema_decay}"),
+        "quantized_bpb": report(f"evaluate/{seed}/sliding_rows/metrics.json")["val_bpb"],
         "final_bpb": final["val_bpb"],
         "legal": report(f"certify/{seed}/lora_ttt/certificate.json")["legal"],
         "artifact_bytes": report(f"size_check/{seed}/size.json")["total_bytes"],
         "pack_s": report(f"compress/{seed}/compress.json")["pack_s"],
         "unpack_s": final["load_s"],
-        "gptq_s": quantize["calibration_s"] + quantize["quantize_s"],
-        "adaptive_eval_s": final["eval_s"] - final["load_s"],
-        "peak_gib": train["peak_memory_bytes"] / 2**30,
-        "total_s": log[-1][0],
+        "gptq_s": _sum(quantize["calibration_s"], quantize["quantize_s"]),
+        "adaptive_eval_s": _sum(final["eval_s"], final["load_s"] and -final["load_s"]),
+        "peak_gib": train["peak_memory_bytes"] and train["peak_memory_bytes"] / 2**30,
+        "total_s": log[-1][0] if log and final["val_bpb"] else None,
     }
+
+
+def _sum(*parts: float | None) -> float | None:
+    """The sum, or None if a part of it was not measured."""
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def _clock(params: Params, folder: Path, wall_s: float | None) -> tuple[list[tuple[float, int]], float]:
+    """The logged moments of a training run, each with its number of steps, and the second in which the loop began."""
+    path = folder / "live/plots/metrics/clock_s.tsv"
+    curve = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
+    moments = [(float(clock_s), int(step)) for step, clock_s in (line.split("\t") for line in curve)]
+    return moments, (wall_s or math.inf) * (params.train.schedule.loop_from or 1.0)
 
 
 # Rows of the table: what a key means, the key, and its format.

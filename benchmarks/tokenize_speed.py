@@ -32,6 +32,7 @@ def main() -> None:
         model=str(arguments.tokenizer),
         trainer="published",
         transform=arguments.transform,
+        fused_pairs=0,
         vocab_size=Tokenizer(arguments.tokenizer).model.vocab_size(),
         val_documents=arguments.val_documents,
         val_limit_documents=None,

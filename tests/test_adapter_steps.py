@@ -195,7 +195,7 @@ def _nats(model: GPT, device: torch.device, *, recorded: bool) -> Tensor:
     assert isinstance(evaluation, LoraTttPass)
     assert evaluation.chunks == 3
     if not recorded:
-        evaluation._steps._memory = None
+        evaluation.steps._memory = None
     return collect(evaluation, tokens, alone(device), scored=lambda positions, nats: None).nats_N
 
 

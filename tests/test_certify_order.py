@@ -3,12 +3,13 @@
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_certify import CLEAN, LEARNING, LEGAL, LORA, SLIDING, WITHIN, _certified, _failed, _network, _stream
+from test_certify import ALONE, CLEAN, LEARNING, LEGAL, LORA, SLIDING, WITHIN, _certified, _failed, _network, _stream
 from torch import Tensor
 
 from fairway.certification.accounting import Evaluation, accounting, order_bits, places_bits
@@ -151,6 +152,27 @@ def test_who_keeps_documents_apart_need_not_be_told_where_they_start(name: str) 
     found = _certified_of(name, 60)
     assert not found.starts_told
     assert found.findings["causality"].evidence["order"] == "stream"
+
+
+def _documentwise(**changes: Any) -> Certified:
+    """Of a stream with documents of very different lengths, which are visited in another order than the stream's."""
+    stream = _documents_of([70, 21, 160, 33, 90, 24, 51, 40])
+    return _certified(lambda: LoraTttEvaluator(LoraTttSettings(**(ALONE | changes))), stream, 120)
+
+
+def test_adapters_of_one_document_alone_are_decoded_in_the_order_of_the_stream() -> None:
+    """Batches by length are for speed then: a decoder goes on document by document and is told nothing."""
+    found = _documentwise()
+    assert (_failed(found.findings), found.starts_told) == (set(), False)
+    assert found.findings["causality"].evidence["order"] == "stream"
+    assert found.findings["decoder"].evidence["decoded"] == 120
+
+
+@pytest.mark.parametrize("changes", [{"carry_factors": True}, {"prefix_documents": 2, "phases": 1}])
+def test_adapters_that_know_other_documents_are_not(changes: dict[str, Any]) -> None:
+    found = _documentwise(**changes)
+    assert found.starts_told
+    assert found.findings["causality"].evidence["order"] == "visits"
 
 
 @dataclass(frozen=True)

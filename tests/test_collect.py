@@ -34,7 +34,7 @@ SLOT = WINDOWS | PLAIN_FIT | {"steps": 3, "lr": 0.01, "carried": False}
 APART: dict[str, Any] = {"within_documents": True}
 LORA: dict[str, Any] = {"chunk_tokens": 4, "batch_documents": 2, "rank": 2, "alpha": 4.0, "lr": 0.01, "beta2": 0.99}
 LORA |= {"weight_decay": 0.5, "prefix_documents": 8, "phases": 2, "global_chunk_tokens": 64, "global_lr": 0.02}
-LORA |= {"global_momentum": 0.9, "grad_clip": 1.0, "lanes": 4, "seed": 0}
+LORA |= {"global_momentum": 0.9, "grad_clip": 1.0, "carry_factors": True, "lanes": 4, "seed": 0}
 EVALUATORS: dict[str, Evaluator] = {
     "sliding": SlidingEvaluator(SlidingSettings(**WINDOWS)),
     "published": SlidingEvaluator(SlidingSettings(**(WINDOWS | {"published_window_list": True}))),

@@ -61,6 +61,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "global_lr": 1.0e-3,
         "global_momentum": 0.9,
         "grad_clip": 1.0,
+        "carry_factors": True,
         "lanes": 1,
         "seed": 0,
     },

@@ -355,7 +355,7 @@ def fetch_into(tmp_path: Path, hub: Hub, name: str = "docs", **changes: Any) -> 
 
 
 def adopt(fetched: Path, tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
-    named = {"model": None, "trainer": "lossless", "transform": "none", "vocab_size": 263} | changes
+    named = {"model": None, "trainer": "lossless", "transform": "none", "fused_pairs": 0, "vocab_size": 263} | changes
     settings: dict[str, Any] = {"val_documents": 2, "val_limit_documents": None, "shard_tokens": 1000} | named
     folder = tmp_path / "tokens"
     folder.mkdir()

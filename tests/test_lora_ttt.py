@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import (
     checksums,
@@ -30,7 +30,7 @@ from fairway.tokens.tokenizer import BOS
 CPU = torch.device("cpu")
 GOLDEN: dict[str, Any] = {"chunk_tokens": 8, "batch_documents": 2, "rank": 3, "alpha": 5.4, "lr": 0.01, "beta2": 0.99}
 GOLDEN |= {"weight_decay": 0.5, "prefix_documents": 3, "phases": 2, "global_chunk_tokens": 48, "global_lr": 0.02}
-GOLDEN |= {"global_momentum": 0.9, "grad_clip": 1.0, "lanes": 1, "seed": 0}
+GOLDEN |= {"global_momentum": 0.9, "grad_clip": 1.0, "carry_factors": True, "lanes": 1, "seed": 0}
 SMALL = GOLDEN | {"chunk_tokens": 4, "global_chunk_tokens": 32, "prefix_documents": 4}
 
 
@@ -195,3 +195,27 @@ def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], expected:
     settings = LoraTttSettings(**(SMALL | changes))
     with pytest.raises(ValueError, match=expected):
         settings.check(section="lora_ttt", model=lively_network("r1958").config, processes=1)
+
+
+@settings(max_examples=10)
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=7), st.integers(1, 3), st.integers(0, 6))
+def test_documents_without_carried_factors_depend_on_no_other(
+    lengths: list[int], batch_documents: int, which: int
+) -> None:
+    """A document alone in its stream is scored as among others, wherever it stands and whatever batch it is in."""
+    alone = LoraTttSettings(
+        **(SMALL | {"prefix_documents": 0, "phases": 0, "carry_factors": False, "batch_documents": batch_documents})
+    )
+    evaluator, model = LoraTttEvaluator(alone), lively_network("r1958")
+    stream = torch.cat([_text(index, length) for index, length in enumerate(lengths)] + [torch.tensor([BOS])])
+    which %= len(lengths)
+    begin = sum(lengths[:which])
+    alone_N1 = stream[begin : begin + lengths[which] + 1]
+    among = evaluator.score(model, stream, _silent)[begin : begin + lengths[which]]
+    np.testing.assert_allclose(among, evaluator.score(model, alone_N1, _silent), rtol=0, atol=1e-4)
+
+
+def _text(index: int, length: int) -> torch.Tensor:
+    tokens = torch.randint(2, 40, (length,), generator=torch.Generator().manual_seed(index))
+    tokens[0] = BOS
+    return tokens

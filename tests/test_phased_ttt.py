@@ -23,7 +23,7 @@ from fairway.runtime.distributed import alone
 CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {"chunk_tokens": 4, "batch_documents": 2, "rank": 3, "alpha": 5.4, "lr": 0.01, "beta2": 0.99}
 SETTINGS |= {"weight_decay": 0.5, "prefix_documents": 4, "phases": 2, "global_chunk_tokens": 32, "global_lr": 0.02}
-SETTINGS |= {"global_momentum": 0.9, "grad_clip": 1.0, "lanes": 2, "seed": 0}
+SETTINGS |= {"global_momentum": 0.9, "grad_clip": 1.0, "carry_factors": True, "lanes": 2, "seed": 0}
 
 
 def _batches(lengths: list[int], size: int) -> list[list[Document]]:

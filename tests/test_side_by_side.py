@@ -1,7 +1,10 @@
 """The comparison with PR #1855's program (benchmarks/side_by_side.py): what is read off both, and the table."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,25 @@ def test_the_pipelines_figures_have_the_same_keys(evaluated: Experiment, tmp_pat
     assert entry.keys() == pr1855_entry(LOG).keys()
     assert entry["steps"] == 12
     assert entry["final_bpb"] == json.loads(metrics.read_text())["val_bpb"]
+
+
+def test_a_pair_that_was_broken_off_is_added_as_far_as_it_came(evaluated: Experiment, tmp_path: Path) -> None:
+    """From the folder with the two logs; what neither log nor artifacts tell is null."""
+    out = tmp_path / "artifacts/side_by_side"
+    out.mkdir(parents=True)
+    (tmp_path / "benchmarks").mkdir()
+    shutil.copyfile(evaluated.folder / "params.yaml", tmp_path / "params.yaml")
+    (out / "conditions.json").write_text(json.dumps(COMMON))
+    (out / "pr1855.log").write_text("".join(f"{at:9.3f} {text}\n" for at, text in LOG[:4]))
+    (out / "fairway.log").write_text("    0.100 \n   99.000 Running stage 'train'\n")
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "benchmarks.side_by_side", "add"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, text=True)
+    assert done.returncode == 0
+    theirs, ours = json.loads((tmp_path / "benchmarks/side_by_side.json").read_text())
+    assert (theirs["pair"], theirs["steps"], ours["steps"], ours["final_bpb"]) == (COMMON["pair"], None, None, None)
+    assert theirs["step_ms"] == pytest.approx(700.0)
+    assert ours["total_s"] is None, "there is no last figure yet"
 
 
 def test_the_table_shows_the_last_pair() -> None:

@@ -119,6 +119,7 @@ def run_export(
         model=None,
         trainer="lossless",
         transform="none",
+        fused_pairs=0,
         vocab_size=VOCAB_SIZE,
         val_documents=VAL_DOCUMENTS,
         val_limit_documents=limit,

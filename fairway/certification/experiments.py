@@ -82,8 +82,8 @@ def _learned(excerpt: Excerpt, base: Baseline) -> str:
     if base.updates:
         return f"with its first {base.updates} updates" if base.updates > 1 else "with one update"
     if excerpt.learns:
-        return "where it never learns: what it holds is the same behind each chunk"
-    return "where it never learns, as nowhere in the whole stream"
+        return "where no chunk learns from another: what it holds is the same behind each"
+    return "where no chunk learns from another, as nowhere in the whole stream"
 
 
 def _incomplete(missed: int) -> dict[str, Finding]:

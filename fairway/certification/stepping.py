@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fairway.evaluation.document_batches import Cut, Document
 from fairway.evaluation.kv_cache import Cache, cached_hidden
 from fairway.evaluation.lora_ttt import LoraTttPass
 from fairway.evaluation.passes import Pass, Prediction
@@ -36,6 +37,7 @@ from fairway.evaluation.ttt import TttPass
 from fairway.evaluation.windows import Windows, in_groups
 from fairway.model.embedding import LOOK_BACK, softcap
 from fairway.model.gpt import GPT
+from fairway.tokens.tokenizer import BOS
 
 # Tokens of a step. So few cost little more than one token, and where all are known already, fewer steps are needed.
 STEP = 4
@@ -248,11 +250,49 @@ class DocumentStepper(Stepper):
         raise LookupError(f"position {position} is not predicted in chunk {chunk}")
 
 
+class IndependentDocumentStepper(Stepper):
+    """For documents that depend on no other: the one with the target by itself, as far as it is known.
+
+    A document is taken to go on to the end of each cut, since a decoder learns only there that it has ended. What the
+    encoder finds behind the end cannot be seen from before it, and shapes are the same for both.
+    """
+
+    exact = False
+
+    def __init__(self, evaluation: LoraTttPass, asked_N: Tensor) -> None:
+        super().__init__(evaluation, asked_N)
+        self.documents, self._begin, self._index = evaluation, -1, 0
+
+    def at(self, chunk: int, position: int) -> Prediction:
+        """The cut with the position, after a step of the adapters on each cut of the document before it."""
+        starts = (self.documents.tokens_N1 == BOS).nonzero()[:, 0].tolist()
+        begin = max((start for start in starts if start <= position), default=0)
+        end = min((start for start in starts if start > position), default=len(self.asked_N))
+        size = self.documents.settings.chunk_tokens
+        index = (position - begin) // size
+        if begin != self._begin or index < self._index:
+            self._begin, self._index, self._sets = begin, 0, self.documents.new_sets(1)
+        while self._index < index:
+            cut, _ = self._score()
+            self._index += 1
+            self._sets.step(slice(0, 1), self.documents.steps.gradients(cut), self._index)
+        first, (_, logits_SV) = begin + index * size, self._score()
+        positions_S = torch.arange(first, min(first + size, end), device=logits_SV.device)
+        return positions_S, logits_SV[: len(positions_S)]
+
+    def _score(self) -> tuple[Cut, Tensor]:
+        """The cut that the adapters have come to, and its logits (C, V), of which the next call may take the memory."""
+        size, steps = self.documents.settings.chunk_tokens, self.documents.steps
+        goes_on = Document(self._begin, (self._index + 1) * size + 1)
+        cut = Cut([goes_on], self._index * size, size, self.documents.model.config.seq_len, ends_known=False)
+        return cut, steps.score(cut, self._sets.numbers_BP)[0]
+
+
 def make_stepper(evaluation: Pass, asked_N: Tensor) -> Stepper:
     """The cheapest stepper for a pass, of which the targets (N,) bool will be asked for."""
     kind = type(evaluation)
     if isinstance(evaluation, LoraTttPass) and kind is LoraTttPass:
-        return DocumentStepper(evaluation, asked_N)
+        return (IndependentDocumentStepper if evaluation.independent else DocumentStepper)(evaluation, asked_N)
     if isinstance(evaluation, StreamingPass) and kind is StreamingPass:
         return LaneStepper(evaluation, asked_N)
     if isinstance(evaluation, CarriedPass) and kind is CarriedPass:

@@ -61,16 +61,20 @@ def phase_ends(batches: list[list[Document]], prefix: int, phases: int, lanes: i
     return ends
 
 
-def up_to_wanted(batches: list[list[Document]], wanted: Tensor | None) -> list[list[Document]]:
-    """The batches up to the last one with a target in `wanted`, a bool tensor (N,) on the CPU; None means all."""
+def wanted_batches(batches: list[list[Document]], wanted: Tensor | None, *, independent: bool) -> list[list[Document]]:
+    """The batches up to the last one with a target in `wanted`, a bool tensor (N,) on the CPU; None means all.
+
+    Of `independent` batches, which learn nothing from each other, only those with such a target.
+    """
     if wanted is None:
         return batches
-    wanted_batches = [
-        number
-        for number, batch in enumerate(batches, start=1)
-        if any(bool(wanted[document.begin : document.begin + document.targets].any()) for document in batch)
+    has_wanted = [
+        any(bool(wanted[document.begin : document.begin + document.targets].any()) for document in batch)
+        for batch in batches
     ]
-    return batches[: max(wanted_batches, default=0)]
+    if independent:
+        return [batch for batch, has in zip(batches, has_wanted, strict=True) if has]
+    return batches[: len(batches) - [*has_wanted[::-1], True].index(True)]
 
 
 # Windows have a multiple of so many tokens, or as many as a row of the network, and a group has at most so many tokens:
@@ -120,16 +124,19 @@ class Cut:
     """The windows of a group of documents in which the targets begin ... begin + C - 1 of each are scored.
 
     A document's window ends where these targets end, or with the document, and has at most seq_len tokens. A document
-    that has ended before keeps its last window and scores nothing.
+    that has ended before keeps its last window and scores nothing. Where `ends_known`, the window of a document that
+    ends within the cut begins earlier by what it is shorter. A decoder that does not know the end cannot do that.
     """
 
-    def __init__(self, docs: Sequence[Document], begin: int, size: int, seq_len: int) -> None:
+    def __init__(
+        self, docs: Sequence[Document], begin: int, size: int, seq_len: int, *, ends_known: bool = True
+    ) -> None:
         self.size, self.length = size, window_length(docs, begin + size, seq_len)
         targets_R = torch.tensor([document.targets for document in docs])
         first_R = torch.tensor([document.begin for document in docs])
         end_R = targets_R.clamp(max=begin + size)
         # Where in its document each window begins.
-        from_R = (end_R - seq_len).clamp(min=0)
+        from_R = ((end_R if ends_known else torch.full_like(end_R, begin + size)) - seq_len).clamp(min=0)
         goes_on_R = targets_R > begin + size
         self.learns = bool(goes_on_R.any())
         # By row: where its window begins in the stream, how many tokens it has, the column of the cut's first target,

@@ -10,6 +10,10 @@ Every target is scored before any update that used it. But the order is that of 
 short document is scored by weights that have seen later long ones. So the score is causal only in the order of visits,
 and to know that order one must know the lengths of all documents.
 
+Without phases and with `carry_factors: false` all documents begin with the same adapters and the same network, and no
+document depends on another. The order of visits then decides nothing but the speed, and the score is causal in the
+order of the stream: whoever decodes takes one document after the other.
+
 Source: PR #1855. There a GPU takes the next batch when it is done with one, so that the result depends on timing. Ours:
 batches are dealt to lanes in turn; a phase begins after the same batches as in the record's logs; and adapters that are
 drawn anew get the same numbers each time.
@@ -38,7 +42,7 @@ from fairway.evaluation.document_batches import (
     documents,
     phase_ends,
     row_groups,
-    up_to_wanted,
+    wanted_batches,
     window_length,
 )
 from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
@@ -70,6 +74,8 @@ class LoraTttSettings(EvaluatorSettings):
     global_lr: float = Field(gt=0)
     global_momentum: float = Field(ge=0, lt=1)
     grad_clip: float = Field(gt=0)
+    # Whether a batch begins with the first factors that the batch before it has left behind, as in the record.
+    carry_factors: bool
     # Batches of documents under way at a time: the GPUs of a record. Processes do not change the result.
     lanes: int = Field(gt=0)
     # Of the adapters' first factors.
@@ -111,11 +117,12 @@ class LoraTttEvaluator(Evaluator):
         @cache
         def drawn() -> Factors:
             """Drawn once, and used again whenever adapters are drawn anew: a GPU would wait for every draw."""
-            factors = draw_factors(model.config, s.batch_documents, s.rank, s.seed)
+            factors = draw_factors(model.config, s.batch_documents if s.carry_factors else 1, s.rank, s.seed)
             return {site: A.to(tokens_N1.device) for site, A in factors.items()}
 
         def draw(rows: int) -> Factors:
-            return {site: A[:, :rows] for site, A in drawn().items()}
+            # A document that is to depend on no other must not depend on its place among them either.
+            return {site: A[:, :rows] if s.carry_factors else A.expand(-1, rows, -1, -1) for site, A in drawn().items()}
 
         return LoraTttPass(copy.deepcopy(model), tokens_N1, world, s, draw)
 
@@ -134,7 +141,7 @@ class LoraTttPass(Pass):
         self.chunks = len(self.bounds) - 1
         self._sgd = GlobalSgd(model, settings, world)
         self._scorer = copy.deepcopy(model).to(model.compute_dtype).requires_grad_(False)
-        self._steps = AdapterSteps(
+        self.steps = AdapterSteps(
             self._scorer, tokens_N1, most=settings.batch_documents, rank=settings.rank, scale=self._scale
         )
 
@@ -149,25 +156,30 @@ class LoraTttPass(Pass):
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Predictions:
         """The predictions of this process's lanes, of each up to its last batch with a wanted position.
 
-        No batch before that one is left out, because the adapters of the later ones have learned from it.
+        Batches before that one are left out only where no later one learns from them.
         """
         for lane in self._lanes():
             mine = range(self.bounds[chunk], self.bounds[chunk + 1])
             batches = [self.batches[index] for index in mine if index % self.settings.lanes == lane]
-            yield from self._lane(up_to_wanted(batches, wanted))
+            yield from self._lane(wanted_batches(batches, wanted, independent=self.independent))
+
+    @property
+    def independent(self) -> bool:
+        """Whether no document's predictions depend on another document."""
+        return self.chunks == 1 and not self.settings.carry_factors
 
     def _lane(self, batches: list[list[Document]]) -> Predictions:
         """One lane's batches. Those of the usual size use the same adapters one after the other, an odd one its own."""
-        warm = self._sets(self.draw(self.settings.batch_documents))
+        warm = self.new_sets(self.settings.batch_documents) if self.settings.carry_factors else None
         for batch in batches:
             usual = len(batch) == self.settings.batch_documents
-            sets = warm if usual else self._sets(self.draw(len(batch)))
+            sets = warm if usual and warm else self.new_sets(len(batch))
             sets.forget()
             yield from self._batch(batch, sets)
 
-    def _sets(self, factors: Factors) -> AdapterSets:
-        """Adapters that start from these first factors."""
-        s, rows = self.settings, factors["q"].size(1)
+    def new_sets(self, rows: int) -> AdapterSets:
+        """Adapters of so many documents, from which nothing has been learned yet."""
+        s, factors = self.settings, self.draw(rows)
         first, numbers = numbers_of_a_set(self.model.config, s.rank)
         numbers_BP = torch.zeros(rows, numbers, device=self.tokens_N1.device)
         LoraAdapters(self.model.config, numbers_BP, s.rank, scale=self._scale).set_first(factors)
@@ -182,12 +194,12 @@ class LoraTttPass(Pass):
         for index in range(cuts):
             begin = index * size
             for rows in row_groups(batch, begin, window_length(batch, begin + size, seq_len)):
-                cut, again = Cut(batch[rows], begin, size, seq_len), True
+                cut, again = Cut(batch[rows], begin, size, seq_len, ends_known=not self.independent), True
                 while again:
-                    logits_NV = self._steps.score(cut, sets.numbers_BP[rows]).flatten(0, 1)
+                    logits_NV = self.steps.score(cut, sets.numbers_BP[rows]).flatten(0, 1)
                     again = bool((yield sent(cut.positions_M, device), logits_NV[sent(cut.scored_M, device)]))
                 if cut.learns:
-                    sets.step(rows, self._steps.gradients(cut), index + 1)
+                    sets.step(rows, self.steps.gradients(cut), index + 1)
                     missed_B[rows] -= 1
         sets.decay(missed_B)
 

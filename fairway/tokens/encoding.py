@@ -17,6 +17,7 @@ import numpy as np
 from fairway.runtime.errors import UserError
 from fairway.tokens import caseops
 from fairway.tokens.documents import parse_text, text_hash
+from fairway.tokens.fused_pairs import Pair, fuse, fuse_with_bytes
 from fairway.tokens.shards import Split
 from fairway.tokens.tokenizer import BOS, Tokenizer, Transform, byte_table
 
@@ -102,13 +103,13 @@ class CaseOpsEncoder:
     """Encodes text in CaseOps spelling, and counts the bytes of the original text that each piece stands for.
 
     The counts of validation tokens go into a sidecar, since they do not follow from the ids. Together the pieces must
-    stand for the whole document, except for whitespace at its ends; that is checked.
+    stand for the whole document, except for whitespace at its ends; that is checked. In the end `pairs` are fused.
     """
 
     writes_sidecar = True
 
-    def __init__(self, model: Path) -> None:
-        self.tokenizer = Tokenizer(model)
+    def __init__(self, model: Path, pairs: Sequence[Pair] = ()) -> None:
+        self.tokenizer, self.pairs = Tokenizer(model), pairs
 
     def document(self, text: str, split: Split, where: str) -> Document:
         """As DocumentEncoder's, with bytes for validation only.
@@ -117,14 +118,15 @@ class CaseOpsEncoder:
         """
         encoded = caseops.encode(text)
         if split == "train":
-            return Document(np.array([BOS, *self.tokenizer.encode(encoded)], dtype=np.uint16), None)
+            return Document(fuse(np.array([BOS, *self.tokenizer.encode(encoded)], dtype=np.uint16), self.pairs), None)
         ids, surfaces = self.tokenizer.encode_with_surfaces(encoded)
         pieces = caseops.original_pieces(surfaces)
         self._require_whole(text, "".join(pieces), where)
-        counts = [0, *(len(piece.encode("utf-8")) for piece in pieces)]
-        if max(counts) > MAX_TOKEN_BYTES:
-            raise UserError(f"{where}: one token stands for {max(counts)} bytes; the sidecar holds {MAX_TOKEN_BYTES}")
-        return Document(np.array([BOS, *ids], dtype=np.uint16), np.array(counts, dtype=np.uint16))
+        counts = np.array([0, *(len(piece.encode("utf-8")) for piece in pieces)])
+        tokens, counts = fuse_with_bytes(np.array([BOS, *ids], dtype=np.uint16), counts, self.pairs)
+        if (most := counts.max()) > MAX_TOKEN_BYTES:
+            raise UserError(f"{where}: one token stands for {most} bytes; the sidecar holds {MAX_TOKEN_BYTES}")
+        return Document(tokens, counts.astype(np.uint16))
 
     def _require_whole(self, text: str, counted: str, where: str) -> None:
         """Raise UserError unless `counted` is `text` without ends that the tokenizer drops, such as whitespace."""
@@ -134,16 +136,16 @@ class CaseOpsEncoder:
             raise UserError(f"{where}: the tokens do not stand for the whole text")
 
 
-def make_encoder(model: Path, vocab_size: int, transform: Transform) -> DocumentEncoder:
-    """The encoder of tokenize.transform, for the SentencePiece model in the file `model`."""
-    return PlainEncoder(model, vocab_size) if transform == "none" else CaseOpsEncoder(model)
+def make_encoder(model: Path, vocab_size: int, transform: Transform, pairs: Sequence[Pair]) -> DocumentEncoder:
+    """The encoder of tokenize.transform, for the SentencePiece model in the file `model`; only CaseOps has pairs."""
+    return PlainEncoder(model, vocab_size) if transform == "none" else CaseOpsEncoder(model, pairs)
 
 
 def make_batch_encoder(
-    model: Path, vocab_size: int, transform: Transform, held_out: frozenset[bytes]
+    model: Path, vocab_size: int, transform: Transform, pairs: Sequence[Pair], held_out: frozenset[bytes]
 ) -> Callable[[LineBatch], Encoded]:
-    """encode_batch for the SentencePiece model in the file `model` and the hashes of the held-out texts."""
-    return partial(encode_batch, make_encoder(model, vocab_size, transform), held_out=held_out)
+    """encode_batch for the encoder that make_encoder gives, and the hashes of the held-out texts."""
+    return partial(encode_batch, make_encoder(model, vocab_size, transform, pairs), held_out=held_out)
 
 
 def encode_batch(encoder: DocumentEncoder, batch: LineBatch, *, held_out: frozenset[bytes]) -> Encoded:

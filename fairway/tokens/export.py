@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,13 +19,22 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zstandard
 
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import file_sha256
 from fairway.runtime.progress import Progress
 from fairway.tokens.documents import documents_path, open_lines, read_texts, text_hash
-from fairway.tokens.encoding import Encoded, LineBatch, encode_in_worker, make_batch_encoder, start_worker
+from fairway.tokens.encoding import (
+    CaseOpsEncoder,
+    Encoded,
+    LineBatch,
+    encode_in_worker,
+    make_batch_encoder,
+    start_worker,
+)
+from fairway.tokens.fused_pairs import COUNTED_TOKENS, Pair, as_json, free_ids, learn_pairs
 from fairway.tokens.shards import ShardWriter, Split
 from fairway.tokens.tokenizer import RESERVED, TokenizeSettings, check_tokenizer, train_tokenizer
 
@@ -86,7 +95,8 @@ def tokenize_documents(documents: Path, folder: Path, settings: TokenizeSettings
         model = train_tokenizer(texts, vocab_size=settings.vocab_size, trainer=trainer, transform=transform)
         tokenizer.write_bytes(model)
     workers = len(os.sched_getaffinity(0))
-    meta = export(documents, tokenizer, folder, settings=settings, workers=workers)
+    pairs = _frequent_pairs(documents, tokenizer, settings) if settings.fused_pairs else []
+    meta = export(documents, tokenizer, folder, settings=settings, pairs=pairs, workers=workers)
     if not meta["val_bytes"]:
         raise UserError(
             f"{documents}: the tokenizer leaves nothing of the documents that validate, so that no byte can be scored"
@@ -95,12 +105,31 @@ def tokenize_documents(documents: Path, folder: Path, settings: TokenizeSettings
     return meta | {"compressed_val_bytes": compressed_bytes(validation)}
 
 
+def _frequent_pairs(documents: Path, tokenizer: Path, settings: TokenizeSettings) -> list[Pair]:
+    """The pairs that are most frequent in the first training tokens (fused_pairs.py)."""
+    encoder, held_out = CaseOpsEncoder(tokenizer), _held_out(documents, settings)
+    tokens, counted = [], 0
+    for text in read_texts(documents, start=settings.val_documents):
+        if counted >= COUNTED_TOKENS:
+            break
+        if text_hash(text) not in held_out:
+            tokens.append(encoder.document(text, "train", str(documents)).tokens)
+            counted += len(tokens[-1])
+    return learn_pairs(np.concatenate(tokens), free_ids(encoder.tokenizer)[: settings.fused_pairs])
+
+
 # How much text a process gets at a time: enough that sending it takes no time worth mentioning.
 BATCH_BYTES = 1 << 20
 
 
 def export(
-    documents: Path, tokenizer: Path, folder: Path, *, settings: TokenizeSettings, workers: int
+    documents: Path,
+    tokenizer: Path,
+    folder: Path,
+    *,
+    settings: TokenizeSettings,
+    pairs: Sequence[Pair] = (),
+    workers: int,
 ) -> dict[str, Any]:
     """Write val_*.bin, train_*.bin and, for CaseOps, val_bytes_*.bin to `folder`; return what meta.json says of them.
 
@@ -108,7 +137,8 @@ def export(
     fewer if the file is small. The result does not depend on their number. Peak memory is one shard of each kind and a
     few batches per worker. Raises UserError naming the line of a document at fault.
     """
-    encoder_arguments = (tokenizer, settings.vocab_size, settings.transform, _held_out(documents, settings))
+    held_out = _held_out(documents, settings)
+    encoder_arguments = (tokenizer, settings.vocab_size, settings.transform, pairs, held_out)
     totals: dict[Split, Totals] = {"val": Totals(), "train": Totals()}
     workers = min(workers, 1 + documents.stat().st_size // BATCH_BYTES)
     with ExitStack() as stack:
@@ -126,6 +156,7 @@ def export(
     return {
         "vocab_size": settings.vocab_size,
         "transform": settings.transform,
+        "fused_pairs": as_json(pairs),
         "val_bytes": totals["val"].counted_bytes,
         "held_out_documents": settings.val_documents,
         "dropped_train_documents": totals["train"].dropped,

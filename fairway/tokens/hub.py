@@ -25,6 +25,7 @@ from fairway.runtime.errors import UserError
 from fairway.runtime.files import file_sha256, write_atomic
 from fairway.runtime.progress import Progress
 from fairway.runtime.settings import Section
+from fairway.tokens.fused_pairs import Pair, as_json, fuse_shards
 from fairway.tokens.shards import open_shard, shard_paths
 from fairway.tokens.tokenizer import BOS, RESERVED, TokenizeSettings, byte_table, check_tokenizer
 from fairway.tokens.validation import cut_validation, open_sidecars
@@ -211,13 +212,19 @@ def adopt_export(fetched: Path, folder: Path, settings: TokenizeSettings) -> dic
         raise UserError(
             f"{fetched}: the validation shards hold {counts['val']} (documents, tokens), the manifest says {promised}"
         )
-    cut: dict[str, str] = {}
+    changed: dict[str, str] = {}
     if settings.scored_documents < about["val_documents"]:
-        cut = cut_validation(folder, settings.scored_documents)
-        counts["val"] = _count(folder, "val", settings.vocab_size)
+        changed = cut_validation(folder, settings.scored_documents)
+    pairs: list[Pair] = []
+    if settings.fused_pairs:
+        pairs, digests = fuse_shards(folder, settings.fused_pairs)
+        changed |= digests
+    if changed:
+        counts = {split: _count(folder, split, settings.vocab_size) for split in counts}
     return {
         "vocab_size": settings.vocab_size,
         "transform": settings.transform,
+        "fused_pairs": as_json(pairs),
         "source": {key: about[key] for key in ("repository", "revision", "variant")},
         "val_bytes": _validation_bytes(folder, settings),
         "held_out_documents": about["val_documents"],
@@ -226,7 +233,9 @@ def adopt_export(fetched: Path, folder: Path, settings: TokenizeSettings) -> dic
         **{f"{split}_tokens": tokens for split, (_, tokens) in counts.items()},
         **{f"{split}_text_bytes": None for split in counts},
         "compressed_val_bytes": {},
-        "sha256": {name: cut.get(name, digest) for name, digest in about["sha256"].items() if (folder / name).exists()},
+        "sha256": {
+            name: changed.get(name, digest) for name, digest in about["sha256"].items() if (folder / name).exists()
+        },
     }
 
 

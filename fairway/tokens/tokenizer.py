@@ -45,11 +45,19 @@ class TokenizeSettings(Section):
     trainer: Literal["lossless", "published"]
     # none, or caseops: capitals as operators (tokens/caseops.py).
     transform: Literal["none", "caseops"]
+    # How many frequent pairs of tokens become one token each (tokens/fused_pairs.py); only with caseops.
+    fused_pairs: int = Field(ge=0, le=13)
     vocab_size: int = Field(gt=259, le=65536)
     val_documents: int = Field(gt=0)
     # Of these, only the first so many are scored; null: all.
     val_limit_documents: int | None = Field(gt=0)
     shard_tokens: int = Field(gt=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "TokenizeSettings":
+        if self.fused_pairs and self.transform != "caseops":
+            raise ValueError(f"fused_pairs ({self.fused_pairs}) must be 0 unless transform is caseops")
+        return self
 
     @model_validator(mode="after")
     def _limit(self) -> "TokenizeSettings":
