@@ -27,6 +27,7 @@ from fairway.reporting.versions import Change, Version
 
 # The stages whose figures the report reads, besides certify.
 STAGES = ("train", "adapt", "quantize", "compress", "size_check", "evaluate")
+QUANTIZED = "artifacts/quantize/1337/quantize.json"
 CONDITIONS = ("causality", "normalisation", "score_first", "single_pass", "decoder", "accounting")
 
 
@@ -128,6 +129,18 @@ class Figures:
         """Overwrite figures of an artifact's JSON."""
         file = self.folder / "artifacts" / path
         file.write_text(json.dumps(json.loads(file.read_text()) | figures))
+
+    def on_the_challenges_text(self) -> None:
+        """Pretend that every evaluation scored the challenge's validation text with r1150's tokenizer."""
+        artifacts = self.folder / "artifacts"
+        for path in artifacts.glob("evaluate/*/*/metrics.json"):
+            self.change(str(path.relative_to(artifacts)), bytes=151080363, targets=62021632, scored=62021632)
+
+    def on_track(self) -> None:
+        """Pretend that every seed was trained on eight GPUs."""
+        for path in (self.folder / "artifacts/train").glob("*/train.json"):
+            environment = json.loads(path.read_text())["environment"] | {"cuda": "12.8", "processes": 8}
+            self.change(f"train/{path.parent.name}/train.json", environment=environment)
 
     def facts(self) -> Facts:
         """What the stage works out from the folder."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from reports import Document, comparison_page
 
 from fairway.reporting.comparison import paired
+from fairway.reporting.made import made
 from fairway.reporting.stored_experiments import same_documents
 from fairway.reporting.tables import scores_of
 from fairway.reporting.versions import Change, changes
@@ -116,6 +117,24 @@ def test_a_clone_without_experiments_says_how_to_make_one_and_what_it_lacks(clon
     line = "Not compared by document: master: no artifacts/tokens in git, nor in DVC's cache or remote."
     assert line in printed
     assert line.replace("'", "&#39;") in html
+
+
+def test_a_report_is_headed_by_what_dvc_knows_of_its_run(
+    compared: Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In an experiment by its name; settings beside the commit, beside the record that is named, or beside nothing."""
+    assert " · Laptop default · experiment four · 2" in (compared.folder / "results/report.html").read_text()
+    monkeypatch.chdir(compared.folder)
+    found = made("mine", None)
+    commit = compared.run("git", "rev-parse", "HEAD").stdout[:7]
+    assert (found.name, found.experiment, found.against) == ("mine", None, f"params.yaml of commit {commit}")
+    assert found.changes == [Change("slot.steps", "2", "4")]
+    found = made("mine", "r1172")
+    assert found.against == "records/r1172.yaml"
+    assert Change("slot.steps", "8", "4") in found.changes
+    assert made("mine", "r549").against == f"params.yaml of commit {commit}"
+    monkeypatch.chdir(tmp_path)
+    assert (made("mine", None).against, made("mine", None).changes) == (None, [])
 
 
 def test_there_must_be_a_repository(experiment: Experiment) -> None:

@@ -13,9 +13,12 @@ from reports import Figures
 
 from fairway.reporting.by_document import PASSAGE_TOKENS, Stream, Texts, read_documents, read_nats, read_stream, title
 from fairway.runtime.errors import UserError
-from fairway.tokens.tokenizer import BOS, Tokenizer
+from fairway.tokens import caseops
+from fairway.tokens.fused_pairs import as_json, free_ids, fuse, learn_pairs
+from fairway.tokens.tokenizer import BOS, Tokenizer, train_tokenizer
 
 EVALUATOR = "sliding"
+PLAIN = {"transform": "none", "fused_pairs": []}
 
 
 @pytest.fixture
@@ -91,25 +94,27 @@ def test_every_target_belongs_to_one_document(lengths: list[int]) -> None:
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=60))
 def test_pieces_are_the_text(tokens: Path, text: str) -> None:
     ids = np.array([BOS, *Tokenizer(tokens / "tokenizer.model").encode(text)])
-    pieces = Texts(tokens, "none").pieces(ids)
+    pieces = Texts(tokens, PLAIN).pieces(ids)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == text
 
 
 def test_half_a_character_shows_as_one_that_is_missing(tokens: Path) -> None:
     ids = Tokenizer(tokens / "tokenizer.model").encode("☃")
-    assert Texts(tokens, "none").pieces(np.array(ids[:2])) == ["", "\ufffd"]
+    assert Texts(tokens, PLAIN).pieces(np.array(ids[:2])) == ["", "\ufffd"]
 
 
-def test_caseops_gives_capitals_back(tmp_path: Path) -> None:
-    from fairway.tokens import caseops
-    from fairway.tokens.tokenizer import train_tokenizer
-
+def test_caseops_gives_capitals_back_through_fused_pairs_too(tmp_path: Path) -> None:
     text = "Hello THERE, McDonald and iPhone\n" * 3
     model = train_tokenizer(iter([text * 40]), vocab_size=290, trainer="lossless", transform="caseops")
     (tmp_path / "tokenizer.model").write_bytes(model)
-    ids = Tokenizer(tmp_path / "tokenizer.model").encode(caseops.encode(text))
-    assert "".join(Texts(tmp_path, "caseops").pieces(np.array(ids))) == text
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    ids = np.array(tokenizer.encode(caseops.encode(text)))
+    pairs = learn_pairs(ids, free_ids(tokenizer))
+    for used in ([], pairs):
+        pieces = Texts(tmp_path, {"transform": "caseops", "fused_pairs": as_json(used)}).pieces(fuse(ids, used))
+        assert "".join(pieces) == text
+    assert len(fuse(ids, pairs)) < len(ids)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from fairway.runtime.errors import UserError
 from fairway.runtime.files import read_array
 from fairway.tokens import caseops
 from fairway.tokens.export import compressed_bytes
+from fairway.tokens.fused_pairs import from_json
 from fairway.tokens.tokenizer import BOS, SPACE, Tokenizer
 from fairway.tokens.validation import load_validation
 
@@ -85,10 +86,11 @@ class Texts:
     the letter behind its operator. A piece that ends inside a character at the end of a text shows U+FFFD for it.
     """
 
-    def __init__(self, tokens: Path, transform: str) -> None:
-        """Raises UserError if there is no tokenizer.model in the folder."""
+    def __init__(self, tokens: Path, meta: dict[str, Any]) -> None:
+        """`meta` is the tokens' meta.json. Raises UserError if there is no tokenizer.model in the folder."""
         self.model = Tokenizer(tokens / "tokenizer.model").model
-        self.transform = transform
+        self.transform = meta["transform"]
+        self.pairs = {pair.fused: (pair.first, pair.second) for pair in from_json(meta["fused_pairs"])}
 
     def pieces(self, ids: np.ndarray) -> list[str]:
         """The text of each token; joined together, the text of all of them."""
@@ -102,6 +104,8 @@ class Texts:
         return [decoder.feed(text) for text in decoded]
 
     def _bytes(self, token: int) -> bytes:
+        if token in self.pairs:
+            return b"".join(map(self._bytes, self.pairs[token]))
         if self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token):
             return b""
         piece: str = self.model.id_to_piece(token)
@@ -166,7 +170,7 @@ def read_documents(artifacts: Path, meta: dict[str, Any], seeds: list[int], eval
     tokens = artifacts / "tokens"
     nats_N = read_nats(artifacts, seeds, evaluator)
     stream = read_stream(tokens, meta["vocab_size"], len(nats_N))
-    texts = Texts(tokens, meta["transform"])
+    texts = Texts(tokens, meta)
     bits_D, bytes_D = stream.bits_D(nats_N), stream.bytes_D
     known = np.flatnonzero(bytes_D > 0)
     costliest = np.sort(known[np.argsort(-bits_D[known], kind="stable")[:MOST_DOCUMENTS]])

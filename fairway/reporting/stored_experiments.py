@@ -197,8 +197,9 @@ class _Side:
         for name in row.version.names("artifacts/tokens"):
             if not name.startswith("train_"):
                 row.version.copy(f"artifacts/tokens/{name}", folder)
-        self.meta = read_figures(self.folder / "tokens/meta.json", "python -m stages.tokenize")
-        self.texts = Texts(self.folder / "tokens", self.meta["transform"])
+        keys = ("vocab_size", "transform", "fused_pairs")
+        self.meta = read_figures(self.folder / "tokens/meta.json", "python -m stages.tokenize", keys)
+        self.texts = Texts(self.folder / "tokens", self.meta)
 
     def scored(self, evaluator: str) -> tuple[Stream, np.ndarray]:
         """The stream, and the bits (D,) of its documents."""
