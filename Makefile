@@ -15,7 +15,7 @@ repro: .venv/installed
 	dvc repro
 
 compare: .venv/installed
-	python -m stages.compare $(OF)
+	$(strip python -m stages.compare $(OF))
 
 test: .venv/installed lint
 	pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -162,7 +162,7 @@ def test_the_page_tells_what_is_missing_running_and_illegal() -> None:
     assert html.count("<polyline") == 2
 
 
-# scipy.stats.ttest_rel(second, first).pvalue of SciPy 1.17.1
+# scipy.stats.ttest_rel(second, first).pvalue of SciPy 1.17.1; documents of the same length count the same there too
 @pytest.mark.parametrize(
     ("first", "second", "p"),
     [
@@ -188,6 +188,18 @@ def test_the_other_way_round_only_the_sign_changes(documents: list[tuple[float, 
     assert (there.better, there.worse) == (back.worse, back.better)
     assert there.p is None or 0 <= there.p <= 1
     assert (there.p is None) == (len(documents) < 2 or there.better + there.worse == 0)
+
+
+def test_a_gap_that_all_documents_share_is_certain_whatever_their_lengths() -> None:
+    sizes = np.array([100, 5000, 60_000, 900])
+    first = np.array([300.0, 9000.0, 80_000.0, 2000.0])
+    shared = paired(first, first + 0.01 * sizes, sizes)
+    assert (shared.gap_bpb, shared.better, shared.worse) == (pytest.approx(0.01), 0, 4)
+    assert shared.p is not None
+    assert shared.p < 1e-20
+    mixed = paired(first, first + np.array([0.5, -0.4, 0.3, 0.1]) * sizes, sizes)
+    assert mixed.p is not None
+    assert mixed.p > 0.05
 
 
 def test_one_document_and_equal_scores_are_not_tested() -> None:

@@ -216,17 +216,21 @@ class Paired:
 def paired(first_D: np.ndarray, second_D: np.ndarray, bytes_D: np.ndarray) -> Paired:
     """Student's paired t-test of the bits (D,) that two scores give the same D documents of these bytes (D,).
 
-    It asks whether the mean difference of a document could be chance, were these documents drawn from many like them.
-    It knows nothing of seeds. Source: Student (1908), Biometrika 6.
+    It asks whether the gap in bits per byte could be chance, were these documents drawn from many like them, and knows
+    nothing of seeds. The gap is a ratio of sums, and so its standard error comes from what each document's bits differ
+    by beyond that gap times its bytes: a document counts by its length, as it does in the score. Source: Student
+    (1908), Biometrika 6; the error of a ratio: Cochran (1977), Sampling Techniques, chapter 6.
     """
-    gaps = [float(gap) for gap in second_D - first_D]
-    total, documents = float(bytes_D.sum()), len(gaps)
-    better, worse = sum(gap < 0 for gap in gaps), sum(gap > 0 for gap in gaps)
-    error = math.sqrt(variance(gaps) / documents) if documents > 1 else 0.0
-    if not better + worse or documents < 2:
-        return Paired(documents, sum(gaps) / total, None, None, better, worse)
-    p = 2 * _student_tail(abs(mean(gaps)) / error, documents - 1) if error else 0.0
-    return Paired(documents, sum(gaps) / total, documents * error / total, p, better, worse)
+    gaps_D = second_D - first_D
+    documents, total = len(gaps_D), float(bytes_D.sum())
+    gap = float(gaps_D.sum()) / total
+    better, worse = int((gaps_D < 0).sum()), int((gaps_D > 0).sum())
+    if documents < 2 or not better + worse:
+        return Paired(documents, gap, None, None, better, worse)
+    beyond = float(np.square(gaps_D - gap * bytes_D).sum())
+    error = math.sqrt(documents / (documents - 1) * beyond) / total
+    p = 2 * _student_tail(abs(gap) / error, documents - 1) if error else 0.0
+    return Paired(documents, gap, error, p, better, worse)
 
 
 @dataclass(frozen=True)
