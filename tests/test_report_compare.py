@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import Document, comparison_page
 
+from fairway.reporting.compare_page import gap_bars
 from fairway.reporting.comparison import paired
 from fairway.reporting.made import made
-from fairway.reporting.stored_experiments import same_documents
+from fairway.reporting.stored_experiments import Apart, Gap, same_documents
 from fairway.reporting.tables import scores_of
 from fairway.reporting.versions import Change, changes
 from fairway.runtime.errors import UserError
@@ -32,11 +33,12 @@ def page(compared: Experiment) -> str:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory, reproduced: Experiment) -> Experiment:
-    """A clone that ran the pipeline, then an experiment with another SLOT, which the workspace now holds."""
+    """A clone that ran the pipeline, then an experiment with another SLOT, which the workspace now holds; a second one
+    is queued."""
     folder = tmp_path_factory.mktemp("compared") / "clone"
     shutil.copytree(reproduced.folder, folder, symlinks=True)
     made = Experiment(folder)
-    made.dvc("dvc exp run --name four -S slot.steps=4")
+    made.dvc("dvc exp run --name four -S slot.steps=4", "dvc exp run --queue --name later -S slot.steps=9")
     return made
 
 
@@ -70,6 +72,7 @@ def test_an_experiment_stands_beside_the_workspace_the_commit_and_the_records(co
     assert "slot.steps" not in _row(page, "master")
     assert f"{summary[slot]:.4f}" not in _row(page, "master")
     assert "not stored" not in page
+    assert '<p class="note">later is queued.</p>' in page
     # All were trained alike, so that their curves are one line.
     assert page.count("<polyline") == 1
     assert "workspace, four, master" in page
@@ -160,6 +163,17 @@ def test_the_page_tells_what_is_missing_running_and_illegal() -> None:
     assert '<p class="note">rapid-lark: no seconds.</p>' in html
     assert re.search(r"<s>.*struck, illegal: </span>1\.5833</s>", _row(html, "workspace"))
     assert html.count("<polyline") == 2
+
+
+def test_bars_lead_from_the_middle_to_where_a_document_has_gone() -> None:
+    gaps = [Gap("a", 10, 1.0, 1.2), Gap("b", 10, 1.0, 0.9), Gap("c", 10, 1.0, 1.0)]
+    drawn = gap_bars(Apart("sliding", paired(np.ones(3), np.ones(3), np.ones(3)), gaps))
+    assert [(bar.start, bar.width, bar.tone) for bar in drawn] == [
+        (50, 50, "worsened"),
+        (25, 25, "improved"),
+        (50, 0, "improved"),
+    ]
+    assert [bar.value for bar in drawn] == ["+0.2000", "\u22120.1000", "+0.0000"]
 
 
 # scipy.stats.ttest_rel(second, first).pvalue of SciPy 1.17.1; documents of the same length count the same there too
