@@ -1,13 +1,14 @@
 # make repro   the whole pipeline on params.yaml; with DATA=path on text of your own, which params.yaml then names
 # make record RECORD=r1172 GPUS=4   params.yaml from records/ for so many GPUs, and the whole pipeline on it
+# make compare experiments of dvc exp beside each other and beside published records; OF="a b" names two of them
 # make test    every fast test (CPU)
 # make lint    style and types
-# make test-browser  the report in Chromium, installed by apt where it is missing
+# make test-browser  both pages in Chromium, installed by apt where it is missing
 # make pack FILE=notes.md, make unpack FILE=notes.md.fwz   any text packed by model.bin, and back
 # make sample PROMPT='The database'   what model.bin writes behind that
 # make doctor  what this machine has and lacks for each record
 # make dag     the pipeline as a graph, in Mermaid's notation
-.PHONY: repro record test test-long test-gpu test-browser lint doctor dag pack unpack sample clean
+.PHONY: repro record compare test test-long test-gpu test-browser lint doctor dag pack unpack sample clean
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -21,6 +22,9 @@ repro: .venv/installed
 record: .venv/installed
 	python -m stages.use_record '$(RECORD)' '$(GPUS)'
 	dvc repro
+
+compare: .venv/installed
+	$(strip python -m stages.compare $(OF))
 
 test: .venv/installed lint
 	pytest -n 2 --dist loadfile --no-loadscope-reorder

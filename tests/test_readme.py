@@ -38,6 +38,8 @@ MAKE = {
     "make repro": "dvc repro",
     "make repro DATA=texts": "dvc repro",
     "make record RECORD=r1172 GPUS=8": "dvc repro",
+    "make compare": "python -m stages.compare",
+    'make compare OF="workspace rapid-lark"': "python -m stages.compare workspace rapid-lark",
     "make test": "pytest -n 2 --dist loadfile --no-loadscope-reorder",
     "make doctor": "python -m stages.doctor",
     "make dag": "dvc dag --mermaid --collapse-foreach-matrix",

@@ -157,11 +157,11 @@ class Chart:
 
 
 def charts(facts: Facts) -> list[Chart]:
-    """Bits per byte and loss while training, the loss along the stream, and how the evaluators differ along it.
+    """Loss and gradient while training, the loss along the stream, and how the other evaluators differ along it.
 
     The last one needs two evaluators.
     """
-    found = [_curve(facts.runs), _loss(facts.runs), _stream(facts)]
+    found = [_loss(facts.runs), _gradient(facts.runs), _stream(facts)]
     return [*found, _apart(facts)] if len(facts.scores) > 1 else found
 
 
@@ -170,41 +170,48 @@ def hue(index: int) -> int:
     return index % HUES + 1
 
 
-def _curve(runs: list[Run]) -> Chart:
-    lines = [Line(f"seed {run.seed}", run.curves["val_bpb"], hue(i), dots=True) for i, run in enumerate(runs)]
-    return Chart(
-        name="curve",
-        title="Validation while training",
-        summary=_course("Validation", lines, "bits per byte"),
-        x_label="step",
-        y_label="bits per byte",
-        drawing=plot(lines),
-        **_numbers("step", lines, "{:,g}", "{:.4f}"),
-    )
-
-
 def _loss(runs: list[Run]) -> Chart:
-    train = [
-        Line(f"seed {run.seed}, training", run.curves["train_loss"], hue(i), "faint") for i, run in enumerate(runs)
-    ]
-    val = [
-        Line(f"seed {run.seed}, validation", run.curves["val_loss"], hue(i), dots=True) for i, run in enumerate(runs)
-    ]
+    """Training and validation loss. Bits per byte are the same curve in other units, and stand among the numbers."""
+
+    def lines(curve: str, name: str, look: Look) -> list[Line]:
+        return [
+            Line(f"seed {run.seed}, {name}", run.curves[curve], hue(i), look, dots=look == "solid")
+            for i, run in enumerate(runs)
+        ]
+
+    train, val = lines("train_loss", "training", "faint"), lines("val_loss", "validation", "solid")
+    bpb = lines("val_bpb", "bits per byte", "solid")
     return Chart(
         name="loss",
         title="Loss while training",
-        summary=_course("Training", train, "nats a token") + " " + _course("Validation", val, "nats a token"),
+        summary=f"{course('Training', train, 'nats a token')} {course('Validation', val, 'nats a token')} "
+        f"{course('That is', bpb, 'bits per byte')}",
         x_label="step",
         y_label="nats a token",
         drawing=plot([*train, *val]),
-        **_numbers("step", [*train, *val], "{:,g}", "{:.4f}"),
+        **numbers("step", [*train, *val, *bpb], "{:,g}", "{:.4f}"),
     )
 
 
-def _course(name: str, lines: list[Line], unit: str) -> str:
+def _gradient(runs: list[Run]) -> Chart:
+    lines = [Line(f"seed {run.seed}", run.curves["micro_grad_norm"], hue(i)) for i, run in enumerate(runs)]
+    return Chart(
+        name="gradient",
+        title="Gradient while training",
+        summary="L2 norm of a micro-batch's gradient over all weights before it is clipped, mean over the "
+        f"micro-batches of a step. {course('Norm', lines, '')}",
+        x_label="step",
+        y_label="norm",
+        drawing=plot(lines),
+        **numbers("step", lines, "{:,g}", "{:.4f}"),
+    )
+
+
+def course(name: str, lines: list[Line], unit: str) -> str:
     """A sentence on where the seeds' lines begin and end."""
     begin, end = ([line.points[place] for line in lines] for place in (0, -1))
-    return f"{name}: {_span(begin)} {unit} at step {begin[0][0]:,}, {_span(end)} at step {max(end)[0]:,}."
+    unit = f" {unit}" if unit else ""
+    return f"{name}: {_span(begin)}{unit} at step {begin[0][0]:,}, {_span(end)} at step {max(end)[0]:,}."
 
 
 def _span(points: list[tuple[float, float]]) -> str:
@@ -214,7 +221,8 @@ def _span(points: list[tuple[float, float]]) -> str:
 
 
 def _stream(facts: Facts) -> Chart:
-    lines = [_profile(facts, i, score) for i, score in enumerate(facts.scores)]
+    """The loss of the first evaluator. Those of the others run so close to it that only their difference shows."""
+    lines = [_profile(facts, 0, facts.scores[0])]
     hardest, easiest = (pick(lines[0].points, key=lambda point: point[1]) for pick in (max, min))
     return Chart(
         name="stream",
@@ -225,7 +233,7 @@ def _stream(facts: Facts) -> Chart:
         x_label="share of the stream",
         y_label="nats a token",
         drawing=plot(lines, x_unit="%", x_range=(0, 100)),
-        **_numbers("percent of the stream", lines, "{:.1f}", "{:.4f}"),
+        **numbers("percent of the stream", lines, "{:.1f}", "{:.4f}"),
     )
 
 
@@ -245,7 +253,7 @@ def _apart(facts: Facts) -> Chart:
         x_label="share of the stream",
         y_label="nats a token",
         drawing=plot(lines, x_unit="%", x_range=(0, 100), mark_zero=True),
-        **_numbers("percent of the stream", lines, "{:.1f}", "{:+.5f}"),
+        **numbers("percent of the stream", lines, "{:.1f}", "{:+.5f}"),
     )
 
 
@@ -256,7 +264,7 @@ def _profile(facts: Facts, index: int, score: Score) -> Line:
     return Line(score.label, points, hue(index), "solid" if score.standing == "legal" else "dashed")
 
 
-def _numbers(x_name: str, lines: list[Line], x_form: str, y_form: str) -> dict[str, Any]:
+def numbers(x_name: str, lines: list[Line], x_form: str, y_form: str) -> dict[str, Any]:
     """The lines as a table: a row for each x and a column for each line, with an empty cell where it has no point."""
     places = sorted({x for line in lines for x, _ in line.points})
     known = [dict(line.points) for line in lines]
@@ -313,23 +321,27 @@ def _rung_bar(rung: Rung, place: Callable[[float], float]) -> Bar:
 
 
 def time_bars(facts: Facts) -> list[Bar]:
-    """What the slowest seed used of the track's budgets of time: training, and evaluation by each evaluator."""
+    """What the slowest seed used of the track's budgets of time: training, and evaluation by each evaluator.
+
+    The limits are marked if the runs were made on the track's machine; seconds of another do not compare with them.
+    """
     used = [("training", max(train_s(run) for run in facts.runs), TRAIN_S)]
     for score in facts.scores:
         used.append((f"evaluation, {score.name}", max(eval_s(run, score.name) for run in facts.runs), EVAL_S))
-    scale = 1.02 * max(TRAIN_S, EVAL_S, *(seconds for _, seconds, _ in used))
-    return [_time_bar(name, seconds, limit, scale) for name, seconds, limit in used]
+    limits = (TRAIN_S, EVAL_S) if facts.on_track else ()
+    scale = 1.02 * max(*limits, *(seconds for _, seconds, _ in used), 1.0e-3)
+    return [_time_bar(name, seconds, limit if facts.on_track else None, scale) for name, seconds, limit in used]
 
 
-def _time_bar(name: str, seconds: float, limit: float, scale: float) -> Bar:
+def _time_bar(name: str, seconds: float, limit: float | None, scale: float) -> Bar:
     return Bar(
         label=name,
-        detail=f"limit {limit:.0f} s",
+        detail="" if limit is None else f"limit {limit:.0f} s",
         value=f"{seconds:,.1f} s",
         change="",
         start=0.0,
         width=round(100 * seconds / scale, 2),
-        tone="over" if seconds > limit else "within",
+        tone="over" if limit is not None and seconds > limit else "within",
         standing=None,
-        mark=round(100 * limit / scale, 2),
+        mark=None if limit is None else round(100 * limit / scale, 2),
     )

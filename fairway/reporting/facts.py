@@ -1,8 +1,8 @@
 """All that the report says, worked out once. The summary, the table, the plots and the page only write it down.
 
-A ladder of bits per byte shows what each measured step gained or lost: the last weights, the weights that were kept,
-then every evaluator. Stages that change weights without measuring them (adapt, quantize, compress) have no level of
-their own. What they did shows in the evaluators' levels, which therefore all start from the kept weights.
+A ladder of bits per byte shows where bits are lost and won back: the last weights, the weights that were kept and the
+quantized ones, all on rows of one window; then windows that overlap; then every evaluator that does more than that.
+Adaptation before quantization is not measured by itself: what it did shows in the level of the quantized weights.
 """
 
 from dataclasses import dataclass
@@ -53,6 +53,11 @@ class Facts:
     # "the first 800 of 50000 validation documents", where tokenize.val_limit_documents left the others out.
     subset: str | None
 
+    @property
+    def on_track(self) -> bool:
+        """Whether every run was made on as many GPUs as the track's machine has."""
+        return all(run.on_track for run in self.runs)
+
 
 def facts(
     runs: list[Run],
@@ -88,17 +93,26 @@ def facts(
 
 
 def ladder(runs: list[Run], scores: list[Score], kept: str, record: PublishedRecord | None) -> list[Rung]:
-    """The levels: last weights, kept weights (`kept` is training's name for them), then each evaluator."""
+    """The levels: last weights, kept weights (`kept` is training's name for them), quantized ones, each evaluator.
+
+    Sliding windows start from the quantized weights, and the other evaluators, which have them too, from the first
+    score by sliding windows, or from the quantized weights if there is none.
+    """
     trained = mean(run.train["val_bpb"] for run in runs)
     rungs = [Rung("trained", "last weights", trained, None, None, _published(record, "trained"))]
     level = trained
     if kept != "last":
         level = mean(run.kept_bpb(kept) for run in runs)
         rungs.append(Rung("averaged", f"kept weights, {kept}", level, trained, None, _published(record, "averaged")))
-    return rungs + [
-        Rung(score.name, score.title, score.spread.mean, level, score.standing, _published(record, score.name))
-        for score in scores
-    ]
+    quantized = mean(run.quantize["quantized_rows_bpb"] for run in runs)
+    rungs.append(Rung("quantized", "as stored", quantized, level, None, _published(record, "quantized")))
+    windows = [score for score in scores if score.kind == "sliding"]
+    slid = windows[0].spread.mean if windows else quantized
+    for score in [*windows, *(score for score in scores if score not in windows)]:
+        before = quantized if score in windows else slid
+        found = _published(record, score.name)
+        rungs.append(Rung(score.name, score.title, score.spread.mean, before, score.standing, found))
+    return rungs
 
 
 def _published(record: PublishedRecord | None, name: str) -> float | None:

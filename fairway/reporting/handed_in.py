@@ -41,7 +41,7 @@ def submission_json(
     bpb, loss = (spread([run.scores[evaluator][key] for run in runs]) for key in ("val_bpb", "val_loss"))
     deviations = {"val_bpb_std": bpb.std, "val_loss_std": loss.std} if len(runs) > 1 else {}
     size, training, evaluation = budgets(runs, evaluator)
-    on_track = environment["cuda"] is not None and environment["processes"] == TRACK_GPUS
+    on_track = runs[0].on_track
     largest = max(runs, key=lambda run: run.size["total_bytes"]).size
     return {
         "author": person.author,

@@ -5,6 +5,7 @@ spread the certificates out as a table of conditions by evaluators.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,26 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fairway.reporting.budgets import ledger
+from fairway.reporting.by_document import SHADES, Reading
 from fairway.reporting.charts import charts, hue, ladder_bars, ladder_range, signed, time_bars
 from fairway.reporting.comparison import MARGIN_NATS, SIGNIFICANCE
 from fairway.reporting.facts import Facts
+from fairway.reporting.made import Made
 from fairway.reporting.runs import Condition, Run, Score, spread, worst
 from fairway.reporting.tables import size_parts
-from fairway.runtime.settings import EVAL_S, TRAIN_S
+from fairway.runtime.settings import EVAL_S, TRACK_GPUS, TRAIN_S
 
 
-def page(facts: Facts, meta: dict[str, Any]) -> str:
-    """The HTML of the report; `meta` is the tokens' meta.json. The template engine escapes every text."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.globals |= {"hue": hue, "signed": signed, "spread": spread}
-    return templates.get_template("report.html").render(
+def page(facts: Facts, meta: dict[str, Any], reading: Reading, made: Made) -> str:
+    """The HTML of the report; `meta` is the tokens' meta.json, `reading` the documents as the shipped evaluator scored
+    them, and `made` what made the report."""
+    return render(
+        "report.html",
         facts=facts,
         runs=facts.runs,
+        made=made,
+        reading=reading,
+        shades=SHADES,
         charts=charts(facts),
         ladder=ladder_bars(facts.rungs),
         ladder_range=ladder_range(facts.rungs),
@@ -41,11 +41,46 @@ def page(facts: Facts, meta: dict[str, Any]) -> str:
         limits_s={"training": TRAIN_S, "evaluation": EVAL_S},
         audits=audits(facts.runs, facts.scores),
         parts=[size_parts(run.size) for run in facts.runs],
+        matrices=matrices(facts.runs[0]),
         size=facts.runs[0].size,
         meta=meta,
         margin_nats=MARGIN_NATS,
         significance=SIGNIFICANCE,
+        track_gpus=TRACK_GPUS,
     )
+
+
+def render(template: str, **values: Any) -> str:
+    """A template filled with values. The template engine escapes every text."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.globals |= {"hue": hue, "signed": signed, "spread": spread}
+    return templates.get_template(template).render(values)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A rounded matrix: its name, number of weights, bits of a code, entropy of its codes in bits, and rms error."""
+
+    name: str
+    weights: int
+    bits: int
+    entropy_bits: float
+    error: float
+
+
+def matrices(run: Run) -> list[Matrix]:
+    """Every matrix that quantize rounded, in the order of the network; tensors that stay float16 are left out."""
+    return [
+        Matrix(name, math.prod(tensor["shape"]), tensor["bits"], tensor["entropy_bits"], math.sqrt(tensor["mse"]))
+        for name, tensor in run.quantize["tensors"].items()
+        if "mse" in tensor
+    ]
 
 
 # What each condition of a certificate asks for, in the order in which the page lists them.

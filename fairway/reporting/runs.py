@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import read_array, read_figures, require_file
+from fairway.runtime.settings import TRACK_GPUS
 
 # The curves that training logged and that are drawn or submitted.
-CURVES = ("val_bpb", "val_loss", "train_loss", "clock_s")
+CURVES = ("val_bpb", "val_loss", "train_loss", "micro_grad_norm", "clock_s")
 
 # The verdicts on a condition, the one that outweighs the others first.
 VERDICTS = ("fail", "unproven", "pass")
@@ -70,6 +71,12 @@ class Run:
     # The course of the loss along the validation stream (see profile), by evaluator.
     profiles: dict[str, list[float]]
 
+    @property
+    def on_track(self) -> bool:
+        """Whether it ran on as many GPUs as the track's machine has. Seconds of any other say nothing of its limits."""
+        environment = self.train["environment"]
+        return environment["cuda"] is not None and environment["processes"] == TRACK_GPUS
+
     def kept_bpb(self, kept: str) -> float:
         """Bits per byte of the weights that training calls `kept`. Raises UserError if that run did not keep them."""
         measured: dict[str, float] = self.train["val_bpb_by_weights"]
@@ -95,7 +102,7 @@ def _run(artifacts: Path, seed: int, evaluators: list[str]) -> Run:
         seed=seed,
         train=figures("train", "train.json", "start_s", "compile_s", "wall_s"),
         adapt=figures("adapt", "adapt.json", "adapt_s"),
-        quantize=figures("quantize", "quantize.json", "calibration_s", "quantize_s"),
+        quantize=figures("quantize", "quantize.json", "calibration_s", "quantize_s", "quantized_rows_bpb", "tensors"),
         compress=figures("compress", "compress.json", "pack_s", "trial_s"),
         size=figures("size_check", "size.json"),
         scores={name: _metrics(artifacts, seed, name) for name in evaluators},
@@ -211,10 +218,15 @@ class Score:
         return self.name if self.standing == "legal" else f"{self.name} ({self.standing})"
 
     @property
+    def kind(self) -> str | None:
+        """The kind of evaluator, None for one that TITLES does not know."""
+        kinds = [kind for kind in TITLES if self.name == kind or self.name.startswith(f"{kind}_")]
+        return max(kinds, key=len, default=None)
+
+    @property
     def title(self) -> str:
         """What the evaluator is, in a few words."""
-        kinds = [kind for kind in TITLES if self.name == kind or self.name.startswith(f"{kind}_")]
-        return TITLES[max(kinds, key=len)] if kinds else "an evaluator of your own"
+        return TITLES[self.kind] if self.kind else "an evaluator of your own"
 
     @property
     def remark(self) -> str:

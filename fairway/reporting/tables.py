@@ -6,13 +6,14 @@ its own. git tracks all of these, so that they hold scores and bytes alone: whoe
 files. Seconds differ from run to run; `timing`, `times` and `time_table` have them, which git ignores.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from fairway.reporting.budgets import ledger
 from fairway.reporting.comparison import MARGIN_NATS, SIGNIFICANCE
 from fairway.reporting.facts import Facts
-from fairway.reporting.runs import Run, Score, share, spread
+from fairway.reporting.runs import Run, Score, Standing, share, spread
 
 
 def markdown(facts: Facts) -> str:
@@ -94,6 +95,17 @@ def summarize(facts: Facts) -> dict[str, float]:
 def metric(score: Score) -> str:
     """The name of a score among the figures: slot_bpb, or slot_bpb_illegal."""
     return f"{score.name}_bpb" if score.standing == "legal" else f"{score.name}_bpb_{score.standing}"
+
+
+def scores_of(summary: dict[str, float]) -> dict[str, tuple[float, Standing]]:
+    """The scores among the figures of `summarize`: bits per byte and standing by evaluator."""
+    found: dict[str, tuple[float, Standing]] = {}
+    for name, figure in summary.items():
+        match = re.fullmatch(r"(?!(?:trained|xz)_bpb)(\w+)_bpb(?:_(illegal|unproven))?", name)
+        if match:
+            standing: Standing = match[2] or "legal"  # type: ignore[assignment]
+            found[match[1]] = (figure, standing)
+    return found
 
 
 def timing(facts: Facts) -> str:
