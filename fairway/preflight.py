@@ -189,9 +189,10 @@ def _gpu_remedy(params: Params, gpus: int) -> str:
         return f"this machine has {gpus}; {fewer_processes(params, gpus)}, or take records/lab-1gpu.yaml, for one GPU"
     # Rounded to one digit, since no more of it is known.
     hours = float(f"{cpu_hours(params):.0e}")
+    smaller = "" if params.processes == 1 else "records/lab-1gpu.yaml is for one GPU (processes: 1), and "
     return (
         f"this machine has none, and its {machine.cores()} CPU cores would train for some {hours:,.0f} hours; "
-        "records/lab-1gpu.yaml is for one GPU (processes: 1), and the laptop default for a CPU"
+        f"{smaller}the laptop default, params.yaml as it ships, is for a CPU"
     )
 
 

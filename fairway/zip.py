@@ -7,6 +7,7 @@ Usage:  python -m fairway.zip pack FILE [OUT], python -m fairway.zip unpack FILE
 """
 
 import hashlib
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -48,8 +49,8 @@ def main() -> None:
 
 def paths(arguments: list[str]) -> tuple[str, Path, Path]:
     """What to do, with which file, and where to write. Raises UserError with a line of usage."""
-    if len(arguments) not in (2, 3) or arguments[0] not in ("pack", "unpack"):
-        raise UserError(f"{USAGE}; found: {' '.join(arguments) or 'nothing'}")
+    if len(arguments) not in (2, 3) or arguments[0] not in ("pack", "unpack") or "" in arguments:
+        raise UserError(f"{USAGE}; found: {shlex.join(arguments) or 'nothing'}")
     command, source = arguments[0], Path(arguments[1])
     if len(arguments) == 3:
         return command, source, Path(arguments[2])

@@ -257,12 +257,14 @@ def test_the_commands_pack_unpack_and_refuse(finished_copy: Experiment) -> None:
     assert not (made.folder / "binary.fwz").exists()
     assert "none.md: No such file" in zip("pack", "none.md", ok=False)
     assert "usage: python -m fairway.zip" in zip("compress", "text.md", ok=False)
+    # What `make pack` without FILE= gives.
+    assert zip("pack", "", ok=False).endswith("; found: pack ''\n")
     assert "ends in .fwz" in zip("unpack", "text.md", ok=False)
     shutil.copy(made.folder / "text.md.fwz", made.folder / "cut.fwz")
     (made.folder / "cut.fwz").write_bytes((made.folder / "cut.fwz").read_bytes()[:-1])
     assert zip("unpack", "cut.fwz", ok=False).startswith("error: cut.fwz: damaged")
     shutil.rmtree(made.folder / "artifacts/compress")
-    assert "model.bin: no such file; `python -m stages.compress" in zip("unpack", "text.md.fwz", "x", ok=False)
+    assert "model.bin: no such file; `make repro` makes it" in zip("unpack", "text.md.fwz", "x", ok=False)
 
 
 def test_samples_go_on_from_the_prompt_the_same_for_the_same_seed(finished_copy: Experiment) -> None:
