@@ -79,11 +79,11 @@ def test_slot_steps_re_run_only_the_slot_evaluation(repro: Experiment) -> None:
     changed = set(json.loads(figures)["results/summary.json"])
     assert "slot_bpb_illegal" in changed
     assert not {"sliding_bpb", "ttt_bpb", "artifact_bytes"} & changed
-    # What the README says of the files that a run changes, and how it undoes that.
+    # What docs/faq.md says of the files that a run changes, and how it undoes that.
     changed = _changed(repro.folder) - {"params.yaml"}
     assert "dvc.lock" in changed
     assert all(re.fullmatch(r"dvc\.lock|results/.*", file) for file in changed)
-    [undo] = re.findall(r"To undo that:\n`git (.+)`", (REPOSITORY / "README.md").read_text())
+    [undo] = re.findall(r"To undo that:\n`git (.+)`", (REPOSITORY / "docs/faq.md").read_text())
     git(repro.folder, *undo.split())
     assert _changed(repro.folder) == {"params.yaml"}
 

@@ -1,4 +1,7 @@
-"""The README's commands and its worked example run as they stand there; a command that nobody runs fails a test."""
+"""The commands of the README and of the pages in docs/, and the worked example, run as they stand there.
+
+A command that nobody runs fails a test.
+"""
 
 import os
 import re
@@ -18,13 +21,19 @@ from fairway.params import load_params
 from fairway.tokens.own_text import FetchFile
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-TREE = README.partition("## The tree")[2].partition("## ")[0]
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md"))}
+RECORDS_TABLE = PAGES["reproduce"].partition("| file in records/ |")[2].partition("\n\n")[0]
 SEED = "1337"
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    """The fenced blocks of a language, in the README and then in the pages of docs/."""
+    texts = [README, *PAGES.values()]
+    return [
+        block
+        for text in texts
+        for block in re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    ]
 
 
 def commands() -> list[str]:
@@ -38,6 +47,9 @@ MAKE = {
     "make repro": "dvc repro",
     "make repro DATA=texts": "dvc repro",
     "make record RECORD=r1172 GPUS=8": "dvc repro",
+    "make record RECORD=lab-1gpu GPUS=1": "dvc repro",
+    "make pack FILE=notes.md": "python -m fairway.zip pack 'notes.md'",
+    "make sample PROMPT='The database'": "python -m fairway.sample 'The database'",
     "make compare": "python -m stages.compare",
     'make compare OF="workspace rapid-lark"': "python -m stages.compare workspace rapid-lark",
     "make test": "pytest -n 2 --dist loadfile --no-loadscope-reorder",
@@ -48,7 +60,7 @@ PLANNED = {
     "cp records/r1172.yaml params.yaml": "",
     "dvc repro --dry --force": r"evaluate@2025-slot",
 }
-# In the order of the README, after a first `dvc repro`, with what their output must match.
+# In the order of docs/experiments.md, after a first `dvc repro`, with what their output must match.
 PIPELINE = {
     "dvc repro": "up to date",
     "dvc exp run -S slot.steps=24": rf"Running stage 'evaluate@{SEED}-slot'",
@@ -109,7 +121,7 @@ def test_every_command_is_run_by_a_test() -> None:
 def test_a_target_of_make_does_what_it_says(command: str) -> None:
     """As planned: what it starts is run elsewhere."""
     planned = shell(REPOSITORY, command.replace("make", "make --dry-run --no-print-directory"))
-    assert planned.splitlines()[-1] == MAKE[command]
+    assert planned.splitlines()[-1].rstrip() == MAKE[command]
 
 
 @pytest.mark.program("make", "grep")
@@ -164,7 +176,7 @@ def test_the_five_lines_for_text_of_ones_own_are_what_is_written(experiment: Exp
 
 def test_a_single_experiment_on_text_of_ones_own_needs_no_other_file(tmp_path: Path) -> None:
     """By the function with which `dvc exp run` changes params.yaml."""
-    [line] = re.findall(r"`(dvc exp run -S '~fetch'[^`]*)`", README)
+    [line] = re.findall(r"`(dvc exp run -S '~fetch'[^`]*)`", PAGES["own-text"])
     params = shutil.copy(REPOSITORY / "params.yaml", tmp_path)
     apply_overrides(params, [word for word in shlex.split(line)[3:] if word != "-S"])
     assert load_params(params).fetch == FetchFile.model_validate(yaml.safe_load(own_text())["fetch"])
@@ -180,8 +192,7 @@ def test_a_record_can_be_planned_on_any_machine(experiment: Experiment) -> None:
 
 
 def test_every_record_of_the_table_is_a_file() -> None:
-    table = README.partition("| file in records/ |")[2].partition("\n\n")[0]
-    named = {name for row in table.splitlines()[2:] for name in row.split("|")[1].replace(",", " ").split()}
+    named = {name for row in RECORDS_TABLE.splitlines()[2:] for name in row.split("|")[1].replace(",", " ").split()}
     assert named == {path.stem for path in (REPOSITORY / "records").glob("r[0-9]*.yaml")}
 
 
@@ -192,20 +203,15 @@ def test_torchrun_knows_the_options_and_the_records_the_processes() -> None:
     train = load_params(REPOSITORY / "records/r1172.yaml").train
     micro_batches = train.batch_tokens // train.micro_batch_tokens
     assert micro_batches % (int(arguments.nnodes) * int(arguments.nproc_per_node)) == 0
-    assert f"{micro_batches} in the records" in README
+    assert f"{micro_batches} in the records" in PAGES["reproduce"]
 
 
 def test_files_and_folders_of_the_tree_exist() -> None:
-    entries = re.findall(r"^ {4}( *)(\S+)", TREE, flags=re.MULTILINE)
+    entries = re.findall(r"^ {4}( *)(\S+)", PAGES["tree"], flags=re.MULTILINE)
     parent = ""
     for indent, name in entries:
         parent = parent if indent else name
         assert (REPOSITORY / (parent + name if indent else name)).exists(), name
-
-
-def test_links_lead_to_files() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (REPOSITORY / target).exists(), target
 
 
 def example() -> tuple[str, str]:
@@ -267,7 +273,9 @@ def test_a_text_is_packed_and_comes_back_and_a_prompt_goes_on(finished_copy: Exp
 
 @pytest.mark.program("make")
 def test_makes_words_for_packed_texts_are_those_commands() -> None:
-    for line in re.findall(r"`(make (?:pack|unpack|sample) [^`]*)`", README):
+    lines = re.findall(r"`(make (?:pack|unpack|sample) [^`]*)`", PAGES["compressor"])
+    assert len(lines) == 3
+    for line in lines:
         planned = shell(REPOSITORY, line.replace("make", "make --dry-run --no-print-directory")).splitlines()[-1]
         words = shlex.split(planned)
         assert any(shlex.split(command)[: len(words)] == words for command in ZIPPED), line
@@ -280,7 +288,7 @@ def test_the_shipped_files_score_alone(finished_copy: Experiment) -> None:
 
 @pytest.mark.long
 @pytest.mark.program("grep")
-def test_the_pipelines_commands_run_in_the_order_of_the_readme(tmp_path: Path) -> None:
+def test_the_pipelines_commands_run_in_the_order_of_the_page(tmp_path: Path) -> None:
     folder = tmp_path / "fairway"
     folder.mkdir()
     made = Experiment(folder)
@@ -319,4 +327,5 @@ def test_the_tree_names_what_is_there() -> None:
     nouns = {path.name + "/" * path.is_dir() for path in (REPOSITORY / "fairway").glob("[a-z]*")}
     wanted = stages | nouns
     assert {"train.py", "evaluation/", "params.py"} <= wanted
-    assert {name for name in wanted if not re.search(rf"(?<![\w/]){re.escape(name)}(?!\w)", TREE)} == set()
+    unnamed = {name for name in wanted if not re.search(rf"(?<![\w/]){re.escape(name)}(?!\w)", PAGES["tree"])}
+    assert unnamed == set()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, Experiment, commit, git
-from test_readme import README
+from test_readme import PAGES, RECORDS_TABLE
 
 from fairway import machine, step_time
 from fairway.chosen_record import MINUTES, choose, expectation, record_names
@@ -49,13 +49,12 @@ def test_processes_that_cannot_share_a_step_are_refused(gpus: int) -> None:
         choose(RECORDS, "r1172", gpus)
 
 
-def test_what_to_expect_is_what_the_readme_says() -> None:
-    table = README.partition("| file in records/ |")[2].partition("\n\n")[0]
-    rows = [row.split("|")[1:4] for row in table.splitlines()[2:]]
+def test_what_to_expect_is_what_the_page_says() -> None:
+    rows = [row.split("|")[1:4] for row in RECORDS_TABLE.splitlines()[2:]]
     minutes = {name.strip(): int(number) for names, _, number in rows for name in names.split(",")}
-    [lab] = re.findall(r"`dvc repro` took (\d+) minutes", README)
+    [lab] = re.findall(r"`dvc repro` took (\d+) minutes", PAGES["reproduce"])
     assert minutes | {"lab-1gpu": int(lab)} == MINUTES
-    assert "r1172 at $2.50 is $17" in README
+    assert "r1172 at $2.50 is $17" in PAGES["reproduce"]
     line = expectation(choose(RECORDS, "r1172", 2), RECORDS / "published.yaml")
     assert line.startswith(
         "r1172 on 2 GPUs: published 1.1015 bits per byte (slot, mean of 3 seeds); some 200 minutes, $17"
