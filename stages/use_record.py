@@ -25,10 +25,8 @@ def main() -> None:
     """Write params.yaml, if that loses nothing and can run here."""
     arguments = sys.argv[1:]
     if len(arguments) != 2 or not arguments[0] or not arguments[1].isdecimal():
-        known = ", ".join(record_names(RECORDS))
-        raise UserError(
-            f"usage: make record RECORD=<one of {known}> GPUS=<number>; found: {' '.join(arguments).strip()}"
-        )
+        known, found = ", ".join(record_names(RECORDS)), " ".join(arguments).strip() or "nothing"
+        raise UserError(f"usage: make record RECORD=<one of {known}> GPUS=<number>; found: {found}")
     chosen = choose(RECORDS, arguments[0], int(arguments[1]))
     check_nothing_is_lost(chosen)
     try:

@@ -207,7 +207,9 @@ def test_torchrun_knows_the_options_and_the_records_the_processes() -> None:
 
 
 def test_files_and_folders_of_the_tree_exist() -> None:
-    entries = re.findall(r"^ {4}( *)(\S+)", PAGES["tree"], flags=re.MULTILINE)
+    [tree] = re.findall(r"^```text\n(.*?)^```", PAGES["tree"], flags=re.MULTILINE | re.DOTALL)
+    entries = re.findall(r"^( *)(\S+) ", tree, flags=re.MULTILINE)
+    assert len(entries) == len(tree.splitlines())
     parent = ""
     for indent, name in entries:
         parent = parent if indent else name

@@ -122,6 +122,7 @@ def test_a_machine_without_the_gpus_keeps_its_params(experiment: Experiment) -> 
     assert line.startswith("error: r1172 with GPUS=2: params.yaml: processes: expected 2 GPUs: this machine has none")
     assert (experiment.folder / "params.yaml").read_bytes() == before
     assert "usage: make record RECORD=<one of lab-1gpu, r1150" in experiment.fails("use_record", "r1172", "")
+    assert experiment.fails("use_record", "", "").endswith("GPUS=<number>; found: nothing")
 
 
 def test_a_slow_machine_is_told_from_a_fast_one_by_the_benchmarks() -> None:
