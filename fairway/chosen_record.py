@@ -2,7 +2,7 @@
 
 A record is a run of eight processes in the track's minutes. On fewer GPUs there are fewer processes, and as many steps
 take as many times longer: the clock and what is reserved of it are multiplied. A file for one process, such as the lab,
-keeps its seconds on any number of GPUs.
+keeps its seconds on any number of GPUs, and has as many times more tokens in a step.
 """
 
 import re
@@ -46,12 +46,14 @@ def choose(records: Path, name: str, gpus: int) -> Chosen:
         raise UserError(f"RECORD={name}: no such record; expected one of {', '.join(names)}")
     file = records / f"{name}.yaml"
     params = load_params(file)
-    micro_batches = params.train.batch_tokens // params.train.micro_batch_tokens
+    batch_tokens = params.train.batch_tokens * (gpus if params.processes == 1 else 1)
+    micro_batches = batch_tokens // params.train.micro_batch_tokens
     if gpus < 1 or micro_batches % gpus:
         able = ", ".join(str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0)
         raise UserError(f"GPUS={gpus}: expected a number that divides the {micro_batches} micro-batches: {able}")
     longer = max(params.processes / gpus, 1.0)
     text = _with(file.read_text(encoding="utf-8"), "processes", str(gpus), file)
+    text = _with(text, "batch_tokens", str(batch_tokens), file)
     for key, seconds in (("max_wallclock_s", params.train.max_wallclock_s), ("reserve_s", params.train.reserve_s)):
         if seconds is not None:
             text = _with(text, key, f"{seconds * longer:.1f}", file)

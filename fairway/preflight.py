@@ -192,7 +192,7 @@ def _gpu_remedy(params: Params, gpus: int) -> str:
     smaller = "" if params.processes == 1 else "records/lab-1gpu.yaml is for one GPU (processes: 1), and "
     return (
         f"this machine has none, and its {machine.cores()} CPU cores would train for some {hours:,.0f} hours; "
-        f"{smaller}the laptop default, params.yaml as it ships, is for a CPU"
+        f"{smaller}the laptop default is for a CPU"
     )
 
 

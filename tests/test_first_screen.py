@@ -50,6 +50,8 @@ def test_scores_that_were_seen_here_stand_in_the_benchmarks() -> None:
     for name in ("r1150", "r1488"):
         [gap] = re.findall(r"300 steps on one H200, (0\.\d+) below its program", ROWS[name][2])
         assert f"{name} {gap} below" in results
+    [theirs, ours] = re.findall(r"bpb of rows, EMA \| (\S+) \| (\S+) \|", results)[0]
+    assert f"averaged weights {float(theirs) - float(ours):.3f} below" in ROWS["r1855"][2]
 
 
 def test_the_picture_is_a_small_png() -> None:

@@ -19,7 +19,14 @@ from fairway.evaluation.slot_offsets import SlotSettings
 from fairway.model.gpt import GPT
 from fairway.params import Params, load_params
 
-PARAMETERS = {"lab": 35_945_671, "r1150": 26_993_756, "r1172": 27_201_116, "r1488": 26_862_694, "r1958": 35_945_671}
+PARAMETERS = {
+    "fairway": 35_945_671,
+    "lab": 35_945_671,
+    "r1150": 26_993_756,
+    "r1172": 27_201_116,
+    "r1488": 26_862_694,
+    "r1958": 35_945_671,
+}
 TOY_STEPS = 6
 
 FILES = sorted(path.stem for path in (REPOSITORY / "records").glob("*.yaml") if path.stem != "published")

@@ -25,17 +25,19 @@ NAMES = record_names(RECORDS)
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("gpus", [1, 4, 8])
-def test_only_processes_and_the_clock_differ_from_the_record(name: str, gpus: int) -> None:
+def test_only_processes_and_what_goes_with_them_differ_from_the_record(name: str, gpus: int) -> None:
     record, chosen = load_params(RECORDS / f"{name}.yaml"), choose(RECORDS, name, gpus)
     longer = 1 if record.processes == 1 else 8 / gpus
     expected = record.model_dump()
     expected["processes"] = gpus
     for key in ("max_wallclock_s", "reserve_s"):
         expected["train"][key] *= longer
+    if record.processes == 1:
+        expected["train"]["batch_tokens"] *= gpus
     assert chosen.params.model_dump() == expected
     before = (RECORDS / f"{name}.yaml").read_text().splitlines()
     changed = [line for line in chosen.text.splitlines() if line not in before]
-    assert all(re.match(r"processes:|  max_wallclock_s:|  reserve_s:", line) for line in changed), changed
+    assert all(re.match(r"processes:|  (max_wallclock_s|reserve_s|batch_tokens):", line) for line in changed), changed
 
 
 def test_a_record_that_is_not_there_names_those_that_are() -> None:
@@ -121,7 +123,7 @@ def test_a_machine_without_the_gpus_keeps_its_params(experiment: Experiment) -> 
     line = experiment.fails("use_record", "r1172", "2")
     assert line.startswith("error: r1172 with GPUS=2: params.yaml: processes: expected 2 GPUs: this machine has none")
     assert (experiment.folder / "params.yaml").read_bytes() == before
-    assert "usage: make record RECORD=<one of lab-1gpu, r1150" in experiment.fails("use_record", "r1172", "")
+    assert "usage: make record RECORD=<one of fairway, lab-1gpu, r1150" in experiment.fails("use_record", "r1172", "")
     assert experiment.fails("use_record", "", "").endswith("GPUS=<number>; found: nothing")
 
 
