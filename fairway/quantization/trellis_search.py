@@ -2,9 +2,9 @@
 
 What a code costs is its squared error; the cheapest path through the states of codec/trellis.py is found by dynamic
 programming (Viterbi 1967). Going down the rows one by one would make a GPU wait for each. So the rows are cut into
-blocks of a few, which are searched at the same time, each from every state that it may begin in. Neighbouring blocks are
-joined, and joined ones again, until one is left; then the states in between are read from there back to the blocks, and
-in all blocks at once from row to row. For 8,192 rows that takes 8 + 10 steps there and as many back.
+blocks of a few, which are searched at the same time, each from every state that it may begin in. Neighbouring blocks
+are joined, and joined ones again, until one is left; then the states in between are read from there back to the blocks,
+and in all blocks at once from row to row. For 8,192 rows that takes 8 + 10 steps there and as many back.
 
 The search fits GPTQ as it is: within a column all rows have the same weight in what GPTQ lowers, and the error that is
 left is handed on to the columns still to come.
