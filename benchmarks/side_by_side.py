@@ -4,11 +4,12 @@ Reads:  params.yaml (records/lab-1gpu.yaml, or one with its keys: one seed, one 
         the published train_gpt.py of PR #1855, which stays outside of this repository
 Writes: OUT/conditions.json, OUT/pr1855.log and OUT/fairway.log, every line with its seconds since the start; adds a run
         of each program to benchmarks/side_by_side.json, which nothing else writes
-Method: the program trains on GPU 0 with its own settings and the clock and seed of params.yaml.
-        `dvc repro` runs on GPU 1, from training to the certificates. Each packs and evaluates what it has trained.
+Method: the program trains on one GPU with its own settings and the clock and seed of params.yaml.
+        `dvc repro` runs on another, from training to the certificates. Each packs and evaluates what it has trained.
         The program prints what it measures; what it does not print is read off the times of its lines.
 Usage:  dvc repro tokenize
         python -m benchmarks.side_by_side measure TRAIN_GPT_PY --attention "flash-attn-4 4.0.0b36" [--stub FOLDER]
+            [--gpus 2 3]
         python -m benchmarks.side_by_side add       the pair in OUT that was broken off: what it has come to
         python -m benchmarks.side_by_side table     the last pair of each GPU and record, as RESULTS.md has it
 
@@ -26,7 +27,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def main() -> None:
     measure.add_argument("--attention", required=True, help="the kernels that both run, with their version")
     measure.add_argument("--stub", type=Path, help="a folder with a module flash_attn_interface")
     measure.add_argument("--record", default="lab-1gpu")
+    measure.add_argument("--gpus", type=int, nargs=2, default=(0, 1), help="that of the program, and ours")
     for command in (measure, commands.add_parser("add")):
         command.add_argument("--out", type=Path, default=Path("artifacts/side_by_side"))
     commands.add_parser("table")
@@ -79,7 +81,7 @@ def main() -> None:
         return
     params = load_params("params.yaml")
     if chosen.command == "measure":
-        _check(params, chosen.program)
+        _check(params, chosen.program, chosen.gpus)
         _measure(params, chosen)
     entries = _entries(params, chosen.out)
     write_atomic(RUNS, json.dumps([*_runs(), *entries], indent=1) + "\n")
@@ -91,10 +93,10 @@ def _runs() -> list[Entry]:
     return runs
 
 
-def _check(params: Params, program: Path) -> None:
+def _check(params: Params, program: Path, gpus: Sequence[int]) -> None:
     """Raise UserError for what would fail after minutes."""
-    if torch.cuda.device_count() < 2:
-        raise UserError(f"side_by_side: {torch.cuda.device_count()} GPUs, expected 2 of one host")
+    if (there := torch.cuda.device_count()) <= max(gpus) or len(set(gpus)) < 2:
+        raise UserError(f"side_by_side: --gpus {gpus[0]} {gpus[1]}: expected two of the {there} GPUs, counted from 0")
     if not program.is_file():
         raise UserError(f"{program}: no such file; expected the train_gpt.py of PR #1855")
     if len(params.seeds) != 1 or params.processes != 1 or params.train.max_wallclock_s is None:
@@ -110,7 +112,7 @@ def _measure(params: Params, chosen: argparse.Namespace) -> None:
     conditions = {
         "date": now[:10],
         "pair": now,
-        "gpu": torch.cuda.get_device_name(0),
+        "gpu": torch.cuda.get_device_name(chosen.gpus[1]),
         "torch": torch.__version__,
         "attention": chosen.attention,
         "record": chosen.record,
@@ -119,9 +121,8 @@ def _measure(params: Params, chosen: argparse.Namespace) -> None:
     }
     write_atomic(out / "conditions.json", json.dumps(conditions, indent=1) + "\n")
     pr1855 = _start([sys.executable, str(chosen.program.resolve())], out, "pr1855", _environment(params, chosen, out))
-    fairway = _start(
-        [sys.executable, "-m", "dvc", "repro"], out, "fairway", {"CUDA_VISIBLE_DEVICES": "1"}, folder=Path.cwd()
-    )
+    own = {"CUDA_VISIBLE_DEVICES": str(chosen.gpus[1])}
+    fairway = _start([sys.executable, "-m", "dvc", "repro"], out, "fairway", own, folder=Path.cwd())
     for wait in (pr1855, fairway):
         wait()
 
@@ -145,7 +146,7 @@ def _environment(params: Params, chosen: argparse.Namespace, out: Path) -> dict[
     tokens = _published_names(out)
     meta = json.loads((ARTIFACTS / "tokens/meta.json").read_text(encoding="utf-8"))
     own = {
-        "CUDA_VISIBLE_DEVICES": 0,
+        "CUDA_VISIBLE_DEVICES": chosen.gpus[0],
         "SEED": params.seeds[0],
         "MAX_WALLCLOCK_SECONDS": params.train.max_wallclock_s,
         "PHASED_TTT_PREFIX_DOCS": round(PREFIX_SHARE * meta["val_documents"]),
@@ -254,11 +255,7 @@ def _halves(steps: list[tuple[float, int]], loop_s: float) -> tuple[list[tuple[f
 
 
 def fairway_entry(params: Params, log: list[Line], artifacts: Path) -> Entry:
-    """The same figures of a `dvc repro`, from what its stages wrote. What is not there is None.
-
-    quantized_bpb is the score of an evaluator sliding_rows (windows of a whole row, stride of a row, documents kept
-    apart) where params.yaml has one, as the program's diagnostic is.
-    """
+    """The same figures of a `dvc repro`, from what its stages wrote. What is not there is None."""
     seed = params.seeds[0]
 
     def report(name: str) -> dict[str, Any]:
@@ -277,7 +274,7 @@ def fairway_entry(params: Params, log: list[Line], artifacts: Path) -> Entry:
         "start_s": _sum(train["start_s"], train["compile_s"]),
         "last_bpb": by_weights.get("last"),
         "ema_bpb": by_weights.get(f"ema_{params.average.ema_decay}"),
-        "quantized_bpb": report(f"evaluate/{seed}/sliding_rows/metrics.json")["val_bpb"],
+        "quantized_bpb": quantize["quantized_rows_bpb"],
         "final_bpb": final["val_bpb"],
         "legal": report(f"certify/{seed}/lora_ttt/certificate.json")["legal"],
         "artifact_bytes": report(f"size_check/{seed}/size.json")["total_bytes"],
@@ -313,8 +310,8 @@ ROWS = (
     ("bpb of rows, last weights", "last_bpb", ".4f"),
     ("bpb of rows, EMA", "ema_bpb", ".4f"),
     ("bpb of rows, quantized", "quantized_bpb", ".4f"),
-    ("bpb of phased LoRA TTT", "final_bpb", ".4f"),
-    ("phased LoRA TTT, s", "adaptive_eval_s", ".1f"),
+    ("bpb of LoRA TTT", "final_bpb", ".4f"),
+    ("LoRA TTT, s", "adaptive_eval_s", ".1f"),
     ("GPTQ, s", "gptq_s", ".1f"),
     ("packing, s", "pack_s", ".1f"),
     ("unpacking, s", "unpack_s", ".1f"),

@@ -24,7 +24,7 @@ def main() -> None:
     settings = load_params("params.yaml").tokenize
     fetched = Path("data/docs")
     hosted = (fetched / "hub.json").is_file()
-    documents = fetched if hosted else check_documents(fetched, settings)
+    documents, settings = (fetched, settings) if hosted else check_documents(fetched, settings)
     with output_folder(Path("artifacts/tokens")) as folder:
         make = adopt_export if hosted else tokenize_documents
         meta = make(documents, folder, settings)

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from conftest import Experiment
 
+from benchmarks.paired import tables
 from benchmarks.side_by_side import Line, fairway_entry, pr1855_entry, table
 from fairway.params import Params
+from fairway.runtime.errors import UserError
 
 # Lines of the form that the program prints, with made-up figures.
 LOG: list[Line] = [
@@ -102,5 +104,22 @@ def test_the_table_shows_the_last_pair() -> None:
     lines = table([*old, alone, theirs, ours]).splitlines()
     assert "| | pr1855 | fairway |" in lines
     assert "| steps | 80 | 100 |" in lines
-    assert "| bpb of phased LoRA TTT | 1.0350 | 1.0300 |" in lines
+    assert "| bpb of LoRA TTT | 1.0350 | 1.0300 |" in lines
     assert table([]) == "no pairs yet"
+
+
+def test_pairs_of_several_seeds_are_tested_together() -> None:
+    """Gaps of -0.02, -0.03 and -0.04: mean -0.03, deviation 0.01, so t = 5.196 with two degrees of freedom."""
+    runs = []
+    for seed, gap in ((42, -0.02), (314, -0.03), (999, -0.04)):
+        theirs = COMMON | pr1855_entry(LOG) | {"seed": seed, "pair": f"at {seed}", "final_bpb": 1.05 + seed / 1e6}
+        runs += [theirs, theirs | {"program": "fairway", "final_bpb": theirs["final_bpb"] + gap, "quantized_bpb": None}]
+    text = tables([{**runs[0], "pair": "before", "steps": 7}, *runs])
+    assert "| pr1855 / fairway | 42 | 314 | 999 |" in text
+    assert "| bpb of LoRA TTT | 1.0500 / 1.0300 |" in text
+    assert "| bpb of rows, quantized | 1.0598 / – | 1.0598 / – |" in text
+    assert "- bpb of LoRA TTT: -0.0300 over 3 pairs, deviation 0.0100, p 0.035" in text
+    assert "- bpb of rows, quantized: no pair has both" in text
+    assert "7" not in text.split("| steps |")[1].split("\n")[0], "an earlier run with the seed does not count"
+    with pytest.raises(UserError, match=r"side_by_side\.json: no pair of r1 of both programs"):
+        tables(runs, "r1")

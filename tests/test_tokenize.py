@@ -290,6 +290,24 @@ def test_a_given_model_is_used_as_it_is(experiment: Experiment, folding_model: P
     verify_tokens(folder, vocab_size=VOCAB_SIZE)
 
 
+@pytest.mark.parametrize(("share", "held_out"), [(0.25, 6), (0.01, 1), (0.55, 13)])
+def test_a_share_of_the_documents_may_validate(experiment: Experiment, share: float, held_out: int) -> None:
+    """Of 24 documents, rounded, and at least one."""
+    experiment.params["tokenize"] |= {"val_documents": share}
+    experiment.set_params(experiment.params)
+    experiment.stage("fetch")
+    experiment.stage("tokenize")
+    meta = json.loads((experiment.folder / "artifacts/tokens/meta.json").read_text())
+    assert meta["val_documents"] == meta["held_out_documents"] == held_out
+    assert meta["train_documents"] + meta["dropped_train_documents"] == 24 - held_out
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 1.5, -0.1])
+def test_what_is_neither_a_number_nor_a_share_is_refused(experiment: Experiment, share: float) -> None:
+    with pytest.raises(ValueError, match=r"val_documents"):
+        TokenizeSettings.model_validate(experiment.params["tokenize"] | {"val_documents": share})
+
+
 def test_faults_are_told_before_any_work(experiment: Experiment, model: Path) -> None:
     folder, settings = experiment.folder, experiment.params["tokenize"]
 

@@ -39,8 +39,8 @@ from fairway.tokens.shards import ShardWriter, Split
 from fairway.tokens.tokenizer import RESERVED, TokenizeSettings, check_tokenizer, train_tokenizer
 
 
-def check_documents(fetched: Path, settings: TokenizeSettings) -> Path:
-    """The documents file of a folder, after the checks that need little time.
+def check_documents(fetched: Path, settings: TokenizeSettings) -> tuple[Path, TokenizeSettings]:
+    """The documents file of a folder, and the settings, in which a share of its documents has become their number.
 
     Raises UserError if the file is missing or holds too few documents, if no text validates or trains, or if the given
     tokenizer does not fit the settings.
@@ -48,8 +48,11 @@ def check_documents(fetched: Path, settings: TokenizeSettings) -> Path:
     documents = documents_path(fetched)
     if settings.model is not None:
         check_tokenizer(Path(settings.model), vocab_size=settings.vocab_size, operators=RESERVED[settings.transform])
+    if isinstance(settings.val_documents, float):
+        with open_lines(documents) as (lines, _):
+            settings = settings.with_counts(sum(1 for _ in lines))
     require_documents(documents, settings)
-    return documents
+    return documents, settings
 
 
 def require_documents(documents: Path, settings: TokenizeSettings) -> None:
@@ -57,12 +60,15 @@ def require_documents(documents: Path, settings: TokenizeSettings) -> None:
 
     No more of the file is read than that needs.
     """
-    texts, held_out = read_texts(documents), settings.val_documents
+    texts, held_out = read_texts(documents), settings.held_out
     hashes = [text_hash(text) for text in islice(texts, held_out)]
     if not hashes:
         raise UserError(f"{documents}: no documents")
     if (first := next(texts, None)) is None:
-        raise UserError(f"{documents}: {len(hashes)} documents, expected more than tokenize.val_documents = {held_out}")
+        raise UserError(
+            f"{documents}: {len(hashes)} documents, expected more than tokenize.val_documents = {held_out}; a share of "
+            "them, such as 0.1, fits any number"
+        )
     if set(hashes[: settings.scored_documents]) == {text_hash("")}:
         raise UserError(f"{documents}: the first {settings.scored_documents} documents, which validate, are all empty")
     known = set(hashes)
@@ -75,7 +81,7 @@ def require_documents(documents: Path, settings: TokenizeSettings) -> None:
 
 def _held_out(documents: Path, settings: TokenizeSettings) -> frozenset[bytes]:
     """The hashes of the texts that are held out for validation."""
-    return frozenset(text_hash(text) for text in islice(read_texts(documents), settings.val_documents))
+    return frozenset(text_hash(text) for text in islice(read_texts(documents), settings.held_out))
 
 
 def tokenize_documents(documents: Path, folder: Path, settings: TokenizeSettings) -> dict[str, Any]:
@@ -89,7 +95,7 @@ def tokenize_documents(documents: Path, folder: Path, settings: TokenizeSettings
         shutil.copyfile(settings.model, tokenizer)
     else:
         held_out = _held_out(documents, settings)
-        behind = read_texts(documents, start=settings.val_documents)
+        behind = read_texts(documents, start=settings.held_out)
         texts = (text for text in behind if text_hash(text) not in held_out)
         trainer, transform = settings.trainer, settings.transform
         model = train_tokenizer(texts, vocab_size=settings.vocab_size, trainer=trainer, transform=transform)
@@ -109,7 +115,7 @@ def _frequent_pairs(documents: Path, tokenizer: Path, settings: TokenizeSettings
     """The pairs that are most frequent in the first training tokens (fused_pairs.py)."""
     encoder, held_out = CaseOpsEncoder(tokenizer), _held_out(documents, settings)
     tokens, counted = [], 0
-    for text in read_texts(documents, start=settings.val_documents):
+    for text in read_texts(documents, start=settings.held_out):
         if counted >= COUNTED_TOKENS:
             break
         if text_hash(text) not in held_out:
@@ -159,7 +165,7 @@ def export(
         "transform": settings.transform,
         "fused_pairs": as_json(pairs),
         "val_bytes": totals["val"].counted_bytes,
-        "held_out_documents": settings.val_documents,
+        "held_out_documents": settings.held_out,
         "dropped_train_documents": totals["train"].dropped,
         "repeated_train_documents": 0,
         **{
@@ -195,7 +201,7 @@ def _batches(lines: Iterator[bytes], source: str, settings: TokenizeSettings) ->
 
     Documents that are held out but beyond the limit are in none.
     """
-    scored, held_out = settings.scored_documents, settings.val_documents
+    scored, held_out = settings.scored_documents, settings.held_out
     held: list[bytes] = []
     first, held_bytes = 1, 0
     for number, line in enumerate(lines, start=1):

@@ -48,7 +48,8 @@ class TokenizeSettings(Section):
     # How many frequent pairs of tokens become one token each (tokens/fused_pairs.py); only with caseops.
     fused_pairs: int = Field(ge=0, le=13)
     vocab_size: int = Field(gt=259, le=65536)
-    val_documents: int = Field(gt=0)
+    # A number of documents, or, below 1, a share of them.
+    val_documents: int | float = Field(gt=0)
     # Of these, only the first so many are scored; null: all.
     val_limit_documents: int | None = Field(gt=0)
     shard_tokens: int = Field(gt=0, lt=2**31)
@@ -60,17 +61,37 @@ class TokenizeSettings(Section):
         return self
 
     @model_validator(mode="after")
+    def _share(self) -> "TokenizeSettings":
+        if isinstance(self.val_documents, float) and self.val_documents >= 1:
+            raise ValueError(f"val_documents ({self.val_documents}): expected a whole number, or a share below 1")
+        return self
+
+    @model_validator(mode="after")
     def _limit(self) -> "TokenizeSettings":
-        if self.val_limit_documents is not None and self.val_limit_documents > self.val_documents:
+        counted = isinstance(self.val_documents, int)
+        if counted and self.val_limit_documents is not None and self.val_limit_documents > self.val_documents:
             raise ValueError(
                 f"val_limit_documents ({self.val_limit_documents}) exceeds val_documents ({self.val_documents})"
             )
         return self
 
+    def with_counts(self, documents: int) -> "TokenizeSettings":
+        """The same for so many documents in all, of which at least one validates: val_documents is their number."""
+        if isinstance(self.val_documents, int):
+            return self
+        return self.model_copy(update={"val_documents": max(1, round(self.val_documents * documents))})
+
+    @property
+    def held_out(self) -> int:
+        """How many documents are not trained on. Raises TypeError on a share: with_counts comes first."""
+        if isinstance(self.val_documents, float):
+            raise TypeError(f"val_documents is a share ({self.val_documents}), of an unknown number of documents")
+        return self.val_documents
+
     @property
     def scored_documents(self) -> int:
         """How many documents the validation shards hold."""
-        return self.val_limit_documents or self.val_documents
+        return min(self.val_limit_documents or self.held_out, self.held_out)
 
 
 # How SentencePiece writes a space.
