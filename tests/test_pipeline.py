@@ -61,7 +61,7 @@ def test_the_shipped_program_alone_gives_the_same_score(repro: Experiment, tmp_p
         shutil.copy(file, tmp_path)
     command = [warm_python(), "-P", "train_gpt.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    found = float(re.search(r"val_bpb: (\S+)", done.stdout)[1])  # type: ignore[index]
+    found = float(re.search(r"val_bpb:(\S+)", done.stdout)[1])  # type: ignore[index]
     metrics = json.loads((repro.folder / "artifacts/evaluate" / SEED / "sliding/metrics.json").read_text())
     assert found == pytest.approx(metrics["val_bpb"], abs=1e-6)
 

@@ -33,7 +33,8 @@ def load_language(artifacts: Path, seed: int) -> Language:
     Raises UserError if a file is missing or damaged, if they are of different vocabularies, or if the tokenizer cannot
     spell every text.
     """
-    path, tokens = artifacts / f"compress/{seed}/model.bin", artifacts / "tokens"
+    path = require_file(artifacts / f"compress/{seed}/model.bin", f"python -m stages.compress {seed}")
+    tokens = artifacts / "tokens"
     meta = read_figures(tokens / "meta.json", "python -m stages.tokenize", ("transform", "vocab_size", "fused_pairs"))
     tokenizer = require_file(tokens / "tokenizer.model", "python -m stages.tokenize")
     model = load_artifact(path, torch.device("cpu"))
