@@ -9,6 +9,7 @@ Source: PR #1488, #1958. Ours: the split is a parameter, and the number of lanes
 import json
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from torch import Tensor
@@ -27,7 +28,8 @@ def main() -> None:
     seed, _ = stage_arguments(sys.argv[1:], "adapt")
     params = load_params("params.yaml")
     make_deterministic()
-    with start_world() as world:
+    # Only the first process shows how far it is: progress is shown nowhere where stdout is None.
+    with start_world() as world, redirect_stdout(None if world.rank else sys.stdout):
         started_at = time.monotonic()
         weights, losses = _adapted(params, seed, world)
         report = {

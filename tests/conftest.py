@@ -142,9 +142,9 @@ class Experiment:
         assert (done.returncode == 0) == ok, f"{name} {arguments}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def stage_of_processes(self, processes: int, name: str, *arguments: str) -> None:
-        """Run one stage of the repository's code in the folder as so many ranks, which must end well."""
-        ranks(stage_main(name, *arguments), self.folder, processes=processes)
+    def stage_of_processes(self, processes: int, name: str, *arguments: str) -> list[str]:
+        """Run one stage in the folder as so many ranks, which must end well; what each of them prints."""
+        return [done.stdout for done in ranks(stage_main(name, *arguments), self.folder, processes=processes)]
 
     def fails(self, name: str, *arguments: str) -> str:
         """Run a stage that must refuse its input; return its one line on stderr."""

@@ -89,8 +89,8 @@ def exit_status(call: Callable[[], object]) -> int:
     return 0
 
 
-def ranks(call: Callable[[], object], folder: Path, *, processes: int) -> None:
-    """Make the call in so many forks at once, to which it must look as if torchrun had started them.
+def ranks(call: Callable[[], object], folder: Path, *, processes: int) -> list[CompletedProcess[str]]:
+    """Make the call in so many forks at once, to which it must look as if torchrun had started them; how each ended.
 
     They find one another at a port that was free a moment before. Raises AssertionError if one of them fails.
     """
@@ -100,3 +100,4 @@ def ranks(call: Callable[[], object], folder: Path, *, processes: int) -> None:
     started = [Fork(call, folder, world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
     ended = [fork.wait() for fork in started]
     assert [done.returncode for done in ended] == [0] * processes, "\n".join(done.stderr for done in ended)
+    return ended

@@ -219,6 +219,13 @@ def test_the_stage_trains_on_its_split_and_says_so(averaged: Experiment, split: 
     assert not any(torch.equal(value, before[name]) for name, value in weights.items() if name.startswith("layer1.mlp"))
 
 
+def test_only_the_first_of_several_processes_prints(averaged: Experiment) -> None:
+    averaged.set_params(averaged.params | {"adapt": SETTINGS | {"lanes": 2, "batch_rows": 16}})
+    first, second = averaged.stage_of_processes(2, "adapt", "1337")
+    assert first.startswith("adapt 1337: ")
+    assert second == ""
+
+
 def test_weights_of_another_network_are_refused_in_one_line(averaged: Experiment) -> None:
     averaged.set_params(averaged.params | {"adapt": SETTINGS, "model": averaged.params["model"] | {"mlp_hidden": 48}})
     assert (

@@ -394,7 +394,9 @@ def test_a_record_trains_compresses_and_scores_alone(record: str, tokenized: Exp
 def test_the_bytes_do_not_depend_on_the_order_of_sets(tmp_path: Path) -> None:
     made = []
     for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
         folder = Experiment(tmp_path / seed)
+        folder.copy_code()
         command = [sys.executable, "-m", "stages.pack"]
         subprocess.run(command, cwd=folder.folder, env={"PYTHONHASHSEED": seed}, capture_output=True, check=True)
         made.append((folder.folder / "artifacts/pack/program.py").read_bytes())

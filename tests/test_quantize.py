@@ -19,7 +19,14 @@ from fairway.codec.codes import (
     save_codes,
     tensor_class,
 )
-from fairway.quantization.clip import coarse_scales, percentile_scales, plain_rows, searched_rows
+from fairway.quantization.clip import (
+    coarse_scales,
+    nearest,
+    nearest_codes,
+    percentile_scales,
+    plain_rows,
+    searched_rows,
+)
 from fairway.quantization.quantize_weights import QuantizeSettings, quantization_report, quantize_state
 from fairway.runtime.errors import UserError
 
@@ -131,6 +138,16 @@ def test_rounding_is_within_half_a_step(
     error = (weight - matrix.dequantize()).abs()
     assert bool((error <= matrix.scale.float()[:, None] / 2 + slack[:, None]).all())
     assert bool((matrix.dequantize()[0] == 0).all())
+
+
+@given(halves=st.lists(st.integers(-80, 80), min_size=1), step=st.sampled_from([0.25, 1.0, 8.0]))
+def test_codes_round_halves_to_even_and_stay_in_bounds(halves: list[int], step: float) -> None:
+    """As Python's round does, which is exact for halves of a power of two."""
+    expected = [max(-31, min(31, round(half / 2))) for half in halves]
+    weight, scale = torch.tensor([halves]) / 2 * step, torch.tensor([step])
+    assert nearest(weight, scale, 31).tolist() == [expected]
+    codes = nearest_codes(weight, scale, bits=6)
+    assert (codes.dtype, codes.tolist()) == (torch.int8, [expected])
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1e-5, 3e-7, 1e-9, 0.0])

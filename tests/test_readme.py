@@ -294,7 +294,7 @@ def test_the_pipelines_commands_run_in_the_order_of_the_page(tmp_path: Path) -> 
     folder = tmp_path / "fairway"
     folder.mkdir()
     made = Experiment(folder)
-    shutil.copytree(REPOSITORY / "records", folder / "records", dirs_exist_ok=True)
+    made.copy_code()
     shutil.copytree(REPOSITORY / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
     shell(folder, "git init -q && dvc repro")
     commit(folder)

@@ -475,7 +475,8 @@ def test_a_run_is_the_same_when_resumed(ready: Experiment, settings: dict[str, A
 
 
 @pytest.mark.long
-@pytest.mark.program(*COMPILER)
+# torch checks the headers that it compiles for a CPU with openssl.
+@pytest.mark.program(*COMPILER, "openssl")
 def test_compiled_training_is_undone_before_it_counts(ready: Experiment) -> None:
     """Warm-up steps compile and leave nothing behind: the same losses as without compiler, to rounding."""
     ready.params["model"]["loop"] = {"first": 0, "last": 1, "repeats": 1}

@@ -57,10 +57,17 @@ def coarse_scales(scales: Tensor, mantissa_bits: int) -> Tensor:
     return torch.ldexp((mantissa * steps).round() / steps, exponent)
 
 
+def nearest(weight: Tensor, step: Tensor, largest: int) -> Tensor:
+    """Float32 codes, the multiples of `step` nearest to float32 weights: rounded half to even, clamped to ±largest.
+
+    The steps, float32, have a shape that broadcasts to the one of the weights, which is that of the codes.
+    """
+    return (weight / step).round_().clamp_(-largest, largest)
+
+
 def nearest_codes(weight: Tensor, scale: Tensor, *, bits: int) -> Tensor:
-    """Codes int8 (R, C) of a float32 matrix (R, C) at float32 scales (R,): rounded half to even, clamped to ±Q."""
-    Q = largest_code(bits)
-    return (weight / scale[:, None]).round_().clamp_(-Q, Q).to(torch.int8)
+    """The nearest codes, int8 (R, C), of a float32 matrix (R, C) at float32 scales of rows (R,)."""
+    return nearest(weight, scale[:, None], largest_code(bits)).to(torch.int8)
 
 
 def best_of(weight: Tensor, candidates: Sequence[Quantized]) -> int:

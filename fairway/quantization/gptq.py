@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fairway.codec.codes import Quantized, largest_code
-from fairway.quantization.clip import SMALLEST_SCALE, best_of
+from fairway.quantization.clip import SMALLEST_SCALE, best_of, nearest
 from fairway.quantization.trellis_search import trellis_codes
 from fairway.runtime.errors import UserError
 from fairway.runtime.settings import Section
@@ -47,18 +47,14 @@ class GptqSettings(Section):
         return self
 
 
-def nearest_column(x_NR: Tensor, step_NR: Tensor, largest: int) -> Tensor:
-    """The codes (N, R), float32, within ±largest, nearest to x in steps."""
-    return (x_NR / step_NR).round_().clamp_(-largest, largest)
-
-
 # The codes (N, R), float32, of a column, from its weights, its steps, both (N, R), and the largest code.
 Round = Callable[[Tensor, Tensor, int], Tensor]
 
 
-# What codes may be, by its name in params.yaml: how many bits finer than the scales the steps are, and how a column is
-# rounded to them. A table, so that the program that ships carries the one that its record uses.
-GRIDS: dict[str, tuple[int, Round]] = {"scalar": (0, nearest_column), "trellis": (1, trellis_codes)}
+# The values of quantize.grid in params.yaml. Each stands for a number of extra bits and for the function that rounds a
+# column. With b extra bits the step between two codes is 2^b times smaller, and the largest code 2^b times larger.
+# This is a table because of the program that ships: packing leaves out every entry but the one that the record uses.
+GRIDS: dict[str, tuple[int, Round]] = {"scalar": (0, nearest), "trellis": (1, trellis_codes)}
 
 
 def gptq(
@@ -127,7 +123,7 @@ def factorize(H: Tensor, *, damping: float) -> Factors:
 
 
 def gptq_codes(
-    W: Tensor, scale: Tensor, factors: Factors, *, largest: int, block_size: int, rounded: Round = nearest_column
+    W: Tensor, scale: Tensor, factors: Factors, *, largest: int, block_size: int, rounded: Round = nearest
 ) -> Tensor:
     """Codes int8 (N, R, C), within ±largest, of float32 weights (N, R, C) at given float32 scales of rows (N, R).
 
