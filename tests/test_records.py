@@ -221,8 +221,8 @@ def test_a_record_trains_alike_on_one_process_and_on_two(record: str, experiment
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_runs_from_documents_to_its_scores(name: str, experiment: Experiment) -> None:
+@pytest.mark.parametrize("name", ["fairway", *VARIANTS])
+def test_a_variant_or_our_own_record_runs_from_documents_to_its_scores(name: str, experiment: Experiment) -> None:
     """At toy size, evaluated by two processes."""
     params = toy(name, experiment.folder / "corpus.jsonl")
     if params["adapt"]["epochs"]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, Experiment
+from conftest import Experiment
 from test_bundle import record_text, toy
 from test_evaluate import SECTIONS
+from test_records import FILES
 
 from fairway.codec.container import pack
 from fairway.evaluation.evaluator import Evaluator
@@ -109,7 +110,7 @@ def test_a_large_network_scores_the_shortest_stream_on_a_cpu(
 
 @pytest.mark.long
 @pytest.mark.usefixtures("as_before")
-@pytest.mark.parametrize("record", sorted(path.stem for path in (REPOSITORY / "records").glob("r*.yaml")))
+@pytest.mark.parametrize("record", FILES)
 def test_what_ships_of_every_record_scores_as_the_repository(record: str, tokenized: Experiment) -> None:
     params = toy(record)
     network = GPT(params.model)
