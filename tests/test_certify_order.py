@@ -160,8 +160,12 @@ def _documentwise(**changes: Any) -> Certified:
     return _certified(lambda: LoraTttEvaluator(LoraTttSettings(**(ALONE | changes))), stream, 120)
 
 
-def test_adapters_of_one_document_alone_are_decoded_in_the_order_of_the_stream() -> None:
+@pytest.mark.parametrize("chunk_batches", [32, 1])
+def test_adapters_of_one_document_alone_are_decoded_in_the_order_of_the_stream(
+    chunk_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batches by length are for speed then: a decoder goes on document by document and is told nothing."""
+    monkeypatch.setattr("fairway.evaluation.lora_ttt.CHUNK_BATCHES", chunk_batches)
     found = _documentwise()
     assert (_failed(found.findings), found.starts_told) == (set(), False)
     assert found.findings["causality"].evidence["order"] == "stream"

@@ -12,6 +12,7 @@ from forks import ranks
 from streams import PLAIN_FIT, PLAIN_TTT, PLAIN_WINDOWS, random_stream, shallow_network
 from torch import Tensor
 
+from fairway.evaluation import lora_ttt
 from fairway.evaluation.collect import Scores, Tally, collect, measure
 from fairway.evaluation.evaluator import Evaluator
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
@@ -35,6 +36,7 @@ APART: dict[str, Any] = {"within_documents": True}
 LORA: dict[str, Any] = {"chunk_tokens": 4, "batch_documents": 2, "rank": 2, "alpha": 4.0, "lr": 0.01, "beta2": 0.99}
 LORA |= {"weight_decay": 0.5, "prefix_documents": 8, "phases": 2, "global_chunk_tokens": 64, "global_lr": 0.02}
 LORA |= {"global_momentum": 0.9, "grad_clip": 1.0, "carry_factors": True, "lanes": 4, "seed": 0}
+ALONE = LORA | {"carry_factors": False, "prefix_documents": 0, "phases": 0}
 EVALUATORS: dict[str, Evaluator] = {
     "sliding": SlidingEvaluator(SlidingSettings(**WINDOWS)),
     "published": SlidingEvaluator(SlidingSettings(**(WINDOWS | {"published_window_list": True}))),
@@ -45,6 +47,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "carried": SlotEvaluator(SlotSettings(**(SLOT | {"bias": True, "carried": True}))),
     "streaming": StreamingEvaluator(StreamingSettings(block_tokens=4, lanes=4, within_documents=False)),
     "lora_ttt": LoraTttEvaluator(LoraTttSettings(**LORA)),
+    "lora_ttt_alone": LoraTttEvaluator(LoraTttSettings(**ALONE)),
     "documents": SlidingEvaluator(SlidingSettings(**(WINDOWS | APART))),
     "ttt_documents": TttEvaluator(TttSettings(**(TTT | APART))),
     "slot_documents": SlotEvaluator(SlotSettings(**(SLOT | APART | {"fitted_on": "context"}))),
@@ -119,10 +122,16 @@ def test_every_target_is_scored_once_but_for_the_published_list(name: str) -> No
     assert int(times.max()) == (4 if name == "published" else 1)
 
 
+@pytest.fixture(autouse=True)
+def chunks_of_four_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents that depend on no other come in more than one chunk then, though there are few."""
+    monkeypatch.setattr(lora_ttt, "CHUNK_BATCHES", 4)
+
+
 # TTT learns between seven chunks, SLOT with a carried offset between three, or four where documents are kept apart. The
 # batches of documents take 16 steps of their adapters in all, and there are two phases.
 UPDATES = {"ttt": 6, "ttt_bfloat16": 6, "ttt_slot": 6, "carried": 2, "lora_ttt": 16 + 2}
-UPDATES |= {"ttt_documents": 6, "carried_documents": 3}
+UPDATES |= {"lora_ttt_alone": 16, "ttt_documents": 6, "carried_documents": 3}
 
 
 @EVERY

@@ -7,7 +7,8 @@ shortest ones and some long ones, for an evaluator that needs so many tokens for
 taken where a beginning would have to be twice as long.
 
 How far one must look is read off the evaluator's own layout: what it learns from a chunk shows in the next chunk, and
-so a part of three chunks has two steps of learning in it, if their documents are long enough for a step.
+so a part of three chunks has two steps of learning in it, if their documents are long enough for a step. Chunks from
+which nothing is ever learned are all alike, and one will do.
 
 In the order of the stream a decoder is told nothing but the first token before it begins. (How many tokens there are is
 known to everybody.) An evaluator that visits documents in an order of its own is causal in that order at best, and only
@@ -61,7 +62,7 @@ def choose_excerpt(box: BlackBox, tokens_N1: Tensor, *, tokens: int) -> Excerpt:
             part = box.begin(part_N1)
         except UserError:
             return False
-        return part.chunks >= min(chunks, KEPT_STATES + 1) and (any(map(part.learns, range(part.chunks))) or not learns)
+        return not learns or (part.chunks >= min(chunks, KEPT_STATES + 1) and any(map(part.learns, range(part.chunks))))
 
     beginning, by_document = _beginning(box, tokens_N1, holds), _shortest_documents(tokens_N1, holds)
     if len(by_document[0]) > MUCH * len(tokens_N1):

@@ -111,7 +111,7 @@ class LoraTttEvaluator(Evaluator):
     settings: LoraTttSettings
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        """A pass whose chunks end where phases begin."""
+        """A pass whose chunks end where phases begin, or after some batches where documents depend on no other."""
         s = self.settings
 
         @cache
@@ -127,8 +127,15 @@ class LoraTttEvaluator(Evaluator):
         return LoraTttPass(copy.deepcopy(model), tokens_N1, world, s, draw)
 
 
+# Batches of a chunk where documents depend on no other. It ends only so that a run that was killed can go on there.
+CHUNK_BATCHES = 32
+
+
 class LoraTttPass(Pass):
     """A pass over chunks of batches of documents; between two chunks `model` is trained, in place, for a phase.
+
+    Without phases and carried factors (`independent`) no document's predictions depend on another document, and nothing
+    is learned between chunks.
 
     Documents are scored by a copy of the model in the compute dtype, so that its weights are cast once a phase.
     """
@@ -137,6 +144,9 @@ class LoraTttPass(Pass):
         self.model, self.tokens_N1, self.world, self.settings, self.draw = model, tokens_N1, world, settings, draw
         self.batches = by_length(documents(tokens_N1.cpu()), settings.batch_documents)
         ends = phase_ends(self.batches, settings.prefix_documents, settings.phases, settings.lanes)
+        self.independent = not ends and not settings.carry_factors
+        if self.independent:
+            ends = list(range(CHUNK_BATCHES, len(self.batches), CHUNK_BATCHES))
         self.bounds = [0, *ends, len(self.batches)]
         self.chunks = len(self.bounds) - 1
         self._sgd = GlobalSgd(model, settings, world)
@@ -162,11 +172,6 @@ class LoraTttPass(Pass):
             mine = range(self.bounds[chunk], self.bounds[chunk + 1])
             batches = [self.batches[index] for index in mine if index % self.settings.lanes == lane]
             yield from self._lane(wanted_batches(batches, wanted, independent=self.independent))
-
-    @property
-    def independent(self) -> bool:
-        """Whether no document's predictions depend on another document."""
-        return self.chunks == 1 and not self.settings.carry_factors
 
     def _lane(self, batches: list[list[Document]]) -> Predictions:
         """One lane's batches. Those of the usual size use the same adapters one after the other, an odd one its own."""
@@ -204,14 +209,16 @@ class LoraTttPass(Pass):
         sets.decay(missed_B)
 
     def learn(self, chunk: int) -> None:
-        """The phase after a chunk, unless that is the last: SGD without memory of earlier phases."""
-        if chunk < self.chunks - 1:
+        """The phase after a chunk, if there is one and it is not the last: SGD without memory of earlier phases."""
+        if not self.independent and chunk < self.chunks - 1:
             self._sgd.train(self.phase_tokens(chunk))
             self._refresh()
 
     def learns(self, chunk: int) -> bool:
-        """Whether the phase after a chunk has tokens enough for a step."""
-        return super().learns(chunk) and len(self.phase_tokens(chunk)) - 1 > self.settings.global_chunk_tokens
+        """Whether there is a phase after a chunk with tokens enough for a step."""
+        if self.independent or not super().learns(chunk):
+            return False
+        return len(self.phase_tokens(chunk)) - 1 > self.settings.global_chunk_tokens
 
     def phase_tokens(self, chunk: int) -> Tensor:
         """What the phase after a chunk trains on: the shortest prefix·(chunk+1)/phases documents done, one by one."""
@@ -226,18 +233,22 @@ class LoraTttPass(Pass):
             scoring.copy_(trained)
 
     def state(self) -> State:
-        """The weights of the network. Adapters are drawn anew after a phase, so that none need be kept."""
+        """The weights of the network, if it learns. Adapters are drawn anew after a phase: none need be kept."""
+        if self.independent:
+            return {}
         return {name: value.detach() for name, value in self.model.named_parameters()}
 
     @property
     def updates(self) -> int:
         """Steps of the adapters, of which all documents of a batch take one at a time, and phases of global SGD."""
         cuts = [-(-batch[-1].targets // self.settings.chunk_tokens) for batch in self.batches]
-        return sum(cuts) - len(cuts) + self.chunks - 1
+        return sum(cuts) - len(cuts) + (0 if self.independent else self.chunks - 1)
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
-        """Put the weights back."""
+        """Put the weights back, if they have learned."""
+        if self.independent:
+            return
         for name, parameter in self.model.named_parameters():
             parameter.copy_(state[name])
         self._refresh()
