@@ -2,9 +2,8 @@
 
 Accounting is about an evaluation that has been made. Counted are bytes, seconds, the size of the artifact, and what a
 decoder must be told beside the artifact and the code; and it is looked up what the artifact and the text were made
-from. Weights
-that were trained or calibrated on the validation text already depend on what they are to predict, and no test of the
-artifact alone can show it; but the stages that did it have written it down.
+from. Weights that were trained or calibrated on the validation text already depend on what they are to predict, and no
+test of the artifact alone can show it; but the stages that did it have written it down.
 """
 
 import math

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairway.evaluation.document_batches import Cut, Document
+from fairway.evaluation.document_batches import Cut, Document, documents
 from fairway.evaluation.kv_cache import Cache, cached_hidden
 from fairway.evaluation.lora_ttt import LoraTttPass
 from fairway.evaluation.passes import Pass, Prediction
@@ -37,7 +37,6 @@ from fairway.evaluation.ttt import TttPass
 from fairway.evaluation.windows import Windows, in_groups
 from fairway.model.embedding import LOOK_BACK, softcap
 from fairway.model.gpt import GPT
-from fairway.tokens.tokenizer import BOS
 
 # Tokens of a step. So few cost little more than one token, and where all are known already, fewer steps are needed.
 STEP = 4
@@ -265,18 +264,18 @@ class IndependentDocumentStepper(Stepper):
 
     def at(self, chunk: int, position: int) -> Prediction:
         """The cut with the position, after a step of the adapters on each cut of the document before it."""
-        starts = (self.documents.tokens_N1 == BOS).nonzero()[:, 0].tolist()
-        begin = max((start for start in starts if start <= position), default=0)
-        end = min((start for start in starts if start > position), default=len(self.asked_N))
+        # As far as document starts are known by now; the last document begins before the position or at it.
+        document = [found for found in documents(self.documents.tokens_N1) if found.begin <= position][-1]
         size = self.documents.settings.chunk_tokens
-        index = (position - begin) // size
-        if begin != self._begin or index < self._index:
-            self._begin, self._index, self._sets = begin, 0, self.documents.new_sets(1)
+        index = (position - document.begin) // size
+        if document.begin != self._begin or index < self._index:
+            self._begin, self._index, self._sets = document.begin, 0, self.documents.new_sets(1)
         while self._index < index:
             cut, _ = self._score()
             self._index += 1
             self._sets.step(slice(0, 1), self.documents.steps.gradients(cut), self._index)
-        first, (_, logits_SV) = begin + index * size, self._score()
+        first, end = self._begin + index * size, self._begin + document.targets
+        _, logits_SV = self._score()
         positions_S = torch.arange(first, min(first + size, end), device=logits_SV.device)
         return positions_S, logits_SV[: len(positions_S)]
 

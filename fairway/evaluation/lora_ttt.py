@@ -144,7 +144,9 @@ class LoraTttPass(Pass):
         self.model, self.tokens_N1, self.world, self.settings, self.draw = model, tokens_N1, world, settings, draw
         self.batches = by_length(documents(tokens_N1.cpu()), settings.batch_documents)
         ends = phase_ends(self.batches, settings.prefix_documents, settings.phases, settings.lanes)
-        self.independent = not ends and not settings.carry_factors
+        # How many phases there are. Each follows a chunk, and one more chunk follows the last of them.
+        self.phases = len(ends)
+        self.independent = not self.phases and not settings.carry_factors
         if self.independent:
             ends = list(range(CHUNK_BATCHES, len(self.batches), CHUNK_BATCHES))
         self.bounds = [0, *ends, len(self.batches)]
@@ -209,16 +211,14 @@ class LoraTttPass(Pass):
         sets.decay(missed_B)
 
     def learn(self, chunk: int) -> None:
-        """The phase after a chunk, if there is one and it is not the last: SGD without memory of earlier phases."""
-        if not self.independent and chunk < self.chunks - 1:
+        """The phase after a chunk, if there is one: SGD without memory of earlier phases."""
+        if chunk < self.phases:
             self._sgd.train(self.phase_tokens(chunk))
             self._refresh()
 
     def learns(self, chunk: int) -> bool:
         """Whether there is a phase after a chunk with tokens enough for a step."""
-        if self.independent or not super().learns(chunk):
-            return False
-        return len(self.phase_tokens(chunk)) - 1 > self.settings.global_chunk_tokens
+        return chunk < self.phases and len(self.phase_tokens(chunk)) - 1 > self.settings.global_chunk_tokens
 
     def phase_tokens(self, chunk: int) -> Tensor:
         """What the phase after a chunk trains on: the shortest prefix·(chunk+1)/phases documents done, one by one."""
@@ -234,23 +234,20 @@ class LoraTttPass(Pass):
 
     def state(self) -> State:
         """The weights of the network, if it learns. Adapters are drawn anew after a phase: none need be kept."""
-        if self.independent:
-            return {}
-        return {name: value.detach() for name, value in self.model.named_parameters()}
+        return {name: value.detach() for name, value in self.model.named_parameters()} if self.phases else {}
 
     @property
     def updates(self) -> int:
         """Steps of the adapters, of which all documents of a batch take one at a time, and phases of global SGD."""
         cuts = [-(-batch[-1].targets // self.settings.chunk_tokens) for batch in self.batches]
-        return sum(cuts) - len(cuts) + (0 if self.independent else self.chunks - 1)
+        return sum(cuts) - len(cuts) + self.phases
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
         """Put the weights back, if they have learned."""
-        if self.independent:
-            return
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(state[name])
+        parameters = dict(self.model.named_parameters())
+        for name, value in state.items():
+            parameters[name].copy_(value)
         self._refresh()
 
 
