@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -19,6 +19,9 @@ from forks import Fork, ranks
 from warm_python import warm_environment
 
 from fairway.runtime.files import output_folder
+
+if TYPE_CHECKING:
+    from reports import Figures
 
 pytest_plugins = ["bare_machine"]
 
@@ -259,3 +262,18 @@ def finished_copy(tmp_path: Path, finished: Experiment) -> Experiment:
     for name in ("data", "artifacts"):
         shutil.copytree(finished.folder / name, made.folder / name)
     return made
+
+
+@pytest.fixture
+def one(tmp_path: Path, evaluated: Experiment) -> "Figures":
+    """What the report reads of a run with one seed."""
+    from reports import Figures
+
+    return Figures(tmp_path, evaluated)
+
+
+@pytest.fixture
+def three(one: "Figures") -> "Figures":
+    """The same with two further seeds, one of which scores worse and one better."""
+    one.add_seeds({42: 0.002, 2025: -0.001})
+    return one

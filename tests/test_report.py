@@ -21,17 +21,6 @@ from fairway.reporting.tables import markdown, summarize, time_table, times, tim
 from fairway.runtime.errors import UserError
 
 
-@pytest.fixture
-def one(tmp_path: Path, evaluated: Experiment) -> Figures:
-    return Figures(tmp_path, evaluated)
-
-
-@pytest.fixture
-def three(one: Figures) -> Figures:
-    one.add_seeds({42: 0.002, 2025: -0.001})
-    return one
-
-
 def test_the_stage_writes_what_dvc_and_people_read(one: Figures, evaluated: Experiment, tmp_path: Path) -> None:
     experiment = Experiment(_folder(tmp_path / "run"))
     shutil.copytree(evaluated.folder / "artifacts", experiment.folder / "artifacts")

@@ -21,11 +21,6 @@ EVALUATOR = "sliding"
 PLAIN = {"transform": "none", "fused_pairs": []}
 
 
-@pytest.fixture
-def one(tmp_path: Path, evaluated: Experiment) -> Figures:
-    return Figures(tmp_path, evaluated)
-
-
 @pytest.fixture(scope="module")
 def tokens(tokenized: Experiment) -> Path:
     return tokenized.folder / "artifacts/tokens"

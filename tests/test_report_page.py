@@ -3,28 +3,15 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Experiment
 from reports import QUANTIZED, Document, Figures, certificate, write_certificate
 
 from fairway.reporting.page import matrices
 from fairway.reporting.tables import markdown
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;"
-
-
-@pytest.fixture
-def one(tmp_path: Path, evaluated: Experiment) -> Figures:
-    return Figures(tmp_path, evaluated)
-
-
-@pytest.fixture
-def three(one: Figures) -> Figures:
-    one.add_seeds({42: 0.002, 2025: -0.001})
-    return one
 
 
 @pytest.mark.parametrize("seeds", [{}, {42: 0.002, 2025: -0.001}])
