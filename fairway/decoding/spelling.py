@@ -18,8 +18,8 @@ import numpy as np
 
 from fairway.runtime.errors import UserError
 from fairway.tokens import caseops
-from fairway.tokens.fused_pairs import Pair, fuse
-from fairway.tokens.tokenizer import SPACE, Tokenizer, Transform
+from fairway.tokens.fused_pairs import Pair, bytes_by_id, fuse
+from fairway.tokens.tokenizer import Tokenizer, Transform
 
 
 class Spelling:
@@ -31,18 +31,7 @@ class Spelling:
         self._byte_ids = [model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         if not all(map(model.is_byte, self._byte_ids)):
             raise UserError(f"{path}: expected a tokenizer with byte fallback, which can spell any text")
-        # What each id stands for; None for ids that stand for no text, such as BOS.
-        self._bytes = [self._bytes_of(index) for index in range(model.vocab_size())]
-        for pair in pairs:
-            self._bytes[pair.fused] = self.bytes_of(pair.first) + self.bytes_of(pair.second)
-
-    def _bytes_of(self, index: int) -> bytes | None:
-        model = self.tokenizer.model
-        if model.is_byte(index):
-            return bytes([self._byte_ids.index(index)])
-        if model.is_control(index) or model.is_unknown(index) or model.is_unused(index):
-            return None
-        return model.id_to_piece(index).replace(SPACE, " ").encode("utf-8")
+        self._bytes = bytes_by_id(self.tokenizer, pairs)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without a BOS before them."""

@@ -19,8 +19,8 @@ from fairway.runtime.errors import UserError
 from fairway.runtime.files import read_array
 from fairway.tokens import caseops
 from fairway.tokens.export import compressed_bytes
-from fairway.tokens.fused_pairs import from_json
-from fairway.tokens.tokenizer import BOS, SPACE, Tokenizer
+from fairway.tokens.fused_pairs import bytes_by_id, from_json
+from fairway.tokens.tokenizer import BOS, Tokenizer
 from fairway.tokens.validation import load_validation
 
 
@@ -88,28 +88,19 @@ class Texts:
 
     def __init__(self, tokens: Path, meta: dict[str, Any]) -> None:
         """`meta` is the tokens' meta.json. Raises UserError if there is no tokenizer.model in the folder."""
-        self.model = Tokenizer(tokens / "tokenizer.model").model
+        self.bytes_by_id = bytes_by_id(Tokenizer(tokens / "tokenizer.model"), from_json(meta["fused_pairs"]))
         self.transform = meta["transform"]
-        self.pairs = {pair.fused: (pair.first, pair.second) for pair in from_json(meta["fused_pairs"])}
 
     def pieces(self, ids: np.ndarray) -> list[str]:
         """The text of each token; joined together, the text of all of them."""
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        decoded = [utf8.decode(self._bytes(int(token))) for token in ids]
+        decoded = [utf8.decode(self.bytes_by_id[token] or b"") for token in ids]
         if decoded:
             decoded[-1] += utf8.decode(b"", final=True)
         if self.transform == "none":
             return decoded
         decoder = caseops.Decoder()
         return [decoder.feed(text) for text in decoded]
-
-    def _bytes(self, token: int) -> bytes:
-        if token in self.pairs:
-            return b"".join(map(self._bytes, self.pairs[token]))
-        if self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token):
-            return b""
-        piece: str = self.model.id_to_piece(token)
-        return bytes([int(piece[3:5], 16)]) if self.model.is_byte(token) else piece.replace(SPACE, " ").encode()
 
 
 # How many characters of a document's first line are its title.

@@ -23,7 +23,7 @@ import numpy as np
 from fairway.runtime.errors import UserError
 from fairway.runtime.files import file_sha256
 from fairway.tokens.shards import open_shard, shard_paths, sidecar_paths, write_shard
-from fairway.tokens.tokenizer import BOS, Tokenizer
+from fairway.tokens.tokenizer import BOS, SPACE, Tokenizer
 
 # The bytes that no UTF-8 text contains.
 NEVER = (0xC0, 0xC1, *range(0xF5, 0x100))
@@ -98,6 +98,26 @@ def unfuse(tokens: np.ndarray, pairs: Sequence[Pair]) -> np.ndarray:
         tokens = np.insert(tokens, at + 1, pair.second)
         tokens[at + np.arange(len(at))] = pair.first
     return tokens
+
+
+def bytes_by_id(tokenizer: Tokenizer, pairs: Iterable[Pair]) -> list[bytes | None]:
+    """The UTF-8 bytes that each id stands for, in CaseOps spelling if that is the tokenizer's; None if no text.
+
+    A fused id stands for the bytes of both tokens of its pair.
+    """
+    found = [_piece_bytes(tokenizer, index) for index in range(tokenizer.model.vocab_size())]
+    for pair in pairs:
+        found[pair.fused] = b"".join(found[part] or b"" for part in (pair.first, pair.second))
+    return found
+
+
+def _piece_bytes(tokenizer: Tokenizer, index: int) -> bytes | None:
+    model = tokenizer.model
+    if model.is_control(index) or model.is_unknown(index) or model.is_unused(index):
+        return None
+    piece: str = model.id_to_piece(index)
+    # A byte piece is called "<0x0A>", say.
+    return bytes([int(piece[3:5], 16)]) if model.is_byte(index) else piece.replace(SPACE, " ").encode("utf-8")
 
 
 def fuse_shards(folder: Path, count: int) -> tuple[list[Pair], dict[str, str]]:
