@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fairway.tokens.export import export
+from fairway.tokens.export import export, held_out_hashes
 from fairway.tokens.tokenizer import RESERVED, Tokenizer, TokenizeSettings, check_tokenizer
 
 
@@ -41,7 +41,14 @@ def main() -> None:
     check_tokenizer(arguments.tokenizer, vocab_size=settings.vocab_size, operators=RESERVED[settings.transform])
     with tempfile.TemporaryDirectory() as folder:
         started_at = time.perf_counter()
-        meta = export(arguments.corpus, arguments.tokenizer, Path(folder), settings=settings, workers=arguments.workers)
+        meta = export(
+            arguments.corpus,
+            arguments.tokenizer,
+            Path(folder),
+            settings=settings,
+            held_out=held_out_hashes(arguments.corpus, settings),
+            workers=arguments.workers,
+        )
         elapsed_s = time.perf_counter() - started_at
     own, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     own_mb, worker_mb = own.ru_maxrss / 1024, workers.ru_maxrss / 1024

@@ -21,7 +21,7 @@ from test_bytes import byte_pieces, write_model
 from fairway.runtime.errors import UserError
 from fairway.tokens.documents import read_texts
 from fairway.tokens.encoding import LineBatch, PlainEncoder, encode_batch
-from fairway.tokens.export import check_documents, compressed_bytes, export
+from fairway.tokens.export import check_documents, compressed_bytes, export, held_out_hashes
 from fairway.tokens.shards import open_shard, shard_paths
 from fairway.tokens.tokenizer import Tokenizer, TokenizeSettings, train_tokenizer
 from fairway.tokens.validation import load_validation, verify_tokens
@@ -125,7 +125,8 @@ def run_export(
         val_limit_documents=limit,
         shard_tokens=shard_tokens,
     )
-    return export(corpus, model, folder, settings=settings, workers=workers)
+    held_out = held_out_hashes(corpus, settings)
+    return export(corpus, model, folder, settings=settings, held_out=held_out, workers=workers)
 
 
 def stream(folder: Path, split: Literal["train", "val"]) -> np.ndarray:

@@ -79,8 +79,8 @@ def require_documents(documents: Path, settings: TokenizeSettings) -> None:
         )
 
 
-def _held_out(documents: Path, settings: TokenizeSettings) -> frozenset[bytes]:
-    """The hashes of the texts that are held out for validation."""
+def held_out_hashes(documents: Path, settings: TokenizeSettings) -> frozenset[bytes]:
+    """The hashes (text_hash) of the texts that are held out for validation."""
     return frozenset(text_hash(text) for text in islice(read_texts(documents), settings.held_out))
 
 
@@ -90,19 +90,18 @@ def tokenize_documents(documents: Path, folder: Path, settings: TokenizeSettings
     The tokenizer is trained on the training split alone. Raises UserError naming the line of a document at fault, if
     the text is too short for the vocabulary, or if the tokens of the validation split stand for no byte.
     """
-    tokenizer = folder / "tokenizer.model"
+    tokenizer, held_out = folder / "tokenizer.model", held_out_hashes(documents, settings)
     if settings.model is not None:
         shutil.copyfile(settings.model, tokenizer)
     else:
-        held_out = _held_out(documents, settings)
         behind = read_texts(documents, start=settings.held_out)
         texts = (text for text in behind if text_hash(text) not in held_out)
         trainer, transform = settings.trainer, settings.transform
         model = train_tokenizer(texts, vocab_size=settings.vocab_size, trainer=trainer, transform=transform)
         tokenizer.write_bytes(model)
     workers = len(os.sched_getaffinity(0))
-    pairs = _frequent_pairs(documents, tokenizer, settings) if settings.fused_pairs else []
-    meta = export(documents, tokenizer, folder, settings=settings, pairs=pairs, workers=workers)
+    pairs = _frequent_pairs(documents, tokenizer, settings, held_out) if settings.fused_pairs else []
+    meta = export(documents, tokenizer, folder, settings=settings, held_out=held_out, pairs=pairs, workers=workers)
     if not meta["val_bytes"]:
         raise UserError(
             f"{documents}: the tokenizer leaves nothing of the documents that validate, so that no byte can be scored"
@@ -111,9 +110,11 @@ def tokenize_documents(documents: Path, folder: Path, settings: TokenizeSettings
     return meta | {"compressed_val_bytes": compressed_bytes(validation)}
 
 
-def _frequent_pairs(documents: Path, tokenizer: Path, settings: TokenizeSettings) -> list[Pair]:
+def _frequent_pairs(
+    documents: Path, tokenizer: Path, settings: TokenizeSettings, held_out: frozenset[bytes]
+) -> list[Pair]:
     """The pairs that are most frequent in the first training tokens (fused_pairs.py)."""
-    encoder, held_out = CaseOpsEncoder(tokenizer), _held_out(documents, settings)
+    encoder = CaseOpsEncoder(tokenizer)
     tokens, counted = [], 0
     for text in read_texts(documents, start=settings.held_out):
         if counted >= COUNTED_TOKENS:
@@ -134,17 +135,17 @@ def export(
     folder: Path,
     *,
     settings: TokenizeSettings,
+    held_out: frozenset[bytes],
     pairs: Sequence[Pair] = (),
     workers: int,
 ) -> dict[str, Any]:
     """Write val_*.bin, train_*.bin and, for CaseOps, val_bytes_*.bin to `folder`; return what meta.json says of them.
 
-    Training documents with the text of a held-out one are left out, and counted. `workers` processes share the work, or
-    fewer if the file is small. The result does not depend on their number. Peak memory is one shard of each kind and a
-    few batches per worker; a document longer than a batch (BATCH_BYTES) is encoded as a whole, which takes some 55
-    times its bytes. Raises UserError naming the line of a document at fault.
+    Training documents with the text of a held-out one, whose hashes are given, are left out, and counted. `workers`
+    processes share the work, or fewer if the file is small. The result does not depend on their number. Peak memory is
+    one shard of each kind and a few batches per worker; a document longer than a batch (BATCH_BYTES) is encoded as a
+    whole, which takes some 55 times its bytes. Raises UserError naming the line of a document at fault.
     """
-    held_out = _held_out(documents, settings)
     encoder_arguments = (tokenizer, settings.vocab_size, settings.transform, pairs, held_out)
     totals: dict[Split, Totals] = {"val": Totals(), "train": Totals()}
     workers = min(workers, 1 + documents.stat().st_size // BATCH_BYTES)
