@@ -65,8 +65,9 @@ def learn_pairs(tokens: np.ndarray, ids: Sequence[int]) -> list[Pair]:
 
 def fuse(tokens: np.ndarray, pairs: Iterable[Pair]) -> np.ndarray:
     """The tokens (m,), of the dtype of `tokens` (n,), in which the pairs are one token each, taken in their order."""
-    fused, _ = fuse_with_bytes(tokens, np.zeros(len(tokens), dtype=np.uint16), pairs)
-    return fused
+    for pair in pairs:
+        tokens, _ = _fuse_one(tokens, pair)
+    return tokens
 
 
 def fuse_with_bytes(
@@ -74,14 +75,21 @@ def fuse_with_bytes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same, and the bytes (m,) that they stand for, of the dtype of `token_bytes` (n,)."""
     for pair in pairs:
-        at = np.flatnonzero((tokens[:-1] == pair.first) & (tokens[1:] == pair.second))
-        if pair.first == pair.second:
-            at = _apart(at)
-        tokens, token_bytes = tokens.copy(), token_bytes.copy()
-        tokens[at] = pair.fused
+        tokens, at = _fuse_one(tokens, pair)
+        token_bytes = token_bytes.copy()
         token_bytes[at] += token_bytes[at + 1]
-        tokens, token_bytes = np.delete(tokens, at + 1), np.delete(token_bytes, at + 1)
+        token_bytes = np.delete(token_bytes, at + 1)
     return tokens, token_bytes
+
+
+def _fuse_one(tokens: np.ndarray, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens (m,) with this pair as one token each, and where in `tokens` (n,) they began: places (n - m,)."""
+    at = np.flatnonzero((tokens[:-1] == pair.first) & (tokens[1:] == pair.second))
+    if pair.first == pair.second:
+        at = _apart(at)
+    fused = tokens.copy()
+    fused[at] = pair.fused
+    return np.delete(fused, at + 1), at
 
 
 def _apart(places: np.ndarray) -> np.ndarray:
