@@ -4,7 +4,6 @@ Beside training's figure for the weights as they were, it says what quantization
 cannot, since it also gains from windows that overlap and from what it learns on the way.
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from fairway.codec.codes import QuantizedState, dequantize
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import load_network
 from fairway.runtime.distributed import alone
-from fairway.tokens.data_orders import PackedLoader, document_bounds
+from fairway.tokens.data_orders import document_segmenter
 from fairway.tokens.validation import load_validation
 from fairway.training.loop import validate
 from fairway.training.schedule import TrainSettings
@@ -34,9 +33,6 @@ def quantized_rows_bpb(
     UserError that is raised if they are not those of `config`.
     """
     model = load_network(config, dequantize(state), path, device)
-    loader, segment = settings.loader, None
-    if isinstance(loader, PackedLoader):
-        segment = partial(document_bounds, cut=config.seq_len, bucket=loader.bucket)
     _, bpb = validate(
         model,
         load_validation(tokens, seq_len=config.seq_len, vocab_size=config.vocab_size),
@@ -44,6 +40,6 @@ def quantized_rows_bpb(
         row=config.seq_len,
         batch_tokens=settings.micro_batch_tokens,
         looped=True,
-        segment=segment,
+        segment=document_segmenter(settings.loader, cut=config.seq_len),
     )
     return bpb

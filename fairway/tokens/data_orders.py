@@ -17,6 +17,7 @@ windows of a step, N tokens of a shard, B blocks of a shard, each a place for a 
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from pydantic import Field
 
 from fairway.runtime.errors import UserError
 from fairway.runtime.settings import Section
-from fairway.tokens.loader import State, Tokens
+from fairway.tokens.loader import Segmenter, State, Tokens
 from fairway.tokens.tokenizer import BOS
 
 
@@ -126,6 +127,11 @@ class PackedRows:
     def load_state_dict(self, state: State) -> None:
         """Go on from a state that state_dict returned."""
         self.shard, self.cursor = state["shard"], state["cursor"]
+
+
+def document_segmenter(loader: LoaderSettings, *, cut: int) -> Segmenter | None:
+    """document_bounds for a loader that keeps documents apart, None for the others."""
+    return partial(document_bounds, cut=cut, bucket=loader.bucket) if loader.kind == "packed" else None
 
 
 def document_bounds(row: np.ndarray, *, cut: int, bucket: int) -> np.ndarray:

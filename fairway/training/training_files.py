@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from fairway.tokens.data_orders import (
     SequentialLoader,
     ShuffledLoader,
     ShuffledWindows,
-    document_bounds,
+    document_segmenter,
     name_seed,
 )
 from fairway.tokens.loader import Order, Stream, Tokens
@@ -97,11 +96,9 @@ def train_stream(config: ModelConfig, settings: TrainSettings, tokens: Path, wor
     Raises UserError if the shards are missing, damaged or too short for that order.
     """
     shards = Tokens(shard_paths(tokens, "train"), vocab_size=config.vocab_size)
-    loader, row, segment = settings.loader, config.seq_len, None
-    order = _order(settings, shards, row)
-    if loader.kind == "packed":
-        segment = partial(document_bounds, cut=row, bucket=loader.bucket)
-        row = settings.micro_batch_tokens
+    order = _order(settings, shards, config.seq_len)
+    segment = document_segmenter(settings.loader, cut=config.seq_len)
+    row = settings.micro_batch_tokens if segment else config.seq_len
     return Stream(shards, order, row=row, rank=world.rank, size=world.size, segment=segment)
 
 
