@@ -18,7 +18,7 @@ from fairway.reporting.comparison import paired
 from fairway.reporting.made import made
 from fairway.reporting.stored_experiments import Apart, Gap, same_documents
 from fairway.reporting.tables import scores_of
-from fairway.reporting.versions import Change, changes
+from fairway.reporting.versions import Change, Version, changes
 from fairway.runtime.errors import UserError
 
 PAGE = "results/compare.html"
@@ -244,6 +244,16 @@ def test_changes_name_the_whole_key() -> None:
         Change("qat", "null", None),
     ]
     assert changes(before, before) == []
+
+
+def test_settings_that_are_none_are_refused_with_version_file_and_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text, told in [("seeds: [1\n", "not valid YAML: line 2: "), ("- 1\n", "expected a mapping of sections")]:
+        Path("params.yaml").write_text(text)
+        with pytest.raises(UserError, match=f"^the workspace: params.yaml: {told}"):
+            Version("the workspace", None).settings()
 
 
 def test_scores_are_told_from_other_figures() -> None:

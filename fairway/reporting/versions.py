@@ -15,9 +15,9 @@ import dvc.api
 from dvc.exceptions import DvcException
 from dvc_data.index import DataIndexError
 from fsspec.implementations.local import LocalFileSystem
-from ruamel.yaml import YAML, YAMLError
 
 from fairway.runtime.errors import UserError
+from fairway.runtime.settings import read_mapping
 
 # What DVC raises where there is no repository, no such commit, no such file, or nothing of it in the cache.
 FAULTS = (DvcException, DataIndexError, OSError)
@@ -34,12 +34,8 @@ class Version:
         self._files = LocalFileSystem() if rev is None else dvc.api.DVCFileSystem(rev=rev)
 
     def settings(self, path: str = "params.yaml") -> dict[str, Any]:
-        """The content of a file of settings, whose numbers are read as DVC reads them, by YAML 1.2."""
-        try:
-            settings: dict[str, Any] = YAML(typ="safe", pure=True).load(self.read(path))
-        except YAMLError:
-            raise UserError(f"{self.name}: {path} is not valid YAML") from None
-        return settings
+        """The content of a file of settings, which must be a mapping."""
+        return read_mapping(self.read(path), f"{self.name}: {path}")
 
     def commit(self) -> str:
         """The first seven digits of the commit, which must not be the workspace."""

@@ -37,29 +37,34 @@ SectionT = TypeVar("SectionT", bound=Section)
 def load_section(path: Path, kind: type[SectionT]) -> SectionT:
     """Read a YAML file as the section `kind`.
 
-    It is read by the library that DVC reads params.yaml with, as YAML 1.2, so that both see the same values: PyYAML
-    reads 010 as 8, 1:30 as 90 and 1e-3 as text. Raises UserError (one line: file, key, what was expected) on any fault,
-    a key that occurs twice among them.
+    Raises UserError (one line: file, key, what was expected) on any fault, a key that occurs twice among them.
     """
-    return parse_section(_read_mapping(path), kind, path)
-
-
-def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
-        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    return parse_section(read_mapping(content, str(path)), kind, path)
+
+
+def read_mapping(content: bytes, name: str) -> dict[str, Any]:
+    """The sections in the content of a settings file, which messages call `name`.
+
+    It is read by the library that DVC reads params.yaml with, as YAML 1.2, so that both see the same values: PyYAML
+    reads 010 as 8, 1:30 as 90 and 1e-3 as text. Raises UserError, with the line at fault, unless it is a mapping.
+    """
+    try:
+        raw = YAML(typ="safe").load(content.decode("utf-8"))
     except MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"{path}: not valid YAML: {where}{error.problem}") from None
+        raise UserError(f"{name}: not valid YAML: {where}{error.problem}") from None
     except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
+        raise UserError(f"{name}: expected a mapping of sections, found {type(raw).__name__}")
     return raw
 
 
-def parse_section(raw: dict[Any, Any], kind: type[SectionT], path: Path) -> SectionT:
+def parse_section(raw: dict[str, Any], kind: type[SectionT], path: Path) -> SectionT:
     """What was read from the file `path` as the section `kind`. Raises UserError as load_section."""
     try:
         return kind.model_validate(raw)
