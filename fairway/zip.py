@@ -10,13 +10,15 @@ import hashlib
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from fairway.codec.byte_codecs import Brotli
 from fairway.decoding.language import Language, load_language
-from fairway.decoding.packed_text import pack, unpack
+from fairway.decoding.packed_text import Coded, pack, unpack
 from fairway.params import load_params
 from fairway.runtime.errors import UserError, run_stage
 from fairway.runtime.files import write_atomic
@@ -61,36 +63,32 @@ def paths(arguments: list[str]) -> tuple[str, Path, Path]:
     return command, source, source.with_suffix("")
 
 
-class Clock:
-    """Shows how far the coding is, and at the end how fast it was."""
+@contextmanager
+def clock(name: str) -> Iterator[Coded]:
+    """Shows how far the coding is that goes on inside the block, and behind it how fast it was.
 
-    def __init__(self, name: str) -> None:
-        self.name, self._started_at = name, time.monotonic()
-        self._progress: Progress | None = None
+    What it gives is to be told of the coding; the count appears once it knows how many tokens there are.
+    """
+    started_at, shown = time.monotonic(), list[Progress]()
+    with ExitStack() as held:
 
-    def coded(self, more: int, total: int) -> None:
-        """So many more tokens of `total` are coded."""
-        if self._progress is None:
-            self._progress = Progress(self.name, total, unit="tokens")
-        self._progress.update(more)
+        def coded(more: int, total: int) -> None:
+            if not shown:
+                shown.append(held.enter_context(Progress(name, total, unit="tokens")))
+            shown[0].update(more)
 
-    def stop(self) -> None:
-        """All is done: print tokens, seconds and tokens a second."""
-        tokens, elapsed_s = 0, time.monotonic() - self._started_at
-        if self._progress is not None:
-            self._progress.__exit__(None, None, None)
-            tokens = self._progress.done
-        print(f"{tokens:,} tokens in {elapsed_s:.1f} s, {tokens / elapsed_s:,.0f} tokens/s")
+        yield coded
+    tokens, elapsed_s = sum(progress.done for progress in shown), time.monotonic() - started_at
+    print(f"{tokens:,} tokens in {elapsed_s:.1f} s, {tokens / elapsed_s:,.0f} tokens/s")
 
 
 def packed(text: bytes, language: Language) -> bytes:
     """The packed text. Prints its size and that of the same text by other compressors."""
-    clock = Clock("pack")
-    made = pack(text, language, clock.coded)
-    sizes = {"fairway.zip": len(made)}
-    clock.stop()
+    with clock("pack") as coded:
+        made = pack(text, language, coded)
     plain = compressed_bytes([text.decode("utf-8")])
-    sizes |= {"xz -9e": plain["xz"], f"zstd -{ZSTD_LEVEL}": plain["zstd"], "brotli -q 11": len(Brotli().encode(text))}
+    sizes = {"fairway.zip": len(made), "xz -9e": plain["xz"], f"zstd -{ZSTD_LEVEL}": plain["zstd"]}
+    sizes["brotli -q 11"] = len(Brotli().encode(text))
     print(f"{len(text):,} bytes of text, SHA-256 {hashlib.sha256(text).hexdigest()}")
     for name, size in sizes.items():
         share = f"{100 * size / len(text):5.1f} %, {8 * size / len(text):.3f} bits per byte" if text else ""
@@ -100,9 +98,8 @@ def packed(text: bytes, language: Language) -> bytes:
 
 def unpacked(data: bytes, language: Language) -> bytes:
     """The text again. Prints its size and SHA-256."""
-    clock = Clock("unpack")
-    text = unpack(data, language, clock.coded)
-    clock.stop()
+    with clock("unpack") as coded:
+        text = unpack(data, language, coded)
     print(f"{len(text):,} bytes of text, SHA-256 {hashlib.sha256(text).hexdigest()}, the one packed")
     return text
 
