@@ -173,7 +173,7 @@ def adapted_weights(
         vocab_size=config.vocab_size,
         max_rows=settings.max_rows,
     )
-    with Progress("adapt", settings.epochs * len(rows) // world.size, unit="rows") as progress:
+    with Progress("adapt", settings.epochs * len(rows), unit="rows", processes=world.size) as progress:
         losses = adapt(model, rows.to(world.device), settings, progress.update, world=world)
     print(epoch_lines(losses))
     return model.state_dict()
@@ -199,7 +199,7 @@ def print_score(params: ArtifactParams, evaluator: Evaluator, given: Inputs, wor
     model = load_artifact_once(MODEL, world)
     validation = _validation(params, given)
     tokens_N1 = validation.tokens.to(world.device)
-    with Progress("evaluate", len(validation.bytes) // world.size, unit="tokens") as progress:
+    with Progress("evaluate", len(validation.bytes), unit="tokens", processes=world.size) as progress:
         evaluation = evaluator.begin(model, tokens_N1, world)
         scores = collect(evaluation, tokens_N1, world, scored=lambda positions, nats: progress.update(len(nats)))
     figures = measure(scores, validation.bytes)

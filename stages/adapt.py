@@ -58,8 +58,8 @@ def _adapted(params: Params, seed: int, world: World) -> tuple[dict[str, Tensor]
         vocab_size=params.model.vocab_size,
         max_rows=settings.max_rows,
     )
-    mine = settings.epochs * len(rows) // world.size
-    with Progress(f"adapt {seed}", mine, unit="rows") as progress:
+    total = settings.epochs * len(rows)
+    with Progress(f"adapt {seed}", total, unit="rows", processes=world.size) as progress:
         losses = adapt(model, rows.to(world.device), settings, progress.update, world=world)
     return model.state_dict(), losses
 

@@ -1,16 +1,20 @@
 """What training and evaluation show while they go on: how far they are, and how long they will still take."""
 
 import math
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fairway.evaluation.collect import RunningScore
 from fairway.runtime import progress
 from fairway.runtime.distributed import World
-from fairway.runtime.progress import Figures, TrainLog
+from fairway.runtime.progress import Figures, Progress, TrainLog
 
 
 class HandSetClock:
@@ -59,6 +63,27 @@ def test_the_last_line_has_the_last_validation(tmp_path: Path, capsys: pytest.Ca
             log.tick(step, _figures(float(step)))
         log.log(4, {"val_bpb": 2.5})
     assert capsys.readouterr().out.endswith(" val_bpb=2.5 loss=2.5\n")
+
+
+def test_a_process_with_more_than_its_part_counts_up_to_the_whole_and_no_further(
+    clock: HandSetClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight lanes of two rows among three processes: this one has three lanes, six of the sixteen rows."""
+    with Progress("adapt", 16, unit="rows", processes=3) as shown:
+        for _ in range(2):
+            clock.now_s += 10
+            shown.update(2)
+        assert capsys.readouterr().out == "adapt: 6/16 rows, 10 s, 17 s left\nadapt: 12/16 rows, 20 s, 7 s left\n"
+        shown.update(2)
+    assert capsys.readouterr().out == "adapt: 16/16 rows, 20 s\n"
+
+
+@given(st.integers(1, 100), st.integers(1, 8), st.lists(st.integers(0, 20)))
+def test_no_count_exceeds_its_total(total: int, processes: int, steps: list[int]) -> None:
+    with redirect_stdout(StringIO()), Progress("adapt", total, unit="rows", processes=processes) as shown:
+        for step in steps:
+            shown.update(step)
+    assert shown.done == min(sum(steps) * processes, total)
 
 
 @pytest.mark.parametrize("processes", [1, 4])

@@ -176,9 +176,8 @@ class RunningScore:
         if self.shows and self.progress is None:
             # Its count and its time begin behind the first batch, which is what was restored where an evaluation is
             # resumed: so that it judges its speed by what it does itself.
-            total = len(self.bytes_N)
-            done = min(len(nats_M) * self.processes, total)
-            self.progress = Progress(self.name, total, unit="tokens", start=done)
+            total, done = len(self.bytes_N), len(nats_M)
+            self.progress = Progress(self.name, total, unit="tokens", start=done, processes=self.processes)
         else:
             self._unshown += len(nats_M)
         # Reading a sum makes the host wait for the device, so not at every batch.
@@ -188,9 +187,7 @@ class RunningScore:
     def _show(self) -> None:
         self._shown_at = time.monotonic()
         if self.progress is not None:
-            # The other processes are about as far as this one.
-            ahead = min(self._unshown * self.processes, self.progress.total - self.progress.done)
-            self.progress.update(ahead, bpb=float(self.nats) / (math.log(2) * max(int(self.bytes), 1)))
+            self.progress.update(self._unshown, bpb=float(self.nats) / (math.log(2) * max(int(self.bytes), 1)))
         self._unshown = 0
 
     def __enter__(self) -> "RunningScore":

@@ -17,21 +17,27 @@ from tqdm import tqdm
 class Progress:
     """Counts `total` units of work, of which `start` are done at first, and shows the count. A context manager.
 
+    Where several `processes` share the work, `start` and every update say what this one does, which counts for each of
+    them: the others are about as far. Its share may be larger than theirs, so the count stops at the total.
+
     On a terminal it is a tqdm bar. Elsewhere it prints one line every `every_s` seconds, and one at the end unless an
     exception ended the work.
     """
 
-    def __init__(self, name: str, total: int, *, unit: str, start: int = 0, every_s: float = 10.0) -> None:
-        self.name, self.total, self.unit, self.every_s = name, total, unit, every_s
-        self.done = self._begun_at = start
+    def __init__(
+        self, name: str, total: int, *, unit: str, start: int = 0, processes: int = 1, every_s: float = 10.0
+    ) -> None:
+        self.name, self.total, self.unit, self.processes, self.every_s = name, total, unit, processes, every_s
+        self.done = self._begun_at = min(start * processes, total)
         self._started_at = self._shown_at = time.monotonic()
         self._figures = ""
         # A process whose output is switched off (sys.stdout is None) shows no bar either.
         shows_bar = sys.stdout and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=start, desc=name, unit=unit) if shows_bar else None
+        self._bar = tqdm(total=total, initial=self.done, desc=name, unit=unit) if shows_bar else None
 
     def update(self, n: int = 1, **figures: float) -> None:
-        """Add `n` units. Keyword arguments are figures to show behind the count, such as bpb=1.12."""
+        """Add `n` units of this process. Keyword arguments are figures to show behind the count, such as bpb=1.12."""
+        n = min(n * self.processes, self.total - self.done)
         self.done += n
         self._figures = "".join(f" {key}={value:.4g}" for key, value in figures.items())
         if self._bar is not None:
