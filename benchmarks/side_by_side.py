@@ -10,7 +10,9 @@ Method: the program trains on one GPU with its own settings and the clock and se
 Usage:  dvc repro tokenize
         python -m benchmarks.side_by_side measure TRAIN_GPT_PY --attention "flash-attn-4 4.0.0b36" [--stub FOLDER]
             [--gpus 2 3]
-        python -m benchmarks.side_by_side add       the pair in OUT that was broken off: what it has come to
+        python -m benchmarks.side_by_side add [--unmeasured start_s total_s]
+            the pair in OUT that was broken off: what it has come to, without figures of the program that other work
+            disturbed
         python -m benchmarks.side_by_side table     the last pair of each GPU and record, as RESULTS.md has it
 
 The program imports flash_attn_interface (FlashAttention-3). `--stub` names a folder with a module of that name, which
@@ -72,7 +74,11 @@ def main() -> None:
     measure.add_argument("--stub", type=Path, help="a folder with a module flash_attn_interface")
     measure.add_argument("--record", default="lab-1gpu")
     measure.add_argument("--gpus", type=int, nargs=2, default=(0, 1), help="that of the program, and ours")
-    for command in (measure, commands.add_parser("add")):
+    add = commands.add_parser("add")
+    add.add_argument(
+        "--unmeasured", nargs="+", default=[], metavar="KEY", help="figures of the program that do not count"
+    )
+    for command in (measure, add):
         command.add_argument("--out", type=Path, default=Path("artifacts/side_by_side"))
     commands.add_parser("table")
     chosen = parser.parse_args()
@@ -84,6 +90,10 @@ def main() -> None:
         _check(params, chosen.program, chosen.gpus)
         _measure(params, chosen)
     entries = _entries(params, chosen.out)
+    if chosen.command == "add":
+        if unknown := set(chosen.unmeasured) - set(entries[0]):
+            raise UserError(f"--unmeasured {' '.join(sorted(unknown))}: expected keys of {RUNS}, such as start_s")
+        entries[0] |= dict.fromkeys(chosen.unmeasured)
     write_atomic(RUNS, json.dumps([*_runs(), *entries], indent=1) + "\n")
     print(table(entries))
 

@@ -1,9 +1,13 @@
 """Which attention backend is chosen, by what is installed and which GPU is there."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 from fairway.model.backends import attention_backend
 
@@ -41,3 +45,13 @@ def test_the_backend_follows_the_gpu_and_what_is_installed(
 
 def test_a_cpu_attends_plainly() -> None:
     assert attention_backend(torch.device("cpu"), torch.float32, length=256, packed=True) == "plain"
+
+
+def test_stages_keep_compiled_code_beside_the_artifacts_unless_told_where(tmp_path: Path) -> None:
+    flash = "FLASH_ATTENTION_CUTE_DSL_CACHE"
+    names = ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", f"{flash}_DIR", f"{flash}_ENABLED"]
+    show = f"import os, stages; print(*map(os.environ.get, {names}))"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "TRITON_CACHE_DIR": "/elsewhere"}
+    done = subprocess.run([sys.executable, "-c", show], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    cache = tmp_path / "artifacts/cache"
+    assert done.stdout.split() == [f"{cache}/inductor", "/elsewhere", f"{cache}/flash_attention", "1"], done.stderr

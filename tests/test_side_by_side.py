@@ -87,12 +87,15 @@ def test_a_pair_that_was_broken_off_is_added_as_far_as_it_came(evaluated: Experi
     (out / "pr1855.log").write_text("".join(f"{at:9.3f} {text}\n" for at, text in LOG[:4]))
     (out / "fairway.log").write_text("    0.100 \n   99.000 Running stage 'train'\n")
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "benchmarks.side_by_side", "add"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, text=True)
-    assert done.returncode == 0
+    command = [sys.executable, "-m", "benchmarks.side_by_side", "add", "--unmeasured"]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([*command, "start"], cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert "--unmeasured start: expected keys of benchmarks/side_by_side.json" in done.stderr
+    subprocess.run([*command, "start_s"], cwd=tmp_path, env=environment, check=True)
     theirs, ours = json.loads((tmp_path / "benchmarks/side_by_side.json").read_text())
     assert (theirs["pair"], theirs["steps"], ours["steps"], ours["final_bpb"]) == (COMMON["pair"], None, None, None)
     assert theirs["step_ms"] == pytest.approx(700.0)
+    assert theirs["start_s"] is None, "the log has it, but it does not count"
     assert ours["total_s"] is None, "there is no last figure yet"
 
 

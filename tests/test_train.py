@@ -27,7 +27,7 @@ from fairway.codec.byte_codecs import Lrzip
 from fairway.model.gpt import GPT, param_groups
 from fairway.params import Params, load_params
 from fairway.preflight import check_training
-from fairway.runtime.distributed import World, alone
+from fairway.runtime.distributed import Reading, World, alone
 from fairway.runtime.errors import UserError, stage_arguments
 from fairway.runtime.files import load_tensors
 from fairway.runtime.progress import Figures
@@ -35,8 +35,12 @@ from fairway.runtime.resume import ResumePoints, only_run
 from fairway.tokens.loader import Prefetcher
 from fairway.tokens.shards import shard_paths
 from fairway.tokens.validation import load_validation
+from fairway.training import loop
 from fairway.training.loop import Trained, train
 from fairway.training.optimizer import Optimizer
+from fairway.training.run import Run
+from fairway.training.schedule import Clock, Forecast, Moment
+from fairway.training.step import Underway, launch, settle
 from fairway.training.training_files import check_world, fingerprint, memory_named, train_stream
 
 SEED = "1337"
@@ -312,12 +316,22 @@ def test_a_step_that_clips_micro_batches_does_not_claim_to_know_its_own_norm(rea
     assert figures["micro_grad_norm"] > 0
 
 
-class LateWorld(World):
-    """A process whose device is always behind: the host waits a while for the end of every step."""
+class LateReading(Reading):
+    """Figures of a device that is always behind: the host waits a while for the end of every step."""
 
-    def gather(self, values: Tensor) -> list[list[float]]:
+    def arrived(self) -> bool:
+        return False
+
+    def read(self) -> list[list[float]]:
         time.sleep(0.3)
-        return super().gather(values)
+        return super().read()
+
+
+class LateWorld(World):
+    """A process with such a device."""
+
+    def gather(self, values: Tensor) -> Reading:
+        return LateReading(values[None])
 
 
 def test_the_time_of_training_includes_the_work_of_the_last_step(ready: Experiment) -> None:
@@ -325,6 +339,37 @@ def test_the_time_of_training_includes_the_work_of_the_last_step(ready: Experime
     world = LateWorld(rank=0, size=1, device=torch.device("cpu"))
     trained, ticks = run_loop(ready, change(ready, max_steps=2), world=world)
     assert trained.clock_s >= ticks[-1]["clock_s"] + 0.3
+
+
+def test_a_step_is_given_to_the_device_before_the_figures_of_the_last_one_are_known(
+    ready: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def given(run: Run, clock: Clock, before: Underway | None) -> Underway:
+        order.append(f"give {run.step + 1}")
+        return launch(run, clock, before)
+
+    def taken(run: Run, underway: Underway) -> Figures:
+        order.append(f"take {underway.step}")
+        return settle(run, underway)
+
+    monkeypatch.setattr(loop, "launch", given)
+    monkeypatch.setattr(loop, "settle", taken)
+    ticks = run_loop(ready, change(ready, max_steps=3))[1]
+    assert order == ["give 1", "give 2", "take 1", "give 3", "take 2", "take 3"]
+    assert len(ticks) == 3
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_the_run_ends_with_its_clock_though_readings_are_late(behind: int) -> None:
+    """The forecast of a run with even steps is exact, whether the host knows of the step under way or not."""
+    forecast = Forecast(Moment(0, 0.0))
+    for step in range(1, 6):
+        # Behind the launch of a step, the reading that was taken at the launch of the step before it is taken up.
+        done = max(step - 2 - behind, 0)
+        forecast.learn(Moment(done, done * 0.5))
+    assert forecast.at(5) == Moment(5, 2.5)
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_names_the_group(ready: Experiment) -> None:

@@ -52,7 +52,7 @@ def load_artifact_once(path: Path, world: World) -> GPT:
     """
     model = load_artifact(path, world.device) if world.rank == 0 else None
     # The others wait here until rank 0 has found the file good. Only then do they read its header, without checks.
-    world.gather(torch.zeros(1, device=world.device))
+    world.gather(torch.zeros(1, device=world.device)).read()
     if model is None:
         model = GPT(read_header(path.read_bytes()).model).to_device(world.device).eval()
     for weight in model.state_dict().values():

@@ -43,6 +43,29 @@ class Pending:
         return self.result
 
 
+class Reading:
+    """Numbers on their way from the device to the host, which may do something else until they are there."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.host, self.copied = numbers, None
+        if numbers.device.type == "cuda":
+            # The copy runs beside the host only into memory that the system does not move.
+            self.host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self.host.copy_(numbers, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def arrived(self) -> bool:
+        """Whether they are there. The host does not wait."""
+        return self.copied is None or self.copied.query()
+
+    def read(self) -> list[list[float]]:
+        """The numbers, for which the host waits."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.host.tolist()
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those of the job. A context manager: leaving it shuts the process group down in order."""
@@ -56,13 +79,13 @@ class World:
         """The dtype of activations and of Muon's orthogonalisation: bfloat16 on CUDA, float32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
-    def gather(self, values: Tensor) -> list[list[float]]:
-        """Every rank's `values` (n,), in the order of ranks, as numbers on the host.
+    def gather(self, values: Tensor) -> Reading:
+        """Every rank's `values` (n,), in the order of ranks, on their way to the host.
 
-        The host waits for the device here, so a training step calls this once: the mean of a figure over ranks, a
-        figure of rank 0 for all, and a flag that any rank may raise all travel in the same `values`.
+        A training step calls this once: the mean of a figure over ranks, a figure of rank 0 for all, and a flag that
+        any rank may raise all travel in the same `values`.
         """
-        return self.stack(values[None]).wait().tolist()
+        return Reading(self.stack(values[None]).wait())
 
     def sum(self, tensor: Tensor) -> Pending:
         """Start to replace `tensor` by its sum over the ranks, in place."""

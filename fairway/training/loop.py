@@ -1,8 +1,8 @@
 """The training loop: it takes a network, micro-batches and settings, and returns weights and figures.
 
-The order of a step is that of the records (training.md 2.16): validate if it is time to, read the schedules, sum the
-gradients of the micro-batches, update the weights, take them into the averages. All ranks decide by rank 0's clock, so
-that they use the same learning rate, switch depth recurrence on together and stop at the same step.
+Validation comes before the step that it is due at, as in the records (training.md 2.16); step.py says what a step does.
+All ranks decide by rank 0's clock, so that they use the same learning rate, switch depth recurrence on together and
+stop at the same step.
 """
 
 import math
@@ -16,14 +16,13 @@ from torch import Tensor
 
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
-from fairway.runtime.errors import UserError
 from fairway.runtime.progress import Figures
 from fairway.runtime.resume import ResumePoints
 from fairway.tokens.loader import Batch, Prefetcher, Segmenter
 from fairway.tokens.validation import Validation
-from fairway.training.qat import rounding_begins
 from fairway.training.run import Forward, Run
-from fairway.training.schedule import Clock, Moment, TrainSettings, loop_is_on, lr_multiplier, muon_momentum
+from fairway.training.schedule import Clock, TrainSettings, loop_is_on
+from fairway.training.step import Underway, accumulate, launch, settle
 
 # Called with the number of steps done and with figures, either of the last step or of a validation behind it.
 Callback = Callable[[int, Figures], None]
@@ -65,7 +64,7 @@ def train(
 
     If `points` holds a resume point of this run, training goes on from there; a new one is saved every checkpoint_every
     steps. `tick` is called after every step, `log` with the figures of steps that are logged or validated, both on
-    every rank. Raises UserError after the first step whose loss or gradient is not finite.
+    every rank. Raises UserError once the figures of a step are known whose loss or gradient is not finite.
     """
     run = Run.begin(model, loader, settings, world)
     compile_s = _warm_up(run) if settings.compile else 0.0
@@ -74,36 +73,46 @@ def train(
         for step, figures in run.history:
             log(step, figures)
 
-    def note(figures: Figures) -> None:
-        run.history.append((run.now.step, figures))
-        log(run.now.step, figures)
+    def note(step: int, figures: Figures) -> None:
+        run.history.append((step, figures))
+        log(step, figures)
+
+    def told(underway: Underway) -> Figures:
+        figures = settle(run, underway)
+        tick(underway.step, figures)
+        if underway.step <= FIRST_STEPS or underway.step % settings.log_every == 0:
+            note(underway.step, figures)
+        return figures
 
     # The clock starts here. It counts loading, micro-batches, optimizer, averages, logs and resume points; it stands
     # still during validation. Compiling and warming up came before and are not counted.
     clock = Clock(world, run.now.clock_s)
     clock.start()
+    underway: Underway | None = None
     while True:
         stopped_by = run.budget.spent(run.now)
-        if stopped_by or run.now.step % settings.val_every == 0:
+        if stopped_by or run.step % settings.val_every == 0:
+            if underway:
+                figures, underway = told(underway), None
             with clock.paused():
-                # The device has done all its work by now, while `run.now` was read before the last step's was done.
+                # The device has done all its work by now, while the step's figures tell an earlier time.
                 clock_s = clock.read()
                 val_loss, val_bpb = _validate(run, validation)
-                note({"val_loss": val_loss, "val_bpb": val_bpb})
+                note(run.step, {"val_loss": val_loss, "val_bpb": val_bpb})
         if stopped_by:
             break
-        figures = _step(run, clock)
-        tick(run.now.step, figures)
-        if run.now.step <= FIRST_STEPS or run.now.step % settings.log_every == 0:
-            note(figures)
-        if points and run.now.step % settings.checkpoint_every == 0 and not run.budget.spent(run.now):
+        before, underway = underway, launch(run, clock, underway)
+        if before:
+            figures = told(before)
+        if points and run.step % settings.checkpoint_every == 0 and not run.budget.spent(run.now):
+            figures, underway = told(underway), None
             tensors = run.named_tensors()
             if world.rank == 0:
-                points.save(run.now.step, tensors, run.bookmark())
+                points.save(run.step, tensors, run.bookmark())
 
     weights = run.weights()
     bpb = {"last": val_bpb} | _averages_bpb(run, weights, validation)
-    return Trained(weights, bpb, val_loss, figures["train_loss"], run.now.step, clock_s, compile_s, stopped_by)
+    return Trained(weights, bpb, val_loss, figures["train_loss"], run.step, clock_s, compile_s, stopped_by)
 
 
 def _averages_bpb(run: Run, weights: dict[str, dict[str, Tensor]], validation: Validation) -> dict[str, float]:
@@ -114,76 +123,6 @@ def _averages_bpb(run: Run, weights: dict[str, dict[str, Tensor]], validation: V
         bpb[kind] = _validate(run, validation)[1]
     run.load_weights(weights["last"])
     return bpb
-
-
-def _step(run: Run, clock: Clock) -> Figures:
-    """Take one optimizer step and return its figures. The host waits for the device once, at the end."""
-    settings, step = run.settings, run.now.step
-    lr_scale = lr_multiplier(settings.schedule, run.budget, run.now)
-    momentum = muon_momentum(settings.muon, step)
-    looped = loop_is_on(settings.schedule, run.budget, run.now)
-    forward = run.forwards.plain
-    if settings.qat:
-        if run.rounded_from is None and rounding_begins(settings.qat, step, lr_scale):
-            run.rounded_from = step
-        if run.rounded_from is not None:
-            forward = run.forwards.rounded_at(step - run.rounded_from)
-    loss = _accumulate(run, forward, looped)
-    step_norm = run.optimizer.step(lr_scale=lr_scale, momentum=momentum)
-    run.average(lr_scale)
-    clock_s, figures = _shared(run, clock, loss, step_norm)
-    run.now = Moment(step + 1, clock_s)
-    return figures | {
-        "lr_scale": lr_scale,
-        "momentum": momentum,
-        "clock_s": clock_s,
-        "step_ms": 1000 * clock_s / run.now.step,
-    }
-
-
-def _shared(run: Run, clock: Clock, loss: Tensor, step_norm: Tensor | None) -> tuple[float, Figures]:
-    """Rank 0's clock, and the loss and gradient norms over all ranks: the same on every rank, from one exchange.
-
-    micro_grad_norm is the mean of the micro-batches' gradient norms, grad_norm the norm of the step's gradient, where
-    the step had to know it (clip: step). Raises UserError, on every rank, if a loss or a norm of any is not finite.
-    """
-    gradients = run.optimizer.gradients
-    whole = torch.stack([gradients.norm] if step_norm is None else [gradients.norm, step_norm])
-    norms = torch.cat([gradients.norms, whole]).double()
-    rows = run.world.gather(torch.cat([torch.full_like(norms[:1], clock.read()), loss.double()[None], norms]))
-    clocks, losses, *columns = zip(*rows, strict=True)
-    groups = len(gradients.groups)
-    # Every rank has the mean loss of its own micro-batches, but only a share of the norms' means over all of them.
-    train_loss, shares = math.fsum(losses) / run.world.size, [math.fsum(column) for column in columns[: groups + 1]]
-    _demand_finite(run, train_loss, shares[:groups])
-    figures = {"train_loss": train_loss, "micro_grad_norm": shares[groups]}
-    # Every rank has computed the whole of the step's norm.
-    return clocks[0], figures if step_norm is None else figures | {"grad_norm": columns[-1][0]}
-
-
-def _accumulate(run: Run, forward: Forward, looped: bool) -> Tensor:
-    """Sum the gradients of this rank's micro-batches of a step; return their mean loss (0-d, on the device)."""
-    gradients = run.optimizer.gradients
-    gradients.clear()
-    losses = []
-    for _ in range(gradients.micro_batches // run.world.size):
-        inputs, targets, segments = run.loader.next_batch()
-        loss = forward(inputs, targets, segments=segments, looped=looped)
-        loss.backward()
-        run.optimizer.add_gradients()
-        losses.append(loss.detach())
-    return torch.stack(losses).mean()
-
-
-def _demand_finite(run: Run, loss: float, group_norms: list[float]) -> None:
-    """Raise UserError if the loss or a group's gradient norm is NaN or infinite."""
-    norms = zip(run.optimizer.gradients.groups, group_norms, strict=True)
-    groups = [name for name, norm in norms if not math.isfinite(norm)]
-    if groups or not math.isfinite(loss):
-        raise UserError(
-            f"params.yaml: train: loss {loss} at step {run.now.step + 1}, gradient not finite in: "
-            f"{', '.join(groups) or 'no group'}; lower train.muon.lr (matrix) or train.adamw's rates (table, scalar)"
-        )
 
 
 def _validate(run: Run, validation: Validation) -> tuple[float, float]:
@@ -245,7 +184,7 @@ def _warm_up(run: Run) -> float:
     forwards = [run.forwards.plain] + ([run.forwards.rounded_at(0)] if run.settings.qat else [])
     for forward, looped in product(forwards, depths):
         for _ in range(run.settings.warmup_steps):
-            _accumulate(run, forward, looped)
+            accumulate(run, forward, looped)
             run.optimizer.step(lr_scale=1.0, momentum=run.settings.muon.momentum_start)
     run.load_weights(before)
     run.optimizer.reset()

@@ -21,7 +21,7 @@ from fairway.tokens.loader import Prefetcher
 from fairway.training.averages import Ema, Swa
 from fairway.training.optimizer import Optimizer, under
 from fairway.training.qat import Rounded
-from fairway.training.schedule import Budget, Moment, TrainSettings, run_budget
+from fairway.training.schedule import Budget, Forecast, Moment, TrainSettings, run_budget
 
 # forward(inputs_BT, targets_BT, *, segments, looped) is the mean loss of a micro-batch (0-d), as GPT.forward is.
 Forward = Callable[..., Tensor]
@@ -58,15 +58,12 @@ def compiled_forward(forward: Forward, backend: Any = "inductor") -> Forward:
     return call
 
 
-START = Moment(0, 0.0)
-
-
 @dataclass
 class Run:
     """A training run. Its settings, budget and world stay the same; all its other parts change from step to step.
 
-    `emas` are by name ("ema_<decay>"), `now` says where the run stands, and `history` holds every logged step with its
-    figures.
+    `emas` are by name ("ema_<decay>"), `step` is the number of steps that the device was given, `forecast` says when it
+    has done them, and `history` holds every logged step with its figures.
     """
 
     settings: TrainSettings
@@ -78,7 +75,8 @@ class Run:
     emas: dict[str, Ema]
     swa: Swa
     loader: Prefetcher
-    now: Moment = START
+    step: int = 0
+    forecast: Forecast = field(default_factory=lambda: Forecast(Moment(0, 0.0)))
     # The index of the first step with rounded matrices, None before that step.
     rounded_from: int | None = None
     history: list[tuple[int, Figures]] = field(default_factory=list)
@@ -101,12 +99,17 @@ class Run:
             loader=loader,
         )
 
+    @property
+    def now(self) -> Moment:
+        """Where the run stands when the device has done all steps that it was given."""
+        return self.forecast.at(self.step)
+
     def average(self, lr_scale: float) -> None:
-        """Take the weights into the averages after a step, whose learning-rate multiplier was lr_scale."""
+        """Take the weights into the averages after step `self.step`, whose learning-rate multiplier was lr_scale."""
         for ema in self.emas.values():
             ema.update()
         swa = self.settings.swa
-        if lr_scale < swa.below_lr and (self.now.step + 1) % swa.every == 0:
+        if lr_scale < swa.below_lr and self.step % swa.every == 0:
             self.swa.collect()
 
     @torch.no_grad()
@@ -131,7 +134,7 @@ class Run:
     def bookmark(self) -> dict[str, Any]:
         """The rest of a resume point: what is no tensor, fit for JSON."""
         return {
-            "step": self.now.step,
+            "step": self.step,
             "clock_s": self.now.clock_s,
             "loader": self.loader.state_dict(),
             "swa": self.swa.count,
@@ -153,4 +156,5 @@ class Run:
         self.loader.load_state_dict(state["loader"])
         self.history = [(step, figures) for step, figures in state["history"]]
         self.rounded_from = state["rounded_from"]
-        self.now = Moment(state["step"], state["clock_s"])
+        self.step = state["step"]
+        self.forecast = Forecast(Moment(self.step, state["clock_s"]))

@@ -91,6 +91,29 @@ class Moment:
     clock_s: float
 
 
+@dataclass
+class Forecast:
+    """Where a run will stand, from readings of rank 0's clock that are a few steps old when they are known.
+
+    The host gives the device its next step before it knows the figures of the last one. To let the schedules wait for
+    the clock would let the device wait for the host.
+    """
+
+    known: Moment
+    # Seconds of a step, between the last two readings.
+    step_s: float = 0.0
+
+    def learn(self, known: Moment) -> None:
+        """Take up a reading: so many steps were done when the clock showed so many seconds."""
+        if known.step > self.known.step:
+            self.step_s = (known.clock_s - self.known.clock_s) / (known.step - self.known.step)
+        self.known = known
+
+    def at(self, step: int) -> Moment:
+        """Where the run stands when this many steps are done."""
+        return Moment(step, self.known.clock_s + (step - self.known.step) * self.step_s)
+
+
 @dataclass(frozen=True)
 class Budget:
     """How long a run may go on: this many steps, and this many seconds of its clock unless clock_s is None."""
