@@ -176,7 +176,8 @@ class RunningScore:
         if self.shows and self.progress is None:
             # Its count and its time begin behind the first batch, which is what was restored where an evaluation is
             # resumed: so that it judges its speed by what it does itself.
-            total, done = len(self.bytes_N), len(nats_M)
+            total = len(self.bytes_N)
+            done = min(len(nats_M) * self.processes, total)
             self.progress = Progress(self.name, total, unit="tokens", start=done, processes=self.processes)
         else:
             self._unshown += len(nats_M)

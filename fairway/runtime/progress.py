@@ -17,8 +17,8 @@ from tqdm import tqdm
 class Progress:
     """Counts `total` units of work, of which `start` are done at first, and shows the count. A context manager.
 
-    Where several `processes` share the work, `start` and every update say what this one does, which counts for each of
-    them: the others are about as far. Its share may be larger than theirs, so the count stops at the total.
+    Where several `processes` share the work, an update says what this one did, which counts for each of them: the
+    others are about as far. Its share may be larger than theirs, so the count stops at the total.
 
     On a terminal it is a tqdm bar. Elsewhere it prints one line every `every_s` seconds, and one at the end unless an
     exception ended the work.
@@ -28,12 +28,12 @@ class Progress:
         self, name: str, total: int, *, unit: str, start: int = 0, processes: int = 1, every_s: float = 10.0
     ) -> None:
         self.name, self.total, self.unit, self.processes, self.every_s = name, total, unit, processes, every_s
-        self.done = self._begun_at = min(start * processes, total)
+        self.done = self._begun_at = start
         self._started_at = self._shown_at = time.monotonic()
         self._figures = ""
         # A process whose output is switched off (sys.stdout is None) shows no bar either.
         shows_bar = sys.stdout and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=self.done, desc=name, unit=unit) if shows_bar else None
+        self._bar = tqdm(total=total, initial=start, desc=name, unit=unit) if shows_bar else None
 
     def update(self, n: int = 1, **figures: float) -> None:
         """Add `n` units of this process. Keyword arguments are figures to show behind the count, such as bpb=1.12."""
@@ -51,7 +51,7 @@ class Progress:
         self._shown_at = time.monotonic()
         elapsed_s = max(self._shown_at - self._started_at, 1e-9)
         rate = (self.done - self._begun_at) / elapsed_s
-        left = f", {(self.total - self.done) / rate:.0f} s left" if 0 < self.done < self.total and rate else ""
+        left = f", {(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else ""
         print(f"{self.name}: {self.done}/{self.total} {self.unit}, {elapsed_s:.0f} s{left}{self._figures}", flush=True)
 
     def __enter__(self) -> "Progress":
