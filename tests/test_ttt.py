@@ -24,10 +24,14 @@ from streams import (
     shallow_network,
     sliding,
 )
+from test_model import RECORDS
 
+from fairway.evaluation.cuda_graph import as_cuda_graph
 from fairway.evaluation.slot_offsets import SlotFitSettings
 from fairway.evaluation.ttt import TttEvaluator, TttPass, TttSettings, cosine, flat_gradients
+from fairway.model.embedding import BOS
 from fairway.runtime.distributed import alone
+from fairway.tokens.data_orders import document_bounds
 
 SETTINGS: dict[str, Any] = {"stride": 4, "batch_windows": 3, "chunk_tokens": 32, "epochs": 2, "lr": 0.05}
 SETTINGS |= {"momentum": 0.9, "grad_clip": 1.0, "batch_rows": 32, "freeze_blocks": 0}
@@ -109,7 +113,7 @@ def test_every_target_is_scored_by_a_normalised_distribution(seed: int, targets:
 def test_recorded_gradients_are_those_of_the_network() -> None:
     """Of lanes of two rows and of one, and of weights that have moved."""
     device, tokens, moved = torch.device("cuda"), random_stream(5, 12 * 16).cuda(), []
-    start = dict(lively_network().named_parameters())
+    start = {name: p.detach() for name, p in lively_network().named_parameters()}
     for recorded in (True, False):
         evaluation = _evaluator(chunk_tokens=11 * 16).begin(lively_network().to_device(device), tokens, alone(device))
         assert isinstance(evaluation, TttPass)
@@ -119,6 +123,35 @@ def test_recorded_gradients_are_those_of_the_network() -> None:
             evaluation.learn(0)
         moved.append(torch.cat([(p.detach().cpu() - start[name]).flatten() for name, p in evaluation.free.items()]))
     assert float((moved[0] - moved[1]).norm() / moved[1].norm()) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:cutlass.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Argument .* cannot be converted to a JitArgument")
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("record", RECORDS)
+def test_gradients_within_documents_are_on_a_gpu_what_they_are_on_a_cpu(record: str, recorded: bool) -> None:
+    """Parameter by parameter, of other rows than those that were recorded. Small gradients have the largest errors."""
+    device, (first, rows) = torch.device("cuda"), (random_stream(seed, 16) for seed in (7, 8))
+    first[[0, 9]] = rows[[0, 5, 6]] = BOS
+    found = []
+    for place in (torch.device("cpu"), device):
+        network = shallow_network(record).to_device(place)
+        named = dict(network.named_parameters())
+        gradients = flat_gradients(network, list(named.values()))
+        if recorded:
+            gradients = as_cuda_graph(gradients, place)
+        for tokens in (first, rows):
+            segments = torch.from_numpy(document_bounds(tokens[:-1].numpy(), cut=16, bucket=64))
+            flat = gradients(torch.stack([tokens[:-1], tokens[1:]])[:, None].to(place), segments.to(place))
+        found.append(flat.cpu().float().split([p.numel() for p in named.values()]))
+    floor = 0.02 * float(torch.cat(found[0]).norm())
+    errors = {
+        name: float((on_gpu - on_cpu).norm()) / max(float(on_cpu.norm()), floor)
+        for name, on_cpu, on_gpu in zip(named, *found, strict=True)
+    }
+    assert max(errors.values()) < 0.15, sorted(errors.items(), key=lambda item: -item[1])[:6]
 
 
 def test_nothing_of_a_pass_outlives_it() -> None:

@@ -1,4 +1,4 @@
-"""What a program never asks for: methods that nothing names, arguments that nobody gives, branches never taken.
+"""What a program never asks for: methods that nothing it runs names, arguments that nobody gives, branches never taken.
 
 The sweep (sweep.py) keeps or drops whole statements at module level. This drops parts of them, such as the resume
 points of a loop that the program never hands any. What it drops makes more of the program unreached, so both take turns
@@ -23,9 +23,9 @@ READERS = {"getattr", "hasattr"}
 def drop_unasked(tree: ast.Module, call: ast.Call) -> bool:
     """Drop from the text of a program, which `call` starts, what it never asks for; whether there was anything.
 
-    Methods go if no attribute, no string and no f-string of a getattr can be their name. Only classes are looked at
-    whose bases are the program's own or call no methods; an object that is handed to a package from outside has to be
-    of another class, or the program has to name the methods that the package calls.
+    Methods go if no attribute, no string and no f-string of a getattr in what stays can be their name. Only classes are
+    looked at whose bases are the program's own or call no methods; an object that is handed to a package from outside
+    has to be of another class, or the program has to name the methods that the package calls.
     """
     dropped = _drop_methods(tree, call)
     dropped |= _drop_arguments(tree, call)
@@ -35,18 +35,27 @@ def drop_unasked(tree: ast.Module, call: ast.Call) -> bool:
 
 
 def _drop_methods(tree: ast.Module, call: ast.Call) -> bool:
-    names = "|".join({re.escape(name) for part in (tree, call) for name in attributes_read(part)} | set(_made(tree)))
-    asked, quiet, dropped = re.compile(names), Quiet(tree), False
-    for node in quiet.classes.values():
-        if _is_own(node, quiet):
-            kept = [part for part in node.body if not _is_method(part, quiet) or asked.fullmatch(part.name)]
-            dropped |= len(kept) < len(node.body)
-            node.body = kept or [ast.Pass()]
-    return dropped
+    """Begin with what stands outside of methods, and go on with those that it names, then with those that they name."""
+    quiet = Quiet(tree)
+    whole = {node: node.body for node in quiet.classes.values() if _is_own(node, quiet)}
+    waiting = [part for body in whole.values() for part in body if _is_method(part, quiet)]
+    for node, body in whole.items():
+        node.body = [part for part in body if part not in waiting]
+    names: set[str] = set()
+    new: list[ast.AST] = [tree, call]
+    while new:
+        for part in new:
+            names |= {re.escape(name) for name in attributes_read(part)} | set(_made(part))
+        asked = re.compile("|".join(names))
+        new = [method for method in waiting if asked.fullmatch(method.name)]
+        waiting = [method for method in waiting if method not in new]
+    for node, body in whole.items():
+        node.body = [part for part in body if part not in waiting] or [ast.Pass()]
+    return bool(waiting)
 
 
-def _made(tree: ast.Module) -> Iterator[str]:
-    """Patterns of the attribute names that the program puts together itself where it reads them."""
+def _made(tree: ast.AST) -> Iterator[str]:
+    """Patterns of the attribute names that a part of the program puts together itself where it reads them."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in READERS:
             made = node.args[1]
