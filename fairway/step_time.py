@@ -28,29 +28,28 @@ MEASURED_MS = {"r1150": 507, "r1172": 515, "r1488": 522, "r1958": 588}
 SLOW = 1.25
 
 
-def step_verdict(record: str, *, steps: int = 5) -> str:
-    """One line on how long a step of records/<record>.yaml takes on the first GPU, beside what was measured."""
+def step_verdict(record: str, gpu: int = 0, *, steps: int = 5) -> str:
+    """One line on how long a step of records/<record>.yaml takes on the current GPU, beside what was measured."""
     params = load_params(f"records/{record}.yaml")
     try:
-        step = Step(params.model, params.train, alone(torch.device("cuda", 0)), looped=False)
+        step = Step(params.model, params.train, alone(torch.device("cuda", gpu)), looped=False)
         step()
         found_ms = statistics.median(1000 * timed(step) for _ in range(steps))
     # Whatever goes wrong here would go wrong in training, and is what a user has to know; nothing is lost by it.
     except Exception as error:
-        return f"✗ a training step of {record} fails here: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return judged(record, found_ms)
+        said = str(error).partition("\n")[0]
+        return f"✗ a training step of {record} fails on GPU {gpu}: {type(error).__name__}: {said}"
+    return judged(record, gpu, found_ms)
 
 
-def judged(record: str, found_ms: float) -> str:
-    """The line for a step of so many milliseconds."""
+def judged(record: str, gpu: int, found_ms: float) -> str:
+    """The line for a step of so many milliseconds on the GPU of this number."""
     ratio = found_ms / MEASURED_MS[record]
     line = (
-        f"one training step of {record} takes {found_ms:.0f} ms on the first GPU, {ratio:.2f} times as long as the "
+        f"one training step of {record} takes {found_ms:.0f} ms on GPU {gpu}, {ratio:.2f} times as long as the "
         f"{MEASURED_MS[record]} ms of an H200 (benchmarks/RESULTS.md)"
     )
-    slow = (
-        "expected flash-attn-4 on a GPU of this kind that nobody else uses: take another machine before it costs money"
-    )
+    slow = "expected flash-attn-4 on a cool GPU of this kind, used by nobody else; take another machine before it costs"
     return f"✗ {line}: {slow}" if ratio > SLOW else f"✓ {line}"
 
 

@@ -1,6 +1,7 @@
 """The verbs: one file per stage of the pipeline, started as `python -m stages.<name>` in the project's folder."""
 
 import os
+import warnings
 from pathlib import Path
 
 # This import sets how OpenMP's threads wait, which must happen before a stage imports PyTorch.
@@ -17,3 +18,6 @@ for _variable, _value in {
     "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": CACHE / "flash_attention",
 }.items():
     os.environ.setdefault(_variable, str(_value))
+
+# FlashAttention-4's compiler says for every kernel that it leaves an argument out, between the lines of the progress.
+warnings.filterwarnings("ignore", "Argument .* cannot be converted to a JitArgument", UserWarning)

@@ -2,13 +2,15 @@
 
 Reads:  params.yaml (the experiment in hand), records/*.yaml but published.yaml
 Prints: this machine's GPUs, memory and libraries, then ✓ or ✗ for each need and record, then what to do about each ✗.
-        A params file with a fault is one line among these and has no column. On a GPU, how long a training step takes
-        beside what was measured. At the end, what this machine can run. The exit status is 0 whatever is found.
+        A params file with a fault is one line among these and has no column. On GPUs, how long a training step takes
+        on each beside what was measured. At the end, what this machine can run. The exit status is 0 whatever is found.
 Method: fairway/preflight.py, which also checks params.yaml before fetch and train; fairway/machine.py and step_time.py
 Usage:  make doctor, or python -m stages.doctor
 """
 
 from pathlib import Path
+
+import torch
 
 from fairway.machine import description, gpu_bytes
 from fairway.params import Params, load_params
@@ -33,15 +35,20 @@ def main() -> None:
 
 
 def speed(params: dict[str, Params]) -> list[str]:
-    """A line on the speed of the first GPU, if there is one that a record fits on: by the record of params.yaml.
+    """A line on the speed of each GPU, where a record fits on the first: by the record of params.yaml.
 
-    It takes half a minute, most of it compilation.
+    All are timed, one after the other, since one that is too hot has been met beside one that was not. The first takes
+    a minute or so, most of it compilation.
     """
     gpus = gpu_bytes()
     if not gpus or gpus[0] < GPU_MEMORY:
         return []
     chosen = params["params.yaml"].report.record if "params.yaml" in params else None
-    return [step_verdict(chosen if chosen in MEASURED_MS else TIMED)]
+    lines = []
+    for gpu in range(len(gpus)):
+        with torch.cuda.device(gpu):
+            lines.append(step_verdict(chosen if chosen in MEASURED_MS else TIMED, gpu))
+    return lines
 
 
 def read_params(files: dict[str, Path]) -> tuple[dict[str, Params], list[str]]:

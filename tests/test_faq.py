@@ -154,7 +154,7 @@ TOLD: dict[str, Callable[[Patch, Path], str]] = {
     "attention": attention,
     "hub": no_hub,
     "index": no_index,
-    "slow": lambda *_: judged("r1172", 1030),
+    "slow": lambda *_: judged("r1172", 2, 1030),
     "cap": lambda *_: f"error: artifacts/compress/42: {over_cap(TOO_LARGE)}",
     "unproven": lambda *_: _row(_score_row(Score("sliding", [1.5895], "unproven", []))),
     "seconds": lambda *_: unproven({"eval_s": 900.0}, None, 0),

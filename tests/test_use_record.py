@@ -134,14 +134,14 @@ def test_a_slow_machine_is_told_from_a_fast_one_by_the_benchmarks() -> None:
     column = 4
     measured = {row[0]: int(row[column].split("*")[0]) for row in rows if row[0] in MEASURED_MS}
     assert measured == MEASURED_MS
-    assert judged("r1172", 1.1 * MEASURED_MS["r1172"]).startswith("✓ one training step of r1172 takes 566 ms")
-    assert "take another machine" in judged("r1172", 1.01 * SLOW * MEASURED_MS["r1172"])
+    assert judged("r1172", 0, 1.1 * MEASURED_MS["r1172"]).startswith("✓ one training step of r1172 takes 566 ms")
+    assert "take another machine" in judged("r1172", 3, 1.01 * SLOW * MEASURED_MS["r1172"])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_is_timed_on_a_gpu() -> None:
-    assert re.match(r"[✓✗] one training step of r1172 takes \d+ ms on the first GPU", step_verdict("r1172", steps=1))
+    assert re.match(r"[✓✗] one training step of r1172 takes \d+ ms on GPU 0, ", step_verdict("r1172", steps=1))
 
 
 def test_a_step_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_a_step_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("no compiler\nfound")
 
     monkeypatch.setattr(step_time, "Step", broken)
-    assert step_verdict("r1172") == "✗ a training step of r1172 fails here: RuntimeError: no compiler"
+    assert step_verdict("r1172") == "✗ a training step of r1172 fails on GPU 0: RuntimeError: no compiler"
 
 
 def test_the_containers_name_files_and_targets_that_are_there() -> None:
