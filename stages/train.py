@@ -6,7 +6,7 @@ Writes: artifacts/train/<seed>: last.safetensors, ema_<decay>.safetensors, swa.s
 Method: Muon (kellerjordan.github.io/posts/muon) and AdamW (arXiv:1711.05101) on next-token cross-entropy
 Source: PR #1150, #1172, #1488, #1958. Ours: neither the order of the data nor the batch of a step depends on the number
         of processes, one clock decides for all of them, and a killed run goes on where it was.
-Usage:  python -m stages.train [--check] <seed>      (--check only looks at params and tokens, before torchrun starts)
+Usage:  python -m stages.train [--check] <seed>      (--check only looks at params and tokens)
 """
 
 import shutil

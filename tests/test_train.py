@@ -39,7 +39,7 @@ from fairway.training import loop
 from fairway.training.loop import Trained, train
 from fairway.training.optimizer import Optimizer
 from fairway.training.run import Run
-from fairway.training.schedule import Clock, Forecast, Moment
+from fairway.training.schedule import Clock, Moment, forecast
 from fairway.training.step import Underway, launch, settle
 from fairway.training.training_files import check_world, fingerprint, memory_named, train_stream
 
@@ -276,7 +276,8 @@ def test_the_clock_stops_training_and_decays_the_learning_rate(ready: Experiment
     params = change(ready, max_steps=100_000, max_wallclock_s=3.0, reserve_s=1.5)
     trained, ticks = run_loop(ready, params)
     assert trained.stopped_by == "wallclock"
-    assert 1.5 <= trained.clock_s < 3.0
+    # It stops where the clock will have come to by the steps so far, which one more step may miss.
+    assert 1.5 * (1 - 2 / trained.steps) <= trained.clock_s < 3.0
     assert ticks[-1]["lr_scale"] < 0.2
 
 
@@ -361,15 +362,10 @@ def test_a_step_is_given_to_the_device_before_the_figures_of_the_last_one_are_kn
     assert len(ticks) == 3
 
 
-@pytest.mark.parametrize("behind", [0, 1])
-def test_the_run_ends_with_its_clock_though_readings_are_late(behind: int) -> None:
-    """The forecast of a run with even steps is exact, whether the host knows of the step under way or not."""
-    forecast = Forecast(Moment(0, 0.0))
-    for step in range(1, 6):
-        # Behind the launch of a step, the reading that was taken at the launch of the step before it is taken up.
-        done = max(step - 2 - behind, 0)
-        forecast.learn(Moment(done, done * 0.5))
-    assert forecast.at(5) == Moment(5, 2.5)
+def test_where_a_run_will_stand_follows_from_the_steps_that_are_known_to_be_done() -> None:
+    assert forecast(Moment(0, 0.2), 2) == Moment(2, 0.2), "nothing is known of how long a step takes"
+    assert forecast(Moment(4, 2.0), 6) == Moment(6, 3.0)
+    assert forecast(Moment(4, 2.0), 4) == Moment(4, 2.0)
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_names_the_group(ready: Experiment) -> None:
@@ -412,6 +408,22 @@ def test_a_single_process_needs_no_launcher(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(os.getpid()), "False", "__main__", str(tmp_path / "shown.py"), "7"]
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, "trains 7\n"), (2, "checks 7\n")])
+def test_several_processes_are_only_started_if_one_finds_that_they_can_run(
+    processes: int, expected: str, tmp_path: Path
+) -> None:
+    """A single one finds out itself. What checks here says that nothing can run."""
+    (tmp_path / "shown.py").write_text(
+        "import sys\nchecks = sys.argv[1] == '--check'\n"
+        "print('checks' if checks else 'trains', sys.argv[-1])\nsys.exit(3 if checks else 0)\n"
+    )
+    arguments = ["--check", "--standalone", f"--nproc-per-node={processes}", "-m", "shown", "7"]
+    command = [sys.executable, "-m", "fairway.runtime.launch", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == (expected, 0 if processes == 1 else 3), done.stderr
 
 
 def test_training_works_in_a_git_repository_without_a_commit(ready: Experiment) -> None:

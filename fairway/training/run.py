@@ -21,7 +21,7 @@ from fairway.tokens.loader import Prefetcher
 from fairway.training.averages import Ema, Swa
 from fairway.training.optimizer import Optimizer, under
 from fairway.training.qat import Rounded
-from fairway.training.schedule import Budget, Forecast, Moment, TrainSettings, run_budget
+from fairway.training.schedule import Budget, Moment, TrainSettings, forecast, run_budget
 
 # forward(inputs_BT, targets_BT, *, segments, looped) is the mean loss of a micro-batch (0-d), as GPT.forward is.
 Forward = Callable[..., Tensor]
@@ -58,12 +58,15 @@ def compiled_forward(forward: Forward, backend: Any = "inductor") -> Forward:
     return call
 
 
+START = Moment(0, 0.0)
+
+
 @dataclass
 class Run:
     """A training run. Its settings, budget and world stay the same; all its other parts change from step to step.
 
-    `emas` are by name ("ema_<decay>"), `step` is the number of steps that the device was given, `forecast` says when it
-    has done them, and `history` holds every logged step with its figures.
+    `emas` are by name ("ema_<decay>"), `step` is the number of steps that the device was given, `known` an earlier
+    moment by a reading of rank 0's clock, and `history` holds every logged step with its figures.
     """
 
     settings: TrainSettings
@@ -76,7 +79,7 @@ class Run:
     swa: Swa
     loader: Prefetcher
     step: int = 0
-    forecast: Forecast = field(default_factory=lambda: Forecast(Moment(0, 0.0)))
+    known: Moment = START
     # The index of the first step with rounded matrices, None before that step.
     rounded_from: int | None = None
     history: list[tuple[int, Figures]] = field(default_factory=list)
@@ -102,7 +105,7 @@ class Run:
     @property
     def now(self) -> Moment:
         """Where the run stands when the device has done all steps that it was given."""
-        return self.forecast.at(self.step)
+        return forecast(self.known, self.step)
 
     def average(self, lr_scale: float) -> None:
         """Take the weights into the averages after step `self.step`, whose learning-rate multiplier was lr_scale."""
@@ -157,4 +160,4 @@ class Run:
         self.history = [(step, figures) for step, figures in state["history"]]
         self.rounded_from = state["rounded_from"]
         self.step = state["step"]
-        self.forecast = Forecast(Moment(self.step, state["clock_s"]))
+        self.known = Moment(self.step, state["clock_s"])

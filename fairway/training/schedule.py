@@ -91,29 +91,6 @@ class Moment:
     clock_s: float
 
 
-@dataclass
-class Forecast:
-    """Where a run will stand, from readings of rank 0's clock that are a few steps old when they are known.
-
-    The host gives the device its next step before it knows the figures of the last one. To let the schedules wait for
-    the clock would let the device wait for the host.
-    """
-
-    known: Moment
-    # Seconds of a step, between the last two readings.
-    step_s: float = 0.0
-
-    def learn(self, known: Moment) -> None:
-        """Take up a reading: so many steps were done when the clock showed so many seconds."""
-        if known.step > self.known.step:
-            self.step_s = (known.clock_s - self.known.clock_s) / (known.step - self.known.step)
-        self.known = known
-
-    def at(self, step: int) -> Moment:
-        """Where the run stands when this many steps are done."""
-        return Moment(step, self.known.clock_s + (step - self.known.step) * self.step_s)
-
-
 @dataclass(frozen=True)
 class Budget:
     """How long a run may go on: this many steps, and this many seconds of its clock unless clock_s is None."""
@@ -139,6 +116,15 @@ class Budget:
         if now.step >= self.steps:
             return "steps"
         return "wallclock" if self.clock_s is not None and now.clock_s >= self.clock_s else None
+
+
+def forecast(known: Moment, step: int) -> Moment:
+    """Where a run will stand when so many steps are done, if they take as long as those done at a known moment.
+
+    The host gives the device its next steps before it knows when the last ones were done. If the schedules waited for
+    the clock, the device would wait for the host.
+    """
+    return Moment(step, known.clock_s * step / known.step if known.step else known.clock_s)
 
 
 def run_budget(train: TrainSettings) -> Budget:

@@ -16,7 +16,7 @@ from fairway.runtime.errors import UserError
 from fairway.runtime.progress import Figures
 from fairway.training.qat import rounding_begins
 from fairway.training.run import Forward, Run
-from fairway.training.schedule import Clock, Moment, loop_is_on, lr_multiplier, muon_momentum
+from fairway.training.schedule import Clock, Moment, forecast, loop_is_on, lr_multiplier, muon_momentum
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ def settle(run: Run, underway: Underway) -> Figures:
     norm of any is not finite.
     """
     rows = underway.reading.read()
-    run.forecast.learn(Moment(int(rows[0][1]), rows[0][0]))
+    run.known = Moment(int(rows[0][1]), rows[0][0])
     _, _, losses, *columns = zip(*rows, strict=True)
     groups = len(run.optimizer.gradients.groups)
     # Every rank has the mean loss of its own micro-batches, but only a share of the norms' means over all of them.
     train_loss, shares = math.fsum(losses) / run.world.size, [math.fsum(column) for column in columns[: groups + 1]]
     _demand_finite(run, underway.step, train_loss, shares[:groups])
-    clock_s = run.forecast.at(underway.step).clock_s
+    clock_s = forecast(run.known, underway.step).clock_s
     figures = {"train_loss": train_loss, "micro_grad_norm": shares[groups]}
     if underway.has_norm:
         # Every rank has computed the whole of the step's norm.
