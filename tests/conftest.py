@@ -224,10 +224,11 @@ def commit(folder: Path, message: str) -> None:
     git(folder, "commit", "-qm", message)
 
 
-def git(folder: Path, *arguments: str) -> None:
-    """Run git as somebody."""
+def git(folder: Path, *arguments: str) -> str:
+    """Run git as somebody; what it prints."""
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+    command = ["git", *identity, *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture(scope="session")

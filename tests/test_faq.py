@@ -167,3 +167,22 @@ TOLD: dict[str, Callable[[Patch, Path], str]] = {
 @pytest.mark.parametrize(("name", "shown"), [*zip(TOLD, SHOWN, strict=True)], ids=TOLD)
 def test_a_line_of_the_page_is_what_the_code_says(name: str, shown: str, monkeypatch: Patch, tmp_path: Path) -> None:
     assert TOLD[name](monkeypatch, tmp_path) == shown
+
+
+def test_what_a_run_changed_is_undone_as_the_page_says(tmp_path: Path) -> None:
+    """Also dvc.lock, which DVC adds to the index (core.autostage), so that the index is no place to take it from."""
+    assert "autostage = true" in (REPOSITORY / ".dvc/config").read_text()
+    [shown] = re.findall(r"^```console\n(.*?)^```", PAGES["faq"], flags=re.MULTILINE | re.DOTALL)
+    [undo] = re.findall(r"`git (checkout [^`]*)`", PAGES["faq"])
+    lock, summary = tmp_path / "dvc.lock", tmp_path / "results/summary.json"
+    summary.parent.mkdir()
+    for text in ("before", "after"):
+        lock.write_text(text)
+        summary.write_text(text)
+        if text == "before":
+            git(tmp_path, "init", "-q")
+            commit(tmp_path, "before")
+    git(tmp_path, "add", "dvc.lock")
+    assert git(tmp_path, "status", "--short") == shown
+    git(tmp_path, *undo.split())
+    assert git(tmp_path, "status", "--short") == ""
