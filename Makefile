@@ -11,16 +11,18 @@
 .PHONY: repro record compare test test-long test-gpu test-browser lint doctor dag pack unpack sample clean
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# The text of a variable as one word of the shell: neither $5 nor an apostrophe in it means anything.
+as_given = '$(subst ','\'',$(value $(1)))'
 
 repro: .venv/installed
 	@git rev-parse --git-dir > /dev/null 2>&1 || grep -qs no_scm .dvc/config .dvc/config.local || { \
 	  echo 'error: not a git repository: do `git init`, or `dvc config --local core.no_scm true` without git' >&2; exit 1; }
-	$(if $(DATA),python -m stages.use_data '$(DATA)')
-	$(if $(DATA),dvc repro --force --single-item fetch)
+	$(if $(value DATA),python -m stages.use_data $(call as_given,DATA))
+	$(if $(value DATA),dvc repro --force --single-item fetch)
 	dvc repro
 
 record: .venv/installed
-	python -m stages.use_record '$(RECORD)' '$(GPUS)'
+	python -m stages.use_record $(call as_given,RECORD) $(call as_given,GPUS)
 	dvc repro
 
 compare: .venv/installed
@@ -47,10 +49,10 @@ doctor: .venv/installed
 	python -m stages.doctor
 
 pack unpack: .venv/installed
-	python -m fairway.zip $@ '$(FILE)' $(if $(OUT),'$(OUT)')
+	python -m fairway.zip $@ $(call as_given,FILE) $(if $(value OUT),$(call as_given,OUT))
 
 sample: .venv/installed
-	python -m fairway.sample '$(PROMPT)'
+	python -m fairway.sample $(call as_given,PROMPT)
 
 dag: .venv/installed
 	@dvc dag --mermaid --collapse-foreach-matrix

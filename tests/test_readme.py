@@ -124,6 +124,15 @@ def test_a_target_of_make_does_what_it_says(command: str) -> None:
     assert planned.splitlines()[-1].rstrip() == MAKE[command]
 
 
+@pytest.mark.program("make")
+@pytest.mark.parametrize(("target", "name"), [("repro", "DATA"), ("pack", "FILE"), ("sample", "PROMPT")])
+def test_what_make_is_given_reaches_the_program_as_it_is(target: str, name: str) -> None:
+    """Prompts and names of files hold apostrophes, and signs that make and the shell would read as theirs."""
+    given = "It's $5, \"$HOME\" # 'no' `ls`"
+    planned = shell(REPOSITORY, f"make --dry-run --no-print-directory {target} {shlex.quote(f'{name}={given}')}")
+    assert [*shlex.split(next(line for line in planned.splitlines() if line.startswith("python")))][-1] == given
+
+
 @pytest.mark.program("make", "grep")
 def test_a_folder_without_git_is_told_what_it_needs(tmp_path: Path) -> None:
     """Before DVC, which only says that there is no repository, and not where the setting belongs."""
