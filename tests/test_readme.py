@@ -130,7 +130,7 @@ def test_what_make_is_given_reaches_the_program_as_it_is(target: str, name: str)
     """Prompts and names of files hold apostrophes, and signs that make and the shell would read as theirs."""
     given = "It's $5, \"$HOME\" # 'no' `ls`"
     planned = shell(REPOSITORY, f"make --dry-run --no-print-directory {target} {shlex.quote(f'{name}={given}')}")
-    assert [*shlex.split(next(line for line in planned.splitlines() if line.startswith("python")))][-1] == given
+    assert shlex.split(next(line for line in planned.splitlines() if line.startswith("python -m ")))[-1] == given
 
 
 @pytest.mark.program("make", "grep")
