@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -93,6 +94,20 @@ def test_a_full_disk_is_told_in_one_line(write: str, message: str, tmp_path: Pat
     assert re.fullmatch(message + "\n", done.stderr), done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.bin"]
     assert (tmp_path / "out/x.bin").read_text() == "old"
+
+
+# More than a pipe holds.
+CHATTER = """
+from fairway.runtime.errors import run_stage
+run_stage(lambda: [print("word", flush=True) for _ in range(100_000)])
+"""
+
+
+def test_output_that_is_not_read_to_its_end_leaves_no_traceback() -> None:
+    """As in `make doctor | head`."""
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(CHATTER)} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("word\n", "error: the reader of the output has left\n")
 
 
 def test_an_error_about_a_file_in_the_making_names_it_where_it_was_to_be(tmp_path: Path) -> None:

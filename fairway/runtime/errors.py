@@ -26,13 +26,17 @@ class UserError(Exception):
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's main. On a UserError, print its message on stderr and exit with status 1.
 
-    An interrupt from the keyboard and a full disk end the same way. Any other exception passes through, with its
-    traceback.
+    An interrupt from the keyboard, a full disk and output that nobody reads end the same way. Any other exception
+    passes through, with its traceback.
     """
     try:
         main()
     except UserError as error:
         _exit(str(error))
+    except BrokenPipeError:
+        # `head` has read enough, say. What is still to be written would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _exit("the reader of the output has left")
     except OSError as error:
         if error.errno not in FULL:
             raise
