@@ -89,6 +89,8 @@ def test_the_laptop_default_loads() -> None:
         ("fetch.path", [], "fetch.path: expected a path or a list of paths (found [])"),
         ("fetch.path", ["x.jsonl", "artifacts/a.txt"], "fetch.path: artifacts/a.txt lies in artifacts, which is"),
         ("fetch.path", ".", "fetch.path: . holds data/docs, which is the pipeline's own: name a folder in it"),
+        ("fetch.source", "files", "fetch.source: expected one of 'sdists', 'file', 'hub' (found 'files')"),
+        ("train.loader.kind", "random", "train.loader.kind: expected one of 'sequential', 'coprime', 'packed',"),
         ("fetch.column", "", "fetch.column: String should have at least 1 character"),
         ("fetch.shuffle_seed", 1.5, "fetch.shuffle_seed: Input should be a valid integer"),
         ("train.loader.bucket", 64, "train.loader.bucket: unknown key (found 64)"),

@@ -85,6 +85,8 @@ def _first_fault(error: ValidationError) -> str:
         "union_tag_not_found": "missing key",
     }.get(fault["type"], fault["msg"].removeprefix("Value error, "))
     found = fault.get("input")
+    if fault["type"] == "union_tag_invalid":
+        message, found = f"expected one of {fault['ctx']['expected_tags']}", fault["ctx"]["tag"]
     shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) or found is None else ""
     if fault["type"] in ("missing", "value_error"):
         shown = ""
@@ -98,7 +100,7 @@ def _key(fault: ErrorDetails) -> str:
     # Of a section that comes in kinds, pydantic names the kind behind the section: not a key of the file.
     kinds = {("fetch", 1), ("loader", 2)}
     parts = [str(part) for i, part in enumerate(place) if ((place[i - 1] if i else ""), i) not in kinds]
-    if fault["type"] == "union_tag_not_found":
-        # What is missing is the key that names the kind; pydantic puts it in quotes, and not in the path.
+    if fault["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        # What is missing or wrong is the key that names the kind; pydantic puts it in quotes, and not in the path.
         parts.append(fault["ctx"]["discriminator"].strip("'"))
     return ".".join(parts)
