@@ -1,4 +1,5 @@
-# make repro   the whole pipeline on params.yaml; with DATA=path on text of your own, which params.yaml then names
+# make repro   the whole pipeline on params.yaml; with DATA=path on text of your own, which params.yaml then names, and
+#              COLUMN=name if its key or column is not `text`
 # make record RECORD=r1172 GPUS=4   params.yaml from records/ for so many GPUs, and the whole pipeline on it
 # make compare experiments of dvc exp beside each other and beside published records; OF="a b" names two of them
 # make test    every fast test (CPU)
@@ -17,7 +18,7 @@ as_given = '$(subst ','\'',$(value $(1)))'
 repro: .venv/installed
 	@git rev-parse --git-dir > /dev/null 2>&1 || grep -qs no_scm .dvc/config .dvc/config.local || { \
 	  echo 'error: not a git repository: do `git init`, or `dvc config --local core.no_scm true` without git' >&2; exit 1; }
-	$(if $(value DATA),python -m stages.use_data $(call as_given,DATA))
+	$(if $(value DATA),python -m stages.use_data $(call as_given,DATA) $(if $(value COLUMN),$(call as_given,COLUMN)))
 	$(if $(value DATA),dvc repro --force --single-item fetch)
 	dvc repro
 

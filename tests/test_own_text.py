@@ -195,6 +195,18 @@ def test_the_path_on_the_command_line_leaves_what_was_chosen_before(experiment: 
     assert written == experiment.params | {"fetch": {"source": "file", "path": "märz # 1"} | chosen}
 
 
+def test_the_column_on_the_command_line_is_written_too(experiment: Experiment) -> None:
+    (experiment.folder / "own.jsonl").write_bytes(json_lines(["one"], key="body"))
+    assert "an object with the key `text`" in experiment.fails("use_data", "own.jsonl")
+    experiment.stage("use_data", "own.jsonl", "body")
+    written = yaml.safe_load((experiment.folder / "params.yaml").read_text(encoding="utf-8"))["fetch"]
+    assert (written["path"], written["column"]) == ("own.jsonl", "body")
+
+
+def test_a_path_on_the_command_line_that_will_not_do_is_told_with_its_key(experiment: Experiment) -> None:
+    assert "params.yaml: fetch.path: . holds data/docs, which is" in experiment.fails("use_data", ".")
+
+
 def test_a_folder_of_ones_own_becomes_tokens(experiment: Experiment) -> None:
     texts = list(read_texts(experiment.folder / "corpus.jsonl"))
     write_folder(experiment.folder / "own", texts)

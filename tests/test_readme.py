@@ -46,6 +46,7 @@ def commands() -> list[str]:
 MAKE = {
     "make repro": "dvc repro",
     "make repro DATA=texts": "dvc repro",
+    "make repro DATA=texts.parquet COLUMN=body": "dvc repro",
     "make record RECORD=r1172 GPUS=8": "dvc repro",
     "make record RECORD=lab-1gpu GPUS=1": "dvc repro",
     "make pack FILE=notes.md": "python -m fairway.zip pack 'notes.md'",
@@ -162,8 +163,8 @@ def own_text() -> str:
 
 @pytest.mark.program("make")
 def test_make_reads_text_of_ones_own_anew_each_time() -> None:
-    planned = shell(REPOSITORY, "make --dry-run --no-print-directory repro DATA='my texts'").splitlines()
-    steps = ["python -m stages.use_data 'my texts'", "dvc repro --force --single-item fetch", "dvc repro"]
+    planned = shell(REPOSITORY, "make --dry-run --no-print-directory repro DATA='my texts' COLUMN=body").splitlines()
+    steps = ["python -m stages.use_data 'my texts' 'body'", "dvc repro --force --single-item fetch", "dvc repro"]
     assert planned[-3:] == steps
 
 
