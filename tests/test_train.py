@@ -269,6 +269,8 @@ def test_training_learns_and_keeps_its_promises(ready: Experiment, clip: str) ->
     assert ticks[0]["train_loss"] == pytest.approx(np.log(320), abs=0.05)
     assert trained.train_loss < 0.8 * ticks[0]["train_loss"]
     assert ticks[0]["lr_scale"] == 1.0
+    assert "clock_s" not in ticks[0], "nobody knows yet how long a step takes"
+    assert all(figures["step_ms"] == 1000 * figures["clock_s"] / step > 1 for step, figures in enumerate(ticks[1:], 2))
     assert ticks[-1]["lr_scale"] == pytest.approx(1 / 20 / params.train.schedule.warmdown)
 
 

@@ -52,8 +52,9 @@ def settle(run: Run, underway: Underway) -> Figures:
     """The figures of a step, for which the host waits: the same on every rank, from one exchange.
 
     train_loss is the mean over ranks, micro_grad_norm the mean of the micro-batches' gradient norms, grad_norm the norm
-    of the step's gradient, where the step had to know it (clip: step). Raises UserError, on every rank, if a loss or a
-    norm of any is not finite.
+    of the step's gradient, where the step had to know it (clip: step). clock_s and step_ms are missing from the first
+    step, or two, of a run: readings are of the time before a step, so that nobody knows yet how long one takes. Raises
+    UserError, on every rank, if a loss or a norm of any is not finite.
     """
     rows = underway.reading.read()
     run.known = Moment(int(rows[0][1]), rows[0][0])
@@ -62,12 +63,14 @@ def settle(run: Run, underway: Underway) -> Figures:
     # Every rank has the mean loss of its own micro-batches, but only a share of the norms' means over all of them.
     train_loss, shares = math.fsum(losses) / run.world.size, [math.fsum(column) for column in columns[: groups + 1]]
     _demand_finite(run, underway.step, train_loss, shares[:groups])
-    clock_s = forecast(run.known, underway.step).clock_s
     figures = {"train_loss": train_loss, "micro_grad_norm": shares[groups]}
     if underway.has_norm:
         # Every rank has computed the whole of the step's norm.
         figures["grad_norm"] = columns[-1][0]
-    return figures | underway.schedules | {"clock_s": clock_s, "step_ms": 1000 * clock_s / underway.step}
+    if run.known.step:
+        clock_s = forecast(run.known, underway.step).clock_s
+        figures |= {"clock_s": clock_s, "step_ms": 1000 * clock_s / underway.step}
+    return figures | underway.schedules
 
 
 def accumulate(run: Run, forward: Forward, looped: bool) -> Tensor:
