@@ -109,6 +109,20 @@ def test_two_versions_may_be_named(compared: Experiment) -> None:
     assert "usage: python -m stages.compare [FIRST SECOND]; found: four" in compared.fails("compare", "four")
 
 
+def test_results_and_artifacts_of_different_runs_are_not_compared(compared: Experiment) -> None:
+    """As after `git checkout HEAD -- results dvc.lock` alone: the artifacts are still those of the experiment."""
+    summary = compared.folder / "results/summary.json"
+    of_experiment = summary.read_text()
+    summary.write_text(git_show(compared, "HEAD:results/summary.json"))
+    try:
+        printed = compared.stage("compare").stdout
+    finally:
+        summary.write_text(of_experiment)
+    fault = "Not compared by document: workspace: artifacts/evaluate and results/ are of different runs; `dvc checkout`"
+    assert printed.count(fault) == 1
+    assert "The same scores" not in _page(compared)
+
+
 def test_a_clone_without_experiments_says_how_to_make_one_and_what_it_lacks(cloned: Experiment) -> None:
     printed = cloned.stage("compare", "master", "workspace").stdout
     assert "2 versions beside 8 published records" in printed

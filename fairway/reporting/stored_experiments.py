@@ -176,7 +176,7 @@ def pair(rows: list[Row], wanted: list[str]) -> Pair:
             return Pair(first, second, _compared(first, second), missing)
         except UserError as error:
             missing.append(f"Not compared by document: {error}.")
-    return Pair(None, None, [], missing)
+    return Pair(None, None, [], list(dict.fromkeys(missing)))
 
 
 def _compared(first: Row, second: Row) -> list[Apart]:
@@ -192,7 +192,7 @@ class _Side:
 
     def __init__(self, row: Row, folder: Path) -> None:
         self.version, self.folder = row.version, folder / "artifacts"
-        self.seeds = row.seeds
+        self.seeds, self.reported = row.seeds, row.scores
         self.into = folder
         for name in row.version.names("artifacts/tokens"):
             if not name.startswith("train_"):
@@ -202,9 +202,23 @@ class _Side:
         self.texts = Texts(self.folder / "tokens", self.meta)
 
     def scored(self, evaluator: str) -> tuple[Stream, np.ndarray]:
-        """The stream, and the bits (D,) of its documents."""
+        """The stream, and the bits (D,) of its documents.
+
+        Raises UserError unless they are what results/summary.json tells of. In the workspace they are not after git
+        alone, without `dvc checkout`, has brought back the results of another run.
+        """
+        stored = []
         for seed in self.seeds:
-            self.version.copy(f"artifacts/evaluate/{seed}/{evaluator}/nats.npz", self.into)
+            made = f"artifacts/evaluate/{seed}/{evaluator}"
+            for name in ("nats.npz", "metrics.json"):
+                self.version.copy(f"{made}/{name}", self.into)
+            stage = f"python -m stages.evaluate {seed} {evaluator}"
+            stored.append(read_figures(self.into / made / "metrics.json", stage, ("val_bpb",))["val_bpb"])
+        if abs(mean(stored) - self.reported[evaluator][0]) > 1e-6:
+            raise UserError(
+                f"{self.version.name}: artifacts/evaluate and results/ are of different runs; `dvc checkout` brings "
+                "back the one that dvc.lock names"
+            )
         nats_N = read_nats(self.folder, self.seeds, evaluator)
         stream = read_stream(self.folder / "tokens", self.meta["vocab_size"], len(nats_N))
         return stream, stream.bits_D(nats_N)
