@@ -91,6 +91,7 @@ def test_the_laptop_default_loads() -> None:
         ("fetch.path", ".", "fetch.path: . holds data/docs, which is the pipeline's own: name a folder in it"),
         ("fetch.source", "files", "fetch.source: expected one of 'sdists', 'file', 'hub' (found 'files')"),
         ("train.loader.kind", "random", "train.loader.kind: expected one of 'sequential', 'coprime', 'packed',"),
+        ("size_check.cap_bytes", 16_000_001, "size_check.cap_bytes: Input should be less than or equal to 16000000"),
         ("fetch.column", "", "fetch.column: String should have at least 1 character"),
         ("fetch.shuffle_seed", 1.5, "fetch.shuffle_seed: Input should be a valid integer"),
         ("train.loader.bucket", 64, "train.loader.bucket: unknown key (found 64)"),

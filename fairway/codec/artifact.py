@@ -19,7 +19,7 @@ from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
 from fairway.runtime.errors import UserError
-from fairway.runtime.settings import Section
+from fairway.runtime.settings import CAP_BYTES, Section
 
 
 class CompressSettings(Section):
@@ -101,7 +101,7 @@ def _check_tensors(config: ModelConfig, weights: dict[str, Tensor]) -> None:
 class SizeCheckSettings(Section):
     """The cap on the bytes of code and model: the track's, or a lower one of one's own."""
 
-    cap_bytes: int = Field(gt=0)
+    cap_bytes: int = Field(gt=0, le=CAP_BYTES)
 
 
 def weigh(train_gpt: bytes, model: bytes, *, cap_bytes: int) -> dict[str, Any]:
