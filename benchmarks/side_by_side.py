@@ -87,7 +87,7 @@ def main() -> None:
         return
     params = load_params("params.yaml")
     if chosen.command == "measure":
-        _check(params, chosen.program, chosen.gpus)
+        check_pair(params, chosen.program, chosen.gpus)
         _measure(params, chosen)
     entries = _entries(params, chosen.out)
     if chosen.command == "add":
@@ -103,7 +103,7 @@ def _runs() -> list[Entry]:
     return runs
 
 
-def _check(params: Params, program: Path, gpus: Sequence[int]) -> None:
+def check_pair(params: Params, program: Path, gpus: Sequence[int]) -> None:
     """Raise UserError for what would fail after minutes."""
     if (there := torch.cuda.device_count()) <= max(gpus) or len(set(gpus)) < 2:
         raise UserError(f"side_by_side: --gpus {gpus[0]} {gpus[1]}: expected two of the {there} GPUs, counted from 0")
@@ -130,9 +130,9 @@ def _measure(params: Params, chosen: argparse.Namespace) -> None:
         "seconds": params.train.max_wallclock_s,
     }
     write_atomic(out / "conditions.json", json.dumps(conditions, indent=1) + "\n")
-    pr1855 = _start([sys.executable, str(chosen.program.resolve())], out, "pr1855", _environment(params, chosen, out))
+    pr1855 = started([sys.executable, str(chosen.program.resolve())], out, "pr1855", _environment(params, chosen, out))
     own = {"CUDA_VISIBLE_DEVICES": str(chosen.gpus[1])}
-    fairway = _start([sys.executable, "-m", "dvc", "repro"], out, "fairway", own, folder=Path.cwd())
+    fairway = started([sys.executable, "-m", "dvc", "repro"], out, "fairway", own, folder=Path.cwd())
     for wait in (pr1855, fairway):
         wait()
 
@@ -142,18 +142,19 @@ def _entries(params: Params, out: Path) -> list[Entry]:
     if not (out / "conditions.json").is_file():
         raise UserError(f"{out}/conditions.json: no such file; `python -m benchmarks.side_by_side measure` makes it")
     conditions = json.loads((out / "conditions.json").read_text(encoding="utf-8"))
-    logs = [_log(out / f"{name}.log") for name in ("pr1855", "fairway")]
+    logs = [read_log(out / f"{name}.log") for name in ("pr1855", "fairway")]
     return [conditions | pr1855_entry(logs[0]), conditions | fairway_entry(params, logs[1], ARTIFACTS)]
 
 
-def _log(path: Path) -> list[Line]:
+def read_log(path: Path) -> list[Line]:
+    """The lines of a log that `started` wrote."""
     lines = (line.lstrip().partition(" ") for line in path.read_text(encoding="utf-8").splitlines())
     return [(float(at), text) for at, _, text in lines]
 
 
 def _environment(params: Params, chosen: argparse.Namespace, out: Path) -> dict[str, str]:
     """The variables by which the program is told its settings."""
-    tokens = _published_names(out)
+    tokens = published_names(out)
     meta = json.loads((ARTIFACTS / "tokens/meta.json").read_text(encoding="utf-8"))
     own = {
         "CUDA_VISIBLE_DEVICES": chosen.gpus[0],
@@ -171,7 +172,7 @@ def _environment(params: Params, chosen: argparse.Namespace, out: Path) -> dict[
     return {name: str(value) for name, value in (PUBLISHED_SETTINGS | own).items()} | {"PYTHONPATH": ":".join(paths)}
 
 
-def _published_names(out: Path) -> Path:
+def published_names(out: Path) -> Path:
     """A folder of links to the token files by the names that the program looks for."""
     folder = out / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,34 +183,44 @@ def _published_names(out: Path) -> Path:
     return folder
 
 
-def _start(
-    command: list[str], out: Path, name: str, environment: dict[str, str], *, folder: Path | None = None
+def started(
+    command: list[str],
+    out: Path,
+    name: str,
+    environment: dict[str, str],
+    *,
+    folder: Path | None = None,
+    until: str | None = None,
 ) -> Callable[[], None]:
     """Start a program, whose output goes to OUT/<name>.log; the function returned waits for its end.
 
-    That raises UserError if the program failed.
+    That raises UserError if the program failed. Once it has printed a line with the pattern `until` it is ended, which
+    is no failure.
     """
     (where := folder or out / name).mkdir(parents=True, exist_ok=True)
-    last = "it printed nothing"
+    last, ended = "it printed nothing", False
     started_at = time.monotonic()
     process = subprocess.Popen(
         command, cwd=where, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
     def read() -> None:
-        nonlocal last
+        nonlocal last, ended
         assert process.stdout is not None
         with (out / f"{name}.log").open("w", encoding="utf-8") as log:
             for text in process.stdout:
                 last = text.rstrip("\n")
                 print(f"{time.monotonic() - started_at:9.3f} {last}", file=log, flush=True)
+                if until and not ended and re.search(until, last):
+                    ended = True
+                    process.terminate()
 
     thread = threading.Thread(target=read)
     thread.start()
 
     def join() -> None:
         thread.join()
-        if process.wait():
+        if process.wait() and not ended:
             raise UserError(f"{out}/{name}.log: the program failed: {last}")
 
     return join
@@ -232,8 +243,8 @@ def pr1855_entry(log: list[Line]) -> Entry:
     return {
         "program": "pr1855",
         "steps": figure(r"^stopping_early: .* step: (\d+)/"),
-        "step_ms": _ms(plain),
-        "step_ms_looped": _ms(looped),
+        "step_ms": pace_ms(plain),
+        "step_ms_looped": pace_ms(looped),
         "start_s": steps[0][0] if steps else None,
         "last_bpb": figure(r"^\d+/\d+ val_loss: .* val_bpb: ([\d.]+)"),
         "ema_bpb": figure(r"post-ema .*val_bpb:([\d.]+)"),
@@ -251,7 +262,7 @@ def pr1855_entry(log: list[Line]) -> Entry:
     }
 
 
-def _ms(steps: list[tuple[float, int]]) -> float | None:
+def pace_ms(steps: list[tuple[float, int]]) -> float | None:
     """Milliseconds of a step between the first and the last of some moments, each with its number of steps."""
     if len(steps) < 2 or steps[-1][1] == steps[0][1]:
         return None
@@ -274,13 +285,13 @@ def fairway_entry(params: Params, log: list[Line], artifacts: Path) -> Entry:
 
     train, quantize = report(f"train/{seed}/train.json"), report(f"quantize/{seed}/quantize.json")
     final = report(f"evaluate/{seed}/lora_ttt/metrics.json")
-    plain, looped = _halves(*_clock(params, artifacts / f"train/{seed}", train["wall_s"]))
+    plain, looped = _halves(*logged_clock(params, artifacts / f"train/{seed}", train["wall_s"]))
     by_weights = train["val_bpb_by_weights"] or {}
     return {
         "program": "fairway",
         "steps": train["steps"],
-        "step_ms": _ms(plain),
-        "step_ms_looped": _ms(looped),
+        "step_ms": pace_ms(plain),
+        "step_ms_looped": pace_ms(looped),
         "start_s": _sum(train["start_s"], train["compile_s"]),
         "last_bpb": by_weights.get("last"),
         "ema_bpb": by_weights.get(f"ema_{params.average.ema_decay}"),
@@ -303,7 +314,7 @@ def _sum(*parts: float | None) -> float | None:
     return sum(known) if len(known) == len(parts) else None
 
 
-def _clock(params: Params, folder: Path, wall_s: float | None) -> tuple[list[tuple[float, int]], float]:
+def logged_clock(params: Params, folder: Path, wall_s: float | None) -> tuple[list[tuple[float, int]], float]:
     """The logged moments of a training run, each with its number of steps, and the second in which the loop began."""
     path = folder / "live/plots/metrics/clock_s.tsv"
     curve = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
