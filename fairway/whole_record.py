@@ -140,11 +140,11 @@ def trained_weights(params: ArtifactParams, given: Inputs, world: World) -> dict
     model.init_weights(given.seed)
     model.to_device(world.device)
     print(f"model_params:{sum(weight.numel() for weight in model.parameters())}")
-    clock_s: float | None = 0.0
+    clock_s = 0.0
 
     def tick(step: int, figures: Figures) -> None:
         nonlocal clock_s
-        clock_s = figures.get("clock_s")
+        clock_s = figures["clock_s"]
 
     def log(step: int, figures: Figures) -> None:
         print(step_line(step, settings.max_steps, figures, clock_s), flush=True)

@@ -333,8 +333,7 @@ def test_two_processes_make_a_model_from_shards_with_the_challenges_names(
     assert end in output
     time = r" train_time:\d+ms step_avg:\d+\.\d\dms$"
     steps = re.findall(r"^step:(\d+)/12 train_loss:\d+\.\d{4}" + time, output, re.MULTILINE)
-    assert [int(step) for step in steps][-9:] == [*range(3, 11), 12]
-    assert re.search(r"^step:1/12 train_loss:\d+\.\d{4}$", output, re.MULTILINE), "nobody knows how long a step takes"
+    assert [int(step) for step in steps] == [*range(1, 11), 12]
     validated = re.findall(r"^step:(\d+)/12 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4}" + time, output, re.MULTILINE)
     assert [int(step) for step in validated] == [0, 6, 12]
     alone = _run_alone((tmp_path / "train_gpt.py").read_bytes(), tmp_path, warm_python(), DATA_PATH="data")

@@ -117,7 +117,7 @@ class TrainLog:
     def tick(self, step: int, figures: Figures) -> None:
         """Show how far the run is after a step, with its latest training loss and validation bits per byte."""
         if self.seconds is not None:
-            total, unit, done = int(self.seconds), "s", int(figures.get("clock_s", 0))
+            total, unit, done = int(self.seconds), "s", int(figures["clock_s"])
         else:
             total, unit, done = self.steps, "steps", step
         if self.progress is None:

@@ -72,13 +72,14 @@ def train(
         run.restore(*point)
         for step, figures in run.history:
             log(step, figures)
+    clock = Clock(world, run.now.clock_s)
 
     def note(step: int, figures: Figures) -> None:
         run.history.append((step, figures))
         log(step, figures)
 
     def told(underway: Underway) -> Figures:
-        figures = settle(run, underway)
+        figures = settle(run, clock, underway)
         tick(underway.step, figures)
         if underway.step <= FIRST_STEPS or underway.step % settings.log_every == 0:
             note(underway.step, figures)
@@ -86,7 +87,6 @@ def train(
 
     # The clock starts here. It counts loading, micro-batches, optimizer, averages, logs and resume points; it stands
     # still during validation. Compiling and warming up came before and are not counted.
-    clock = Clock(world, run.now.clock_s)
     clock.start()
     underway: Underway | None = None
     while True:
@@ -95,7 +95,6 @@ def train(
             if underway:
                 figures, underway = told(underway), None
             with clock.paused():
-                # The device has done all its work by now, while the step's figures tell an earlier time.
                 clock_s = clock.read()
                 val_loss, val_bpb = _validate(run, validation)
                 note(run.step, {"val_loss": val_loss, "val_bpb": val_bpb})

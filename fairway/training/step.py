@@ -16,7 +16,7 @@ from fairway.runtime.errors import UserError
 from fairway.runtime.progress import Figures
 from fairway.training.qat import rounding_begins
 from fairway.training.run import Forward, Run
-from fairway.training.schedule import Clock, Moment, forecast, loop_is_on, lr_multiplier, muon_momentum
+from fairway.training.schedule import Clock, Moment, loop_is_on, lr_multiplier, muon_momentum
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ def launch(run: Run, clock: Clock, before: Underway | None) -> Underway:
     return Underway(run.step, {"lr_scale": lr_scale, "momentum": momentum}, reading, step_norm is not None)
 
 
-def settle(run: Run, underway: Underway) -> Figures:
-    """The figures of a step, for which the host waits: the same on every rank, from one exchange.
+def settle(run: Run, clock: Clock, underway: Underway) -> Figures:
+    """The figures of a step, for which the host waits: from one exchange, and the same on every rank but for the time.
 
     train_loss is the mean over ranks, micro_grad_norm the mean of the micro-batches' gradient norms, grad_norm the norm
-    of the step's gradient, where the step had to know it (clip: step). clock_s and step_ms are missing from the first
-    step, or two, of a run: readings are of the time before a step, so that nobody knows yet how long one takes. Raises
-    UserError, on every rank, if a loss or a norm of any is not finite.
+    of the step's gradient, where the step had to know it (clip: step). Raises UserError, on every rank, if a loss or a
+    norm of any is not finite.
     """
     rows = underway.reading.read()
+    clock_s = clock.read()
     run.known = Moment(int(rows[0][1]), rows[0][0])
     _, _, losses, *columns = zip(*rows, strict=True)
     groups = len(run.optimizer.gradients.groups)
@@ -67,10 +67,7 @@ def settle(run: Run, underway: Underway) -> Figures:
     if underway.has_norm:
         # Every rank has computed the whole of the step's norm.
         figures["grad_norm"] = columns[-1][0]
-    if run.known.step:
-        clock_s = forecast(run.known, underway.step).clock_s
-        figures |= {"clock_s": clock_s, "step_ms": 1000 * clock_s / underway.step}
-    return figures | underway.schedules
+    return figures | underway.schedules | {"clock_s": clock_s, "step_ms": 1000 * clock_s / underway.step}
 
 
 def accumulate(run: Run, forward: Forward, looped: bool) -> Tensor:
