@@ -20,6 +20,7 @@ from fairway.codec.byte_codecs import LRZIP_REMEDY, lrzip_program
 from fairway.machine import GIB
 from fairway.model.gpt import GPT
 from fairway.params import Params
+from fairway.reporting.comparison import load_published, named_record
 from fairway.runtime.distributed import alone
 from fairway.runtime.errors import UserError
 from fairway.runtime.resume import only_run
@@ -56,12 +57,18 @@ def check_machine(params: Params, *, fetched: bool) -> None:
 
 
 def check_later_stages(params: Params) -> None:
-    """Raise UserError if a file that quantize reads, or a program that compress starts, is not there."""
+    """Raise UserError if there is not the text that quantize reads, the program that compress starts, or a record that
+    the report is to name."""
     gptq = params.quantize.gptq
     if gptq and gptq.path and not Path(gptq.path).is_file():
         raise UserError(f"params.yaml: quantize.gptq.path: {gptq.path}: no such file; expected UTF-8 text")
     if params.compress.codec == "lrzip":
         lrzip_program()
+    named = {key: name for key, name in params.report if name is not None}
+    if named:
+        published = load_published(Path("records/published.yaml"))
+        for key, name in named.items():
+            named_record(published, key, name)
 
 
 def check_tokens(params: Params, tokens: Path) -> None:

@@ -83,7 +83,7 @@ def test_slot_steps_re_run_only_the_slot_evaluation(repro: Experiment) -> None:
     changed = _changed(repro.folder) - {"params.yaml"}
     assert "dvc.lock" in changed
     assert all(re.fullmatch(r"dvc\.lock|results/.*", file) for file in changed)
-    [undo] = re.findall(r"To undo that:\n`git (.+)`", (REPOSITORY / "docs/faq.md").read_text())
+    [undo] = re.findall(r"`git (checkout HEAD .+?)`", (REPOSITORY / "docs/faq.md").read_text())
     git(repro.folder, *undo.split())
     assert _changed(repro.folder) == {"params.yaml"}
 

@@ -449,6 +449,11 @@ def test_what_later_stages_will_miss_is_told_before_training(
     message = "error: params.yaml: quantize.gptq.path: nowhere.txt: no such file; expected UTF-8 text"
     assert ready.fails("train", "--check", SEED) == message
     record["gptq"] |= {"calibration": "train", "path": None}
+    ready.set_params(ready.params | {"report": {"record": None, "baseline": "r9999"}})
+    shutil.copytree(REPOSITORY / "records", ready.folder / "records", dirs_exist_ok=True)
+    message = "params.yaml: report.baseline: no record 'r9999' in records/published.yaml (known: "
+    assert message in ready.fails("train", "--check", SEED)
+    ready.params["report"]["baseline"] = None
     ready.params["compress"]["codec"] = "lrzip"
     ready.set_params(ready.params)
     monkeypatch.setenv("PATH", "/nowhere")
