@@ -78,6 +78,17 @@ def test_a_process_with_more_than_its_part_counts_up_to_the_whole_and_no_further
     assert capsys.readouterr().out == "adapt: 16/16 rows, 20 s\n"
 
 
+def test_how_long_it_will_take_is_not_told_by_the_first_unit(
+    clock: HandSetClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A decoder has read its whole context before its first token."""
+    with Progress("certify", 2000, unit="tokens", every_s=1.0) as shown:
+        for units, seconds in ((1, 50), (19, 1)):
+            clock.now_s += seconds
+            shown.update(units)
+        assert capsys.readouterr().out == "certify: 1/2000 tokens, 50 s\ncertify: 20/2000 tokens, 51 s, 5049 s left\n"
+
+
 @given(st.integers(1, 100), st.integers(1, 8), st.lists(st.integers(0, 20)))
 def test_no_count_exceeds_its_total(total: int, processes: int, steps: list[int]) -> None:
     with redirect_stdout(StringIO()), Progress("adapt", total, unit="rows", processes=processes) as shown:

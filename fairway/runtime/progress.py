@@ -47,11 +47,15 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
-        """Print the count, the seconds so far, and the seconds left at the speed since the start."""
+        """Print the count, the seconds so far, and the seconds left at the speed since the start.
+
+        The speed of less than a hundredth of the work says nothing: much may have gone before the first unit.
+        """
         self._shown_at = time.monotonic()
-        elapsed_s = max(self._shown_at - self._started_at, 1e-9)
-        rate = (self.done - self._begun_at) / elapsed_s
-        left = f", {(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else ""
+        elapsed_s = self._shown_at - self._started_at
+        here = self.done - self._begun_at
+        told = 100 * here >= self.total > self.done
+        left = f", {(self.total - self.done) * elapsed_s / here:.0f} s left" if told else ""
         print(f"{self.name}: {self.done}/{self.total} {self.unit}, {elapsed_s:.0f} s{left}{self._figures}", flush=True)
 
     def __enter__(self) -> "Progress":
