@@ -194,6 +194,7 @@ def test_a_second_use_of_an_evaluator_is_a_stage_of_its_own(plans: dict[str, lis
     ],
 )
 def test_a_record_trains_alike_on_one_process_and_on_two(record: str, experiment: Experiment) -> None:
+    experiment.copy_code()
     experiment.set_params(toy(record, experiment.folder / "corpus.jsonl"))
     experiment.stage("fetch")
     experiment.stage("tokenize")
