@@ -106,9 +106,9 @@ def _runs() -> list[Entry]:
 def check_pair(params: Params, program: Path, gpus: Sequence[int]) -> None:
     """Raise UserError for what would fail after minutes."""
     if (there := torch.cuda.device_count()) <= max(gpus) or len(set(gpus)) < 2:
-        raise UserError(f"side_by_side: --gpus {gpus[0]} {gpus[1]}: expected two of the {there} GPUs, counted from 0")
+        raise UserError(f"--gpus {gpus[0]} {gpus[1]}: expected two of the {there} GPUs, counted from 0")
     if not program.is_file():
-        raise UserError(f"{program}: no such file; expected the train_gpt.py of PR #1855")
+        raise UserError(f"{program}: no such file; expected a published train_gpt.py")
     if len(params.seeds) != 1 or params.processes != 1 or params.train.max_wallclock_s is None:
         raise UserError("params.yaml: seeds, processes, train.max_wallclock_s: expected one seed, 1, and seconds")
     if not (ARTIFACTS / "tokens/meta.json").is_file():
@@ -154,22 +154,29 @@ def read_log(path: Path) -> list[Line]:
 
 def _environment(params: Params, chosen: argparse.Namespace, out: Path) -> dict[str, str]:
     """The variables by which the program is told its settings."""
-    tokens = published_names(out)
     meta = json.loads((ARTIFACTS / "tokens/meta.json").read_text(encoding="utf-8"))
+    prefix = {"PHASED_TTT_PREFIX_DOCS": round(PREFIX_SHARE * meta["val_documents"])}
+    return shared_environment(params, out, PUBLISHED_SETTINGS | prefix, stub=chosen.stub, gpu=chosen.gpus[0])
+
+
+def shared_environment(
+    params: Params, out: Path, settings: dict[str, Any], *, stub: Path | None, gpu: int
+) -> dict[str, str]:
+    """A published program's own settings, and the variables by which it is told what it has in common with ours."""
+    tokens = published_names(out)
     own = {
-        "CUDA_VISIBLE_DEVICES": chosen.gpus[0],
+        "CUDA_VISIBLE_DEVICES": gpu,
         "SEED": params.seeds[0],
         "MAX_WALLCLOCK_SECONDS": params.train.max_wallclock_s,
-        "PHASED_TTT_PREFIX_DOCS": round(PREFIX_SHARE * meta["val_documents"]),
         "DATA_PATH": tokens,
         "TOKENIZER_PATH": tokens / "tokenizer.model",
         "TORCHINDUCTOR_CACHE_DIR": out / "inductor",
         "TRITON_CACHE_DIR": out / "triton",
         "PYTHONUNBUFFERED": 1,
     }
-    paths = [str(chosen.stub.resolve())] if chosen.stub else []
+    paths = [str(stub.resolve())] if stub else []
     paths += filter(None, [os.environ.get("PYTHONPATH")])
-    return {name: str(value) for name, value in (PUBLISHED_SETTINGS | own).items()} | {"PYTHONPATH": ":".join(paths)}
+    return {name: str(value) for name, value in (settings | own).items()} | {"PYTHONPATH": ":".join(paths)}
 
 
 def published_names(out: Path) -> Path:

@@ -15,7 +15,6 @@ Usage:  cp records/r1488.yaml params.yaml     (and set processes: 1, seeds, trai
 
 import argparse
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -26,8 +25,8 @@ from benchmarks.side_by_side import (
     check_pair,
     logged_clock,
     pace_ms,
-    published_names,
     read_log,
+    shared_environment,
     started,
 )
 from fairway.params import Params, load_params
@@ -61,35 +60,19 @@ def trained(
 ) -> tuple[Figures, Figures]:
     """Train with both programs, at the same time; the figures of the published one, and ours."""
     seed = str(params.seeds[0])
-    told = _environment(params, out, stub, gpus[0])
+    settings = {
+        "VOCAB_SIZE": params.model.vocab_size,
+        "GPTQ_RESERVE_MS": 1000 * params.train.reserve_s,
+        "TRAIN_LOG_EVERY": 25,
+        "VAL_LOSS_EVERY": 0,
+    }
+    told = shared_environment(params, out, settings, stub=stub, gpu=gpus[0])
     theirs = started([sys.executable, str(program.resolve())], out, "program", told, until=AVERAGED)
     own = {"CUDA_VISIBLE_DEVICES": str(gpus[1])}
     ours = started([sys.executable, "-m", "stages.train", seed], out, "fairway", own, folder=Path.cwd())
     for wait in (theirs, ours):
         wait()
     return program_figures(read_log(out / "program.log")), own_figures(params, ARTIFACTS / "train" / seed)
-
-
-def _environment(params: Params, out: Path, stub: Path | None, gpu: int) -> dict[str, str]:
-    """The variables by which the program is told what it is to have in common with ours."""
-    tokens = published_names(out)
-    told = {
-        "CUDA_VISIBLE_DEVICES": gpu,
-        "SEED": params.seeds[0],
-        "MAX_WALLCLOCK_SECONDS": params.train.max_wallclock_s,
-        "GPTQ_RESERVE_MS": 1000 * params.train.reserve_s,
-        "VOCAB_SIZE": params.model.vocab_size,
-        "DATA_PATH": tokens,
-        "TOKENIZER_PATH": tokens / "tokenizer.model",
-        "TRAIN_LOG_EVERY": 25,
-        "VAL_LOSS_EVERY": 0,
-        "TORCHINDUCTOR_CACHE_DIR": out / "inductor",
-        "TRITON_CACHE_DIR": out / "triton",
-        "PYTHONUNBUFFERED": 1,
-    }
-    paths = [str(stub.resolve())] if stub else []
-    paths += filter(None, [os.environ.get("PYTHONPATH")])
-    return {name: str(value) for name, value in told.items()} | {"PYTHONPATH": ":".join(paths)}
 
 
 def program_figures(log: list[Line]) -> Figures:
