@@ -49,7 +49,10 @@ def judged(record: str, gpu: int, found_ms: float) -> str:
         f"one training step of {record} takes {found_ms:.0f} ms on GPU {gpu}, {ratio:.2f} times as long as the "
         f"{MEASURED_MS[record]} ms of an H200 (benchmarks/RESULTS.md)"
     )
-    slow = "expected flash-attn-4 on a cool GPU of this kind, used by nobody else; take another machine before it costs"
+    slow = (
+        "expected flash-attn-4 on a cool GPU of this kind, used by nobody else; "
+        "take another machine before it costs money"
+    )
     return f"✗ {line}: {slow}" if ratio > SLOW else f"✓ {line}"
 
 

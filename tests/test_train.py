@@ -277,8 +277,7 @@ def test_the_clock_stops_training_and_decays_the_learning_rate(ready: Experiment
     params = change(ready, max_steps=100_000, max_wallclock_s=3.0, reserve_s=1.5)
     trained, ticks = run_loop(ready, params)
     assert trained.stopped_by == "wallclock"
-    # The end is forecast from the mean step, so that it may come early by as much as two steps differ from others.
-    assert 1.5 * (1 - 2 / trained.steps) <= trained.clock_s < 3.0
+    assert 1.5 <= trained.clock_s < 3.0
     assert ticks[-1]["lr_scale"] < 0.2
 
 

@@ -216,7 +216,7 @@ def measure(scores: Scores, target_bytes: Tensor) -> dict[str, Any]:
         )
     if not scores.nats_N.isfinite().all():
         raise UserError(
-            "some targets have no finite score: the network overflows, as trained or once it has adapted "
+            "some targets have no finite loss: the network overflows, as trained or once it has adapted "
             "(params.yaml: lower its lr)"
         )
     nats_N, bytes_N = scores.nats_N * scores.times_N, target_bytes * scores.times_N

@@ -22,7 +22,7 @@ from fairway.tokens.loader import Batch, Prefetcher, Segmenter
 from fairway.tokens.validation import Validation
 from fairway.training.run import Forward, Run
 from fairway.training.schedule import Clock, TrainSettings, loop_is_on
-from fairway.training.step import Underway, accumulate, launch, settle
+from fairway.training.step import Underway, accumulate, launch, reached, settle
 
 # Called with the number of steps done and with figures, either of the last step or of a validation behind it.
 Callback = Callable[[int, Figures], None]
@@ -90,10 +90,12 @@ def train(
     clock.start()
     underway: Underway | None = None
     while True:
-        stopped_by = run.budget.spent(run.now)
-        if stopped_by or run.step % settings.val_every == 0:
-            if underway:
-                figures, underway = told(underway), None
+        stopped_by, due = run.budget.spent(run.now), run.step % settings.val_every == 0
+        if underway and (stopped_by or due):
+            figures, underway = told(underway), None
+            # So far this is a forecast. The clock itself says whether the run has come to its end.
+            stopped_by = reached(run, clock)
+        if stopped_by or due:
             with clock.paused():
                 clock_s = clock.read()
                 val_loss, val_bpb = _validate(run, validation)

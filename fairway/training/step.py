@@ -70,6 +70,13 @@ def settle(run: Run, clock: Clock, underway: Underway) -> Figures:
     return figures | underway.schedules | {"clock_s": clock_s, "step_ms": 1000 * clock_s / underway.step}
 
 
+def reached(run: Run, clock: Clock) -> str | None:
+    """The limit that the run has reached by rank 0's clock, with no step under way; None if it goes on."""
+    now = torch.tensor([clock.read()], device=run.world.device)
+    run.known = Moment(run.step, run.world.gather(now).read()[0][0])
+    return run.budget.spent(run.known)
+
+
 def accumulate(run: Run, forward: Forward, looped: bool) -> Tensor:
     """Sum the gradients of this rank's micro-batches of a step; return their mean loss (0-d, on the device)."""
     gradients = run.optimizer.gradients
