@@ -77,7 +77,11 @@ def report(record: str, step: Step, times_ms: list[float], first_s: float) -> No
     rate = flop(step) / median_ms * 1e3
     batch, config = step.batches[0], step.network.config
     backend = attention_backend(
-        step.world.device, step.network.compute_dtype, length=batch.inputs.size(1), packed=batch.segments is not None
+        step.world.device,
+        step.network.compute_dtype,
+        config.head_dim,
+        length=batch.inputs.size(1),
+        packed=batch.segments is not None,
     )
     print(f"{record}{' looped' if step.looped and config.loop else ''}, attention by {backend}")
     print(f"  {median_ms:.1f} ms per step of {step.tokens} tokens ({min(times_ms):.1f} to {max(times_ms):.1f})")

@@ -57,7 +57,7 @@ def free_disk_bytes() -> int:
 def attention(*, packed: bool) -> str:
     """The name of the attention backend that the records' network gets here (model/backends.py)."""
     device = torch.device("cuda" if torch.cuda.device_count() else "cpu")
-    return attention_backend(device, torch.bfloat16, length=2048, packed=packed)
+    return attention_backend(device, torch.bfloat16, 64, length=2048, packed=packed)
 
 
 def _driver() -> str:

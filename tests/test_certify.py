@@ -144,6 +144,25 @@ def test_predictions_step_by_step_are_those_of_whole_batches(name: str) -> None:
         assert float((row_V - base.log_probs_NV[position]).abs().max()) < 1e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", LEGAL)
+def test_certificates_on_a_gpu_find_no_fault_either(name: str) -> None:
+    """Where predictions are bfloat16, and the tokens of the stream and what a stepper keeps lie on the device."""
+    device = torch.device("cuda")
+
+    def load() -> GPT:
+        return _network().to_device(device)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        stream = _stream(1100).to(device)
+        found = certify(LEGAL[name], load(), load, stream, CertifySettings(tokens=60), lambda _: None).findings
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert _failed(found) == set(), {failed: found[failed] for failed in _failed(found)}
+
+
 @dataclass(frozen=True)
 class SharedContext(Evaluator):
     """Context-only SLOT as PR #1217, #1306, #1322 and #1333 had it: one offset for a batch of overlapping windows."""

@@ -149,14 +149,11 @@ def test_what_learns_nothing_has_no_updates() -> None:
         assert (evaluation.chunks > 1, evaluation.updates) == (True, 0)
 
 
-@pytest.mark.parametrize(
-    ("left_out", "told"),
-    [
-        ([2, 3, 4, 8], r"4 of 12 targets were never scored: tokens 3 to 5, 9 of the validation stream"),
-        ([0, 2, 4, 6, 8], r"5 of 12 targets were never scored: tokens 1, 3, 5 and others of the validation stream"),
-    ],
-)
-def test_targets_that_no_evaluator_scored_are_named(left_out: list[int], told: str) -> None:
+@pytest.mark.parametrize("left_out", [[2, 3, 4, 8], [11]])
+def test_targets_that_no_evaluator_scored_are_counted_and_the_first_is_named(left_out: list[int]) -> None:
+    told = (
+        f"{len(left_out)} of 12 targets were never scored, the first of them token {left_out[0] + 1} of the validation"
+    )
     tally, scored = Tally(12), torch.tensor([position for position in range(12) if position not in left_out])
     tally.add(scored, torch.ones(len(scored), dtype=torch.float64))
     sums_N, times_N = tally.over_ranks(alone(CPU))

@@ -202,7 +202,7 @@ def test_the_fused_loss_is_the_softcapped_cross_entropy(vocabulary: int) -> None
 
 def backends(packed: bool) -> list[str]:
     """Those that this machine has."""
-    chosen = attention_backend(CUDA, torch.bfloat16, length=256, packed=packed)
+    chosen = attention_backend(CUDA, torch.bfloat16, 64, length=256, packed=packed)
     return sorted({"flash2", chosen} | ({"cudnn"} if chosen != "flash2" and not packed else set()))
 
 
@@ -220,6 +220,20 @@ def test_all_backends_agree_with_plain_attention(packed: bool, monkeypatch: pyte
             return causal_attention.attend_plainly(q, k, v, segments)
 
         assert_same(attend, plain, inputs)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 32, 64])
+def test_heads_of_every_width_have_the_gradients_of_plain_attention(head_dim: int) -> None:
+    segments = torch.tensor([0, 100, 101, 300, 512, 512], dtype=torch.int32, device=CUDA)
+    inputs = random(6, (2, 256, 4, head_dim), (2, 256, 2, head_dim), (2, 256, 2, head_dim))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention.attend(q, k, v, segments)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention.attend_plainly(q, k, v, segments)
+
+    assert_same(attend, plain, inputs)
 
 
 def _as_flash3(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, longest: int) -> Tensor:

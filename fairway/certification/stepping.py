@@ -136,13 +136,14 @@ class OffsetStepper(Stepper):
     def __init__(self, evaluation: WindowPass, asked_N: Tensor, head: OffsetHead) -> None:
         super().__init__(evaluation, asked_N)
         self.windows, self.head = evaluation, head
-        self._chunk, self._context = -1, torch.empty(0)
+        self._chunk = -1
+        self._context: Tensor | None = None
 
     def at(self, chunk: int, position: int) -> Prediction:
         """The window that scores the position."""
         if chunk != self._chunk:
             # As above: what was cached belongs to other weights.
-            self._chunk, self._context = chunk, torch.empty(0)
+            self._chunk, self._context = chunk, None
         window, group = _window(self.windows, chunk, position)
         batch = _batch_alone(self.windows, window)
         with torch.no_grad():
@@ -156,7 +157,7 @@ class OffsetStepper(Stepper):
         if first < LOOK_BACK:
             return cached_hidden(model, tokens_1T, 0, ())[0]
         context = tokens_1T[:, :first]
-        if not torch.equal(context, self._context):
+        if self._context is None or not torch.equal(context, self._context):
             self._context = context.clone()
             self._before_1PD, self._cache = cached_hidden(model, context, 0, ())
         behind_1XD, _ = cached_hidden(model, tokens_1T[:, first - LOOK_BACK :], first, self._cache)

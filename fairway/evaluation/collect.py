@@ -211,8 +211,8 @@ def measure(scores: Scores, target_bytes: Tensor) -> dict[str, Any]:
     unscored = (scores.times_N == 0).nonzero()[:, 0].tolist()
     if unscored:
         raise UserError(
-            f"{len(unscored)} of {len(scores.times_N)} targets were never scored: tokens {_places(unscored)} of the "
-            "validation stream; the evaluator must predict every target once"
+            f"{len(unscored)} of {len(scores.times_N)} targets were never scored, the first of them token "
+            f"{unscored[0] + 1} of the validation stream; the evaluator must predict every target once"
         )
     if not scores.nats_N.isfinite().all():
         raise UserError(
@@ -228,18 +228,6 @@ def measure(scores: Scores, target_bytes: Tensor) -> dict[str, Any]:
         "scored": scored,
         "bytes": int(bytes_N.sum()),
     }
-
-
-def _places(positions: list[int], *, most: int = 3) -> str:
-    """The tokens at these increasing positions, neighbours as one range: "3 to 5, 9"; "and others" beyond `most`."""
-    ranges: list[list[int]] = []
-    for token in (position + 1 for position in positions):
-        if ranges and token == ranges[-1][1] + 1:
-            ranges[-1][1] = token
-        else:
-            ranges.append([token, token])
-    listed = [str(first) if first == last else f"{first} to {last}" for first, last in ranges[:most]]
-    return ", ".join(listed) + (" and others" if len(ranges) > most else "")
 
 
 def bpb(nats: Tensor, target_bytes: Tensor) -> float:

@@ -18,22 +18,25 @@ aten = torch.ops.aten
 
 # cuDNN is used for lengths that are multiples of this: it plans every new shape, which takes it up to a second.
 CUDNN_MULTIPLE = 128
+# FlashAttention-4 4.0.0b36 has wrong gradients within segments for narrower heads (seen on an H100 at 8 and 16).
+FLASH4_HEAD_DIM = 32
 
 
-def attention_backend(device: torch.device, dtype: torch.dtype, *, length: int, packed: bool) -> str:
-    """The name of the kernel for rows of `length` tokens, or for packed documents, on a device.
+def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int, *, length: int, packed: bool) -> str:
+    """The name of the kernel for heads of so many channels in rows of `length` tokens, or in packed documents.
 
     "plain" (PyTorch's own choice, with a mask for documents) unless the device is CUDA and the dtype bfloat16. There:
-    "flash4" (FlashAttention-4, package flash-attn-4) if it is installed and the GPU is a Hopper or newer; "flash3"
-    (FlashAttention-3, module flash_attn_interface, in the images of the challenge's machines) if that is installed on a
-    Hopper; "cudnn" for whole rows on a Hopper or newer; else "flash2" (FlashAttention-2, which comes with PyTorch).
-    cuDNN's gradients differ from run to run, so it has none to compute where deterministic algorithms are asked for.
+    "flash4" (FlashAttention-4, package flash-attn-4) if it is installed, the GPU is a Hopper or newer and a head wide
+    enough; "flash3" (FlashAttention-3, module flash_attn_interface, in the images of the challenge's machines) if that
+    is installed on a Hopper; "cudnn" for whole rows on a Hopper or newer; else "flash2" (FlashAttention-2, which comes
+    with PyTorch). cuDNN's gradients differ from run to run, so it has none to compute where deterministic algorithms
+    are asked for.
     """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return "plain"
     generation = torch.cuda.get_device_capability(device)[0]
     modern = generation in (9, 10)
-    if modern and find_spec("flash_attn") and find_spec("flash_attn.cute"):
+    if modern and head_dim >= FLASH4_HEAD_DIM and find_spec("flash_attn") and find_spec("flash_attn.cute"):
         return "flash4"
     if generation == 9 and find_spec("flash_attn_interface"):
         return "flash3"

@@ -39,8 +39,8 @@ def attend(
     may be longer than `longest` tokens, or than a row if that is None. q, k and v share a dtype, which the result
     (B, T, H, E) has too. Grouped heads: arXiv:2305.13245. What computes it: backends.attention_backend.
     """
-    rows, length = q_BTHE.shape[:2]
-    backend = attention_backend(q_BTHE.device, q_BTHE.dtype, length=length, packed=segments is not None)
+    rows, length, _, head_dim = q_BTHE.shape
+    backend = attention_backend(q_BTHE.device, q_BTHE.dtype, head_dim, length=length, packed=segments is not None)
     if backend == "plain":
         return attend_plainly(q_BTHE, k_BTKE, v_BTKE, segments)
     if backend == "cudnn":

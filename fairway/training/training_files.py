@@ -179,7 +179,9 @@ def environment(world: World, config: ModelConfig, settings: TrainSettings) -> d
     packed = settings.loader.kind == "packed"
     length = settings.micro_batch_tokens if packed else config.seq_len
     return {
-        "attention": attention_backend(world.device, world.compute_dtype, length=length, packed=packed),
+        "attention": attention_backend(
+            world.device, world.compute_dtype, config.head_dim, length=length, packed=packed
+        ),
         "device": torch.cuda.get_device_name(world.device) if cuda else platform.machine(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "torch": torch.__version__,
