@@ -18,7 +18,7 @@ from fairway.reporting.comparison import paired
 from fairway.runtime.errors import UserError, run_stage
 
 # What has to agree for pairs to stand in one table.
-CONDITIONS = ("gpu", "torch", "attention", "record", "seconds")
+CONDITIONS = ("gpu", "torch", "attention", "record", "settings", "seconds")
 # The scores that are tested, of the table's keys.
 SCORES = ("last_bpb", "ema_bpb", "quantized_bpb", "final_bpb")
 
@@ -40,7 +40,7 @@ def tables(runs: list[Entry], record: str | None = None) -> str:
     pairs: dict[tuple[object, ...], dict[int, dict[str, Entry]]] = {}
     for run in runs:
         if run["pair"] is not None and record in (None, run["record"]):
-            by_program = pairs.setdefault(tuple(run[key] for key in CONDITIONS), {}).setdefault(run["seed"], {})
+            by_program = pairs.setdefault(tuple(run.get(key) for key in CONDITIONS), {}).setdefault(run["seed"], {})
             if any(other["pair"] != run["pair"] for other in by_program.values()):
                 by_program.clear()
             by_program[run["program"]] = run
@@ -56,7 +56,9 @@ def _whole(by_program: dict[str, Entry]) -> bool:
 
 def _table(conditions: tuple[object, ...], by_seed: dict[int, dict[str, Entry]]) -> str:
     seeds = sorted(by_seed)
-    lines = [", ".join(map(str, conditions)) + " s:", "", "| pr1855 / fairway | " + " | ".join(map(str, seeds)) + " |"]
+    gpu, torch, attention, record, settings, seconds = conditions
+    head = f"{gpu}, PyTorch {torch}, {attention}, {record} (settings {settings or 'not noted'}), {seconds:.0f} s:"
+    lines = [head, "", "| pr1855 / fairway | " + " | ".join(map(str, seeds)) + " |"]
     lines.append("|---|" + "---:|" * len(seeds))
     for name, key, form in ROWS:
         cells = (" / ".join(_shown(by_seed[seed][who][key], form) for who in ("pr1855", "fairway")) for seed in seeds)

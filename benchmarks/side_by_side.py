@@ -20,6 +20,7 @@ hands its calls to the kernels that both are to be compared with. A whole pair t
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -141,9 +142,15 @@ def _entries(params: Params, out: Path) -> list[Entry]:
     """A run of each program, from the logs in OUT and the artifacts here."""
     if not (out / "conditions.json").is_file():
         raise UserError(f"{out}/conditions.json: no such file; `python -m benchmarks.side_by_side measure` makes it")
-    conditions = json.loads((out / "conditions.json").read_text(encoding="utf-8"))
+    conditions = json.loads((out / "conditions.json").read_text(encoding="utf-8")) | {"settings": settings_name(params)}
     logs = [read_log(out / f"{name}.log") for name in ("pr1855", "fairway")]
     return [conditions | pr1855_entry(logs[0]), conditions | fairway_entry(params, logs[1], ARTIFACTS)]
+
+
+def settings_name(params: Params) -> str:
+    """A short name for all settings but seeds and where the text comes from: pairs that share it can be averaged."""
+    others = params.model_dump(mode="json", exclude={"seeds", "fetch", "tokenize", "report", "submission"})
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def read_log(path: Path) -> list[Line]:

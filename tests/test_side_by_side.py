@@ -1,5 +1,6 @@
 """The comparison with PR #1855's program (benchmarks/side_by_side.py): what is read off both, and the table."""
 
+import copy
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from conftest import Experiment
 
 from benchmarks.paired import tables
-from benchmarks.side_by_side import Line, fairway_entry, pr1855_entry, table
+from benchmarks.side_by_side import Line, fairway_entry, pr1855_entry, settings_name, table
 from fairway.params import Params
 from fairway.runtime.errors import UserError
 
@@ -94,6 +95,7 @@ def test_a_pair_that_was_broken_off_is_added_as_far_as_it_came(evaluated: Experi
     subprocess.run([*command, "start_s"], cwd=tmp_path, env=environment, check=True)
     theirs, ours = json.loads((tmp_path / "benchmarks/side_by_side.json").read_text())
     assert (theirs["pair"], theirs["steps"], ours["steps"], ours["final_bpb"]) == (COMMON["pair"], None, None, None)
+    assert theirs["settings"] == ours["settings"] == settings_name(Params.model_validate(evaluated.params))
     assert theirs["step_ms"] == pytest.approx(700.0)
     assert theirs["start_s"] is None, "the log has it, but it does not count"
     assert ours["total_s"] is None, "there is no last figure yet"
@@ -111,6 +113,15 @@ def test_the_table_shows_the_last_pair() -> None:
     assert table([]) == "no pairs yet"
 
 
+def test_settings_have_the_same_name_whatever_the_seed_and_the_text(evaluated: Experiment) -> None:
+    raw = copy.deepcopy(evaluated.params)
+    before = settings_name(Params.model_validate(raw))
+    raw["seeds"], raw["fetch"]["shuffle_seed"] = [5], 9
+    assert settings_name(Params.model_validate(raw)) == before
+    raw["train"]["batch_tokens"] *= 2
+    assert settings_name(Params.model_validate(raw)) != before
+
+
 def test_pairs_of_several_seeds_are_tested_together() -> None:
     """Gaps of -0.02, -0.03 and -0.04: mean -0.03, deviation 0.01, so t = 5.196 with two degrees of freedom."""
     runs = []
@@ -124,5 +135,10 @@ def test_pairs_of_several_seeds_are_tested_together() -> None:
     assert "- bpb of LoRA TTT: -0.0300 over 3 pairs, deviation 0.0100, p 0.035" in text
     assert "- bpb of rows, quantized: no pair has both" in text
     assert "7" not in text.split("| steps |")[1].split("\n")[0], "an earlier run with the seed does not count"
+    # What was measured with other settings stands in a table of its own.
+    apart = tables([*runs, *({**run, "settings": "1a2b3c4d"} for run in runs[:2])])
+    assert "lab-1gpu (settings not noted), 360 s:" in apart
+    assert "lab-1gpu (settings 1a2b3c4d), 360 s:" in apart
+    assert apart.count("| pr1855 / fairway | 42 |") == 2
     with pytest.raises(UserError, match=r"side_by_side\.json: no pair of r1 of both programs"):
         tables(runs, "r1")
