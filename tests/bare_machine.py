@@ -113,11 +113,15 @@ def is_own(path: str) -> bool:
     """
     if not Path(path).is_absolute():
         return True
-    file, library = Path(path).resolve(), Path(sysconfig.get_path("stdlib")).resolve()
-    if file.is_relative_to(library):
-        return not {"site-packages", "dist-packages"} & set(file.relative_to(library).parts) or _in_environment(file)
-    return file.is_relative_to(REPOSITORY) or _in_environment(file)
+    file = Path(path).resolve()
+    return _in_library(Path(path)) or file.is_relative_to(REPOSITORY) or file.is_relative_to(Path(sys.prefix).resolve())
 
 
-def _in_environment(file: Path) -> bool:
-    return file.is_relative_to(Path(sys.prefix).resolve())
+def _in_library(path: Path) -> bool:
+    """Whether a file lies in the standard library's folder, and not among the packages that are installed there.
+
+    A link that lies there counts as well, wherever it leads: Debian keeps a module of its library in /etc.
+    """
+    library = Path(sysconfig.get_path("stdlib")).resolve()
+    places = [place for place in (path.resolve(), path.parent.resolve() / path.name) if place.is_relative_to(library)]
+    return any(not {"site-packages", "dist-packages"} & set(place.relative_to(library).parts) for place in places)

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import pytest
 from bare_machine import is_own
 
 TESTS = """
@@ -52,6 +54,20 @@ def test_subprocesses_import_from_nowhere_else() -> None:
     code = "import sys; print(*sys.path, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert [folder for folder in done.stdout.split("\n") if Path(folder).exists() and not is_own(folder)] == []
+
+
+def test_a_module_of_the_standard_library_may_be_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sitecustomize.py is on Debian, which keeps it in /etc; a package that is installed there may not."""
+    library, elsewhere = tmp_path / "python3", tmp_path / "module.py"
+    (library / "dist-packages").mkdir(parents=True)
+    elsewhere.touch()
+    for folder in (library, library / "dist-packages"):
+        (folder / "module.py").symlink_to(elsewhere)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library))
+    assert is_own(str(library / "module.py"))
+    assert not is_own(str(library / "dist-packages/module.py"))
+    assert not is_own(str(library / "dist-packages"))
+    assert not is_own(str(elsewhere))
 
 
 def test_what_lies_elsewhere_is_not_the_projects_own(tmp_path: Path) -> None:
