@@ -127,9 +127,12 @@ def _averages_bpb(run: Run, weights: dict[str, dict[str, Tensor]], validation: V
 
 
 def _validate(run: Run, validation: Validation) -> tuple[float, float]:
-    """Validation loss (nats per token) and bits per byte of the weights that the network has now."""
+    """Validation loss (nats per token) and bits per byte of the weights that the network has now.
+
+    The network is not compiled for this: that would take longer than a few passes over the validation stream save.
+    """
     return validate(
-        run.forwards.plain,
+        run.model,
         validation,
         run.world,
         row=run.model.config.seq_len,
