@@ -1,8 +1,9 @@
 """Ours against PR #1855's program over several seeds, and whether the gap between them could be chance.
 
 Reads:  benchmarks/side_by_side.json, which `python -m benchmarks.side_by_side` writes
-Prints: for each GPU, record, kernels and seconds of training a table of the pairs by seed, and below it for each score
-        the mean gap over seeds (below zero: ours is better), its deviation, and two-sided p of Student's paired test
+Prints: for each GPU, PyTorch, kernels, record, settings and seconds of training a table of the pairs by seed, and below
+        it for each score the mean gap over seeds (below zero: ours is better), its deviation, and two-sided p of
+        Student's paired test
 Usage:  python -m benchmarks.paired [RECORD]
 """
 

@@ -4,7 +4,8 @@ Reads:  params.yaml (records/lab-1gpu.yaml, or one with its keys: one seed, one 
         the published train_gpt.py of PR #1855, which stays outside of this repository
 Writes: OUT/conditions.json, OUT/pr1855.log and OUT/fairway.log, every line with its seconds since the start; adds a run
         of each program to benchmarks/side_by_side.json, which nothing else writes
-Method: the program trains on one GPU with its own settings and the clock and seed of params.yaml.
+Method: the program trains on one GPU with its own settings, but an average that remembers 50 steps, and the clock and
+        seed of params.yaml.
         `dvc repro` runs on another, from training to the certificates. Each packs and evaluates what it has trained.
         The program prints what it measures; what it does not print is read off the times of its lines.
 Usage:  dvc repro tokenize
@@ -13,10 +14,11 @@ Usage:  dvc repro tokenize
         python -m benchmarks.side_by_side add [--unmeasured start_s total_s]
             the pair in OUT that was broken off: what it has come to, without figures of the program that other work
             disturbed
-        python -m benchmarks.side_by_side table     the last pair of each GPU and record, as RESULTS.md has it
+        python -m benchmarks.side_by_side table     the last pair of each GPU and record
 
 The program imports flash_attn_interface (FlashAttention-3). `--stub` names a folder with a module of that name, which
-hands its calls to the kernels that both are to be compared with. A whole pair takes about 25 minutes.
+hands its calls to the kernels that both are to be compared with. No pair has yet run to the end of the program: plan
+for more than half an hour, since its start alone took up to 724 s.
 """
 
 import argparse

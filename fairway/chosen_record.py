@@ -74,7 +74,7 @@ def _with(text: str, key: str, value: str, file: Path) -> str:
 def expectation(chosen: Chosen, published: Path) -> str:
     """One line: the published score, minutes and cost. Raises UserError if the published figures are damaged."""
     gpus = "1 GPU" if chosen.gpus == 1 else f"{chosen.gpus} GPUs"
-    line = f"{chosen.name} on {gpus}: {_score(chosen.name, published)}; "
+    line = f"{chosen.name} on {gpus}: {_score(chosen, published)}; "
     if chosen.name not in MINUTES:
         return line + "minutes and cost are not known"
     minutes = MINUTES[chosen.name] * chosen.longer
@@ -84,9 +84,9 @@ def expectation(chosen: Chosen, published: Path) -> str:
     )
 
 
-def _score(name: str, published: Path) -> str:
+def _score(chosen: Chosen, published: Path) -> str:
     """What a score is expected to be near, or why there is none to expect."""
-    known = load_published(published).records
+    name, known = chosen.name, load_published(published).records
     if name in known:
         scores = known[name].bpb(known[name].evaluator)
         return f"published {mean(scores):.4f} bits per byte ({known[name].evaluator}, mean of {len(scores)} seeds)"
@@ -94,4 +94,6 @@ def _score(name: str, published: Path) -> str:
     if origin in known:
         scores = known[origin].bpb(known[origin].evaluator)
         return f"no published score, being a variant of {origin} ({mean(scores):.4f} bits per byte)"
-    return "no published score, since it scores a part of the validation documents"
+    if chosen.params.tokenize.val_limit_documents:
+        return "no published score, since it scores a part of the validation documents"
+    return "no published score, being a record of our own"
