@@ -18,7 +18,7 @@ from fairway.runtime.errors import UserError
 # Minutes for all seeds on as many GPUs as the file has processes: the table of docs/reproduce.md, and below it the lab.
 MINUTES = {"r1150": 50, "r1172": 50, "r1488": 55, "r1958": 65, "r1488-train-ttt": 50, "r1958-train-ttt": 60}
 MINUTES |= {"r1150-causal-slot": 50, "r1172-causal-slot": 50, "r1488-causal-slot": 50, "r1958-lora-ttt": 70}
-MINUTES |= {"lab-1gpu": 20}
+MINUTES |= {"fairway": 80, "lab-1gpu": 20}
 # Dollars for an hour of one GPU, as docs/reproduce.md reckons.
 GPU_HOUR = 2.50
 
