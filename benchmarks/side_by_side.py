@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 
+from fairway.machine import gpu_name
 from fairway.params import Params, load_params
 from fairway.runtime.errors import UserError, run_stage
 from fairway.runtime.files import write_atomic
@@ -134,7 +135,7 @@ def _measure(params: Params, chosen: argparse.Namespace) -> None:
     }
     write_atomic(out / "conditions.json", json.dumps(conditions, indent=1) + "\n")
     pr1855 = started([sys.executable, str(chosen.program.resolve())], out, "pr1855", _environment(params, chosen, out))
-    own = {"CUDA_VISIBLE_DEVICES": str(chosen.gpus[1])}
+    own = {"CUDA_VISIBLE_DEVICES": gpu_name(chosen.gpus[1])}
     fairway = started([sys.executable, "-m", "dvc", "repro"], out, "fairway", own, folder=Path.cwd())
     for wait in (pr1855, fairway):
         wait()
@@ -174,7 +175,7 @@ def shared_environment(
     """A published program's own settings, and the variables by which it is told what it has in common with ours."""
     tokens = published_names(out)
     own = {
-        "CUDA_VISIBLE_DEVICES": gpu,
+        "CUDA_VISIBLE_DEVICES": gpu_name(gpu),
         "SEED": params.seeds[0],
         "MAX_WALLCLOCK_SECONDS": params.train.max_wallclock_s,
         "DATA_PATH": tokens,

@@ -29,10 +29,13 @@ SLOW = 1.25
 
 
 def step_verdict(record: str, gpu: int = 0, *, steps: int = 5) -> str:
-    """One line on how long a step of records/<record>.yaml takes on the current GPU, beside what was measured."""
+    """One line on how long a step of records/<record>.yaml takes on the first GPU, beside what was measured.
+
+    `gpu` is the number by which the line calls it.
+    """
     params = load_params(f"records/{record}.yaml")
     try:
-        step = Step(params.model, params.train, alone(torch.device("cuda", gpu)), looped=False)
+        step = Step(params.model, params.train, alone(torch.device("cuda", 0)), looped=False)
         step()
         found_ms = statistics.median(1000 * timed(step) for _ in range(steps))
     # Whatever goes wrong here would go wrong in training, and is what a user has to know; nothing is lost by it.

@@ -6,13 +6,15 @@ Prints: this machine's GPUs, memory and libraries, then ✓ or ✗ for each need
         on each beside what was measured. At the end, what this machine can run. The exit status is 0 whatever is found.
 Method: fairway/preflight.py, which also checks params.yaml before fetch and train; fairway/machine.py and step_time.py
 Usage:  make doctor, or python -m stages.doctor
+        python -m stages.doctor --step RECORD GPU     what the first does for each GPU, in a process that sees no other
 """
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-import torch
-
-from fairway.machine import description, gpu_bytes
+from fairway.machine import description, gpu_bytes, gpu_name
 from fairway.params import Params, load_params
 from fairway.preflight import GPU_MEMORY, record_checks, remedies, table, verdict
 from fairway.runtime.errors import UserError, run_stage
@@ -23,7 +25,11 @@ TIMED = "r1172"
 
 
 def main() -> None:
-    """Print what this machine is, the table, and what to do."""
+    """Print what this machine is, the table, and what to do; or the line of one GPU."""
+    if sys.argv[1:2] == ["--step"]:
+        _, record, gpu = sys.argv[1:]
+        print(step_verdict(record, int(gpu)))
+        return
     names = sorted(file.stem for file in Path("records").glob("*.yaml") if file.stem != "published")
     files = {"params.yaml": Path("params.yaml")} | {name: Path(f"records/{name}.yaml") for name in names}
     params, faults = read_params(files)
@@ -37,18 +43,25 @@ def main() -> None:
 def speed(params: dict[str, Params]) -> list[str]:
     """A line on the speed of each GPU, where a record fits on the first: by the record of params.yaml.
 
-    All are timed, one after the other, since one that is too hot has been met beside one that was not. The first takes
-    a minute or so, most of it compilation.
+    All are timed, since one that is too hot has been met beside one that was not: at the same time, each by a process
+    of its own, because most of the minute or so that it takes is compilation, which holds for one GPU alone.
     """
     gpus = gpu_bytes()
     if not gpus or gpus[0] < GPU_MEMORY:
         return []
     chosen = params["params.yaml"].report.record if "params.yaml" in params else None
-    lines = []
-    for gpu in range(len(gpus)):
-        with torch.cuda.device(gpu):
-            lines.append(step_verdict(chosen if chosen in MEASURED_MS else TIMED, gpu))
-    return lines
+    command = [sys.executable, "-m", "stages.doctor", "--step", chosen if chosen in MEASURED_MS else TIMED]
+    started = [
+        subprocess.Popen(
+            [*command, str(gpu)],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu_name(gpu)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for gpu in range(len(gpus))
+    ]
+    said = [process.communicate()[0].strip() for process in started]
+    return [line or f"✗ the process that times GPU {gpu} ended without a word" for gpu, line in enumerate(said)]
 
 
 def read_params(files: dict[str, Path]) -> tuple[dict[str, Params], list[str]]:

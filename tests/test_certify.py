@@ -144,9 +144,15 @@ def test_predictions_step_by_step_are_those_of_whole_batches(name: str) -> None:
         assert float((row_V - base.log_probs_NV[position]).abs().max()) < 1e-3
 
 
+ON_GPUS: dict[str, Make] = LEGAL | {
+    "documents alone": lambda: LoraTttEvaluator(LoraTttSettings(**ALONE)),
+    "ttt, slot on context": lambda: _ttt_with_slot("context"),
+}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", LEGAL)
+@pytest.mark.parametrize("name", ON_GPUS)
 def test_certificates_on_a_gpu_find_no_fault_either(name: str) -> None:
     """Where predictions are bfloat16, and the tokens of the stream and what a stepper keeps lie on the device."""
     device = torch.device("cuda")
@@ -158,7 +164,7 @@ def test_certificates_on_a_gpu_find_no_fault_either(name: str) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         stream = _stream(1100).to(device)
-        found = certify(LEGAL[name], load(), load, stream, CertifySettings(tokens=60), lambda _: None).findings
+        found = certify(ON_GPUS[name], load(), load, stream, CertifySettings(tokens=60), lambda _: None).findings
     finally:
         torch.use_deterministic_algorithms(False)
     assert _failed(found) == set(), {failed: found[failed] for failed in _failed(found)}
@@ -183,8 +189,9 @@ class _Headed(WindowPass):
     """A pass of a kind that nobody knows."""
 
 
-def _ttt_with_slot() -> Evaluator:
-    return TttEvaluator(TttSettings(**(TTT | {"slot": SlotFitSettings(**PLAIN_FIT, steps=3, lr=0.02)})))
+def _ttt_with_slot(fitted_on: str = PLAIN_FIT["fitted_on"]) -> Evaluator:
+    slot = SlotFitSettings(**(PLAIN_FIT | {"fitted_on": fitted_on, "steps": 3, "lr": 0.02}))
+    return TttEvaluator(TttSettings(**(TTT | {"slot": slot})))
 
 
 FITTED_AHEAD: dict[str, Make] = {

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,7 +14,9 @@ import pytest
 from conftest import REPOSITORY, Experiment, stage_main
 from forks import Fork
 
+import stages.doctor as doctor_stage
 from fairway import machine
+from fairway.machine import GIB
 from fairway.params import load_params
 from fairway.preflight import PINNED, Check, check_machine, cpu_hours, fewer_processes, remedies, table, verdict
 from fairway.runtime.errors import UserError
@@ -203,6 +206,25 @@ def test_other_versions_than_the_pinned_ones_keep_no_record_from_running() -> No
     checks = {"params.yaml": [other], "r1": [lacking], "lab-1gpu": [Check("disk", True, "")]}
     assert verdict(checks) == ["This machine can run: params.yaml (`make repro`), lab-1gpu"]
     assert verdict({}) == []
+
+
+def test_every_gpu_is_timed_by_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that pretends to have two, which the processes do not find."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5")
+    monkeypatch.setattr(doctor_stage, "gpu_bytes", lambda: [80 * GIB] * 2)
+    lines = doctor_stage.speed({})
+    assert [line.partition(":")[0] for line in lines] == [
+        f"✗ a training step of r1172 fails on GPU {gpu}" for gpu in (0, 1)
+    ]
+    assert [machine.gpu_name(gpu) for gpu in (0, 1)] == ["7", "5"]
+
+
+@pytest.mark.program("sh")
+def test_a_process_that_ends_without_a_word_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "false")
+    monkeypatch.setattr(doctor_stage, "gpu_bytes", lambda: [80 * GIB])
+    assert doctor_stage.speed({}) == ["✗ the process that times GPU 0 ended without a word"]
 
 
 def test_where_nothing_is_missing_it_says_so() -> None:

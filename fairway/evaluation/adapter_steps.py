@@ -78,7 +78,7 @@ class AdapterSteps:
             torch.zeros(most, numbers, dtype=model.compute_dtype, device=tokens_N1.device) for _ in range(2)
         )
         self._adapters: dict[int, LoraAdapters] = {}
-        # By shape, from its second use on.
+        # By shape, once a cut of it was scored and had its gradients found: what was never run cannot be recorded.
         self._graphs: dict[tuple[int, int], TwoGraphs] = {}
         self._met: set[tuple[int, int]] = set()
         # What finds the gradients of the cut last scored.
@@ -92,7 +92,6 @@ class AdapterSteps:
         self._last = None
         shape, table_R4 = (len(numbers_RP), cut.length), sent(cut.table_R4, self.tokens_N1.device)
         if self._memory is None or shape not in self._met:
-            self._met.add(shape)
             logits_RCV = self._logits(table_R4, cut.length, cut.size)
             self._last = table_R4, logits_RCV
             return logits_RCV.detach()
@@ -110,6 +109,7 @@ class AdapterSteps:
             self._last.second()
         elif self._last is not None:
             self._put_gradients(*self._last, cut.length, cut.size)
+            self._met.add((len(cut.table_R4), cut.length))
         return self._gradients_BP[: len(cut.table_R4)]
 
     def _record(self, table_R4: Tensor, cut: Cut, memory: SharedMemory) -> TwoGraphs:

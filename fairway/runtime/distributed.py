@@ -68,7 +68,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the job. A context manager: leaving it shuts the process group down in order."""
+    """This process among those of the job. A context manager: left without a fault, it shuts the process group down."""
 
     rank: int
     size: int
@@ -116,8 +116,9 @@ class World:
     def __enter__(self) -> "World":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if dist.is_initialized():
+    def __exit__(self, fault: type[BaseException] | None, *_: object) -> None:
+        # With a fault the process ends, and torchrun then ends the others. NCCL would wait here until they leave, too.
+        if fault is None and dist.is_initialized():
             dist.destroy_process_group()
 
 
