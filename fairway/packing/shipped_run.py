@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from bisect import bisect_left
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -66,8 +67,11 @@ def check_shipped_run(
         evaluator = make_evaluator(name, settings, model=network.config, processes=1)
         validation = _beginning(tokens, network, evaluator)
         _write_stream(folder, validation, tokens)
-        own = _own_figures(evaluator, network, validation)
-        shipped, fault = _shipped_figures(folder)
+        # Both at the same time: most of what either of them takes is to start, and on a GPU to build its kernels.
+        with ThreadPoolExecutor(1) as beside:
+            trial = beside.submit(_shipped_figures, folder)
+            own = _own_figures(evaluator, network, validation)
+            shipped, fault = trial.result()
     for key, unit in UNITS.items():
         if not abs(shipped[key] - own[key]) <= TOLERANCE:
             raise UserError(
