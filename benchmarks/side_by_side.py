@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-from fairway.machine import gpu_name
+from fairway.machine import visible_device
 from fairway.params import Params, load_params
 from fairway.runtime.errors import UserError, run_stage
 from fairway.runtime.files import write_atomic
@@ -135,7 +135,7 @@ def _measure(params: Params, chosen: argparse.Namespace) -> None:
     }
     write_atomic(out / "conditions.json", json.dumps(conditions, indent=1) + "\n")
     pr1855 = started([sys.executable, str(chosen.program.resolve())], out, "pr1855", _environment(params, chosen, out))
-    own = {"CUDA_VISIBLE_DEVICES": gpu_name(chosen.gpus[1])}
+    own = {"CUDA_VISIBLE_DEVICES": visible_device(chosen.gpus[1])}
     fairway = started([sys.executable, "-m", "dvc", "repro"], out, "fairway", own, folder=Path.cwd())
     for wait in (pr1855, fairway):
         wait()
@@ -151,8 +151,13 @@ def _entries(params: Params, out: Path) -> list[Entry]:
 
 
 def settings_name(params: Params) -> str:
-    """A short name for all settings but seeds and where the text comes from: pairs that share it can be averaged."""
-    others = params.model_dump(mode="json", exclude={"seeds", "fetch", "tokenize", "report", "submission"})
+    """A short name for all settings but seeds and where the text and its tokenizer come from.
+
+    Pairs that share it can be averaged.
+    """
+    others = params.model_dump(
+        mode="json", exclude={"seeds": True, "fetch": True, "tokenize": {"model"}, "report": True, "submission": True}
+    )
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -175,7 +180,7 @@ def shared_environment(
     """A published program's own settings, and the variables by which it is told what it has in common with ours."""
     tokens = published_names(out)
     own = {
-        "CUDA_VISIBLE_DEVICES": gpu_name(gpu),
+        "CUDA_VISIBLE_DEVICES": visible_device(gpu),
         "SEED": params.seeds[0],
         "MAX_WALLCLOCK_SECONDS": params.train.max_wallclock_s,
         "DATA_PATH": tokens,

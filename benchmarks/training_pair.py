@@ -29,7 +29,7 @@ from benchmarks.side_by_side import (
     shared_environment,
     started,
 )
-from fairway.machine import gpu_name
+from fairway.machine import visible_device
 from fairway.params import Params, load_params
 from fairway.runtime.errors import run_stage
 
@@ -69,7 +69,7 @@ def trained(
     }
     told = shared_environment(params, out, settings, stub=stub, gpu=gpus[0])
     theirs = started([sys.executable, str(program.resolve())], out, "program", told, until=AVERAGED)
-    own = {"CUDA_VISIBLE_DEVICES": gpu_name(gpus[1])}
+    own = {"CUDA_VISIBLE_DEVICES": visible_device(gpus[1])}
     ours = started([sys.executable, "-m", "stages.train", seed], out, "fairway", own, folder=Path.cwd())
     for wait in (theirs, ours):
         wait()

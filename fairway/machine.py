@@ -39,7 +39,7 @@ def gpu_bytes() -> list[int]:
     return [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
 
 
-def gpu_name(index: int) -> str:
+def visible_device(index: int) -> str:
     """What CUDA_VISIBLE_DEVICES has to be for a process that is to see one of the GPUs that this process sees."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[index] if named else str(index)

@@ -6,7 +6,8 @@ Prints: this machine's GPUs, memory and libraries, then ✓ or ✗ for each need
         on each beside what was measured. At the end, what this machine can run. The exit status is 0 whatever is found.
 Method: fairway/preflight.py, which also checks params.yaml before fetch and train; fairway/machine.py and step_time.py
 Usage:  make doctor, or python -m stages.doctor
-        python -m stages.doctor --step RECORD GPU     what the first does for each GPU, in a process that sees no other
+        python -m stages.doctor --step RECORD GPU     the line of one GPU, by a process that sees no other; the first
+                                                      command starts this one for each GPU
 """
 
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fairway.machine import description, gpu_bytes, gpu_name
+from fairway.machine import description, gpu_bytes, visible_device
 from fairway.params import Params, load_params
 from fairway.preflight import GPU_MEMORY, record_checks, remedies, table, verdict
 from fairway.runtime.errors import UserError, run_stage
@@ -54,7 +55,7 @@ def speed(params: dict[str, Params]) -> list[str]:
     started = [
         subprocess.Popen(
             [*command, str(gpu)],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu_name(gpu)},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": visible_device(gpu)},
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -217,10 +217,9 @@ def test_every_gpu_is_timed_by_a_process_of_its_own(monkeypatch: pytest.MonkeyPa
     assert [line.partition(":")[0] for line in lines] == [
         f"✗ a training step of r1172 fails on GPU {gpu}" for gpu in (0, 1)
     ]
-    assert [machine.gpu_name(gpu) for gpu in (0, 1)] == ["7", "5"]
+    assert [machine.visible_device(gpu) for gpu in (0, 1)] == ["7", "5"]
 
 
-@pytest.mark.program("sh")
 def test_a_process_that_ends_without_a_word_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "false")
     monkeypatch.setattr(doctor_stage, "gpu_bytes", lambda: [80 * GIB])

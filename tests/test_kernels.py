@@ -206,26 +206,8 @@ def backends(packed: bool) -> list[str]:
     return sorted({"flash2", chosen} | ({"cudnn"} if chosen != "flash2" and not packed else set()))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_all_backends_agree_with_plain_attention(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    segments = torch.tensor([0, 100, 101, 300, 512, 512], dtype=torch.int32, device=CUDA) if packed else None
-    inputs = random(5, (2, 256, 8, 64), (2, 256, 4, 64), (2, 256, 4, 64))
-    for backend in backends(packed):
-        monkeypatch.setattr(causal_attention, "attention_backend", lambda *_, name=backend, **__: name)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return causal_attention.attend(q, k, v, segments)
-
-        def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return causal_attention.attend_plainly(q, k, v, segments)
-
-        assert_same(attend, plain, inputs)
-
-
-@pytest.mark.parametrize("head_dim", [8, 16, 32, 64])
-def test_heads_of_every_width_have_the_gradients_of_plain_attention(head_dim: int) -> None:
-    segments = torch.tensor([0, 100, 101, 300, 512, 512], dtype=torch.int32, device=CUDA)
-    inputs = random(6, (2, 256, 4, head_dim), (2, 256, 2, head_dim), (2, 256, 2, head_dim))
+def assert_attends_as_plainly(segments: Tensor | None, inputs: list[Tensor]) -> None:
+    """With queries, keys and values; the gradients of all three, too."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_attention.attend(q, k, v, segments)
@@ -234,6 +216,21 @@ def test_heads_of_every_width_have_the_gradients_of_plain_attention(head_dim: in
         return causal_attention.attend_plainly(q, k, v, segments)
 
     assert_same(attend, plain, inputs)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_backends_agree_with_plain_attention(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = torch.tensor([0, 100, 101, 300, 512, 512], dtype=torch.int32, device=CUDA) if packed else None
+    inputs = random(5, (2, 256, 8, 64), (2, 256, 4, 64), (2, 256, 4, 64))
+    for backend in backends(packed):
+        monkeypatch.setattr(causal_attention, "attention_backend", lambda *_, name=backend, **__: name)
+        assert_attends_as_plainly(segments, inputs)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 32, 64])
+def test_heads_of_every_width_have_the_gradients_of_plain_attention(head_dim: int) -> None:
+    segments = torch.tensor([0, 100, 101, 300, 512, 512], dtype=torch.int32, device=CUDA)
+    assert_attends_as_plainly(segments, random(6, (2, 256, 4, head_dim), (2, 256, 2, head_dim), (2, 256, 2, head_dim)))
 
 
 def _as_flash3(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, longest: int) -> Tensor:

@@ -118,8 +118,10 @@ def test_settings_have_the_same_name_whatever_the_seed_and_the_text(evaluated: E
     before = settings_name(Params.model_validate(raw))
     raw["seeds"], raw["fetch"]["shuffle_seed"] = [5], 9
     assert settings_name(Params.model_validate(raw)) == before
-    raw["train"]["batch_tokens"] *= 2
-    assert settings_name(Params.model_validate(raw)) != before
+    for section, key in (("train", "batch_tokens"), ("tokenize", "shard_tokens")):
+        other = copy.deepcopy(raw)
+        other[section][key] *= 2
+        assert settings_name(Params.model_validate(other)) != before
 
 
 def test_pairs_of_several_seeds_are_tested_together() -> None:
