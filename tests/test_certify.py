@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from streams import PLAIN_FIT, PLAIN_TTT, PLAIN_WINDOWS, random_stream
 from test_model import R1150, SMALL
 from test_within_documents import documents
@@ -19,7 +20,9 @@ from fairway.certification.decoder import choose_slices
 from fairway.certification.excerpt import choose_excerpt, visiting_order
 from fairway.certification.experiments import Certified, CertifySettings, certify
 from fairway.certification.follower import Follower
+from fairway.certification.stepping import RowReader
 from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
+from fairway.evaluation.kv_cache import Cache
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
 from fairway.evaluation.passes import Pass, Prediction
 from fairway.evaluation.scoring import Batch, PlaceHead, WindowPass, in_chunks, plain_head, stream_windows
@@ -142,6 +145,48 @@ def test_predictions_step_by_step_are_those_of_whole_batches(name: str) -> None:
     for position in slices.positions.tolist():
         row_V = follower.rows(position)[position]
         assert float((row_V - base.log_probs_NV[position]).abs().max()) < 1e-3
+
+
+def _given(make: Make, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """What a decoder of two slices reads beside the step of each token: where it begins, and the tokens up to its end.
+
+    Among the tokens of both slices, documents begin.
+    """
+    stream, read, given = documents(5, 1100, 0.05), RowReader._run, []
+    runs: list[tuple[int, ...]] = []
+
+    def noted(self: RowReader, row: Tensor, begin: int, end: int, cache: Cache) -> tuple[Tensor, Cache]:
+        runs.append((begin, *row[:end].tolist()))
+        return read(self, row, begin, end, cache)
+
+    monkeypatch.setattr(RowReader, "_run", noted)
+    asked_N = torch.zeros(1100, dtype=torch.bool)
+    asked_N[[*range(101, 131), *range(205, 235)]] = True
+    assert int((stream[1:][asked_N] == BOS).sum()) > 2
+    box = BlackBox(make, _network())
+    follower = Follower(box, baseline(box, stream), stream.clone(), asked_N)
+    follower.fill(F.pad(asked_N, (1, 0)), torch.tensor(0))
+    for position in asked_N.nonzero()[:, 0].tolist():
+        before = len(runs)
+        follower.row(position)
+        follower.fill(position + 1, stream[position + 1])
+        given += runs[before:-1]
+    return given
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in LEGAL if name.startswith(("sliding", "stream", "ttt", "slot, carr"))]
+)
+def test_nothing_is_read_twice_because_a_document_begins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = _given(LEGAL[name], monkeypatch)
+    assert len(given) == len(set(given))
+
+
+def test_what_is_given_between_two_slices_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_block = StreamingSettings(block_tokens=512, lanes=1, within_documents=False)
+    given = _given(lambda: StreamingEvaluator(one_block), monkeypatch)
+    # The first slice's last step is read again, because one of its tokens was decoded by it.
+    assert [(begin, len(tokens)) for begin, *tokens in given] == [(0, 100), (128, 132), (132, 204)]
 
 
 ON_GPUS: dict[str, Make] = LEGAL | {

@@ -50,7 +50,9 @@ class Follower:
         if learned_from:
             self._begin(0, None)
         elif starts_changed:
+            stepper = self._stepper
             self._begin(self._chunk, self._pass.state() if self._chunk else None)
+            self._stepper.take_over(stepper)
 
     def row(self, position: int) -> Tensor:
         """The log-probabilities (V,) float32 at a position, on the CPU."""

@@ -15,6 +15,7 @@ Legend: B windows, T tokens of a window, S tokens of a step, M scored places, N 
 ones, X tokens from there on, D model width, V vocabulary.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
@@ -45,22 +46,24 @@ STEP = 4
 class RowReader:
     """Goes through a row in steps of STEP tokens, and again through those whose tokens have changed since.
 
-    Steps begin at the same places whatever is known, so that a decoder computes on the same shapes as the encoder and
-    gets the same bits. The tokens before a step are in the key/value cache, and are computed again only if they have
-    changed. `begin` and `cache` say where the row starts, if tokens before it are cached already.
+    `asked_X` (X,) bool marks the places of the row from `first` on that will be asked for. Places between these are
+    read in one go, and so is what comes before `first`. So runs begin and end at the same places whatever is known, and
+    a decoder computes on the same shapes as the encoder and gets the same bits. The tokens before a step are in the
+    key/value cache, and are computed again only if they have changed. `begin` and `cache` say where the row starts, if
+    tokens before it are cached already.
     """
 
-    def __init__(self, model: GPT, *, begin: int = 0, cache: Cache = ()) -> None:
-        self.model = model
+    def __init__(self, model: GPT, asked_X: Tensor, *, first: int = 0, begin: int = 0, cache: Cache = ()) -> None:
+        self.model, self._ends = model, _ends_of_runs(asked_X, first)
         self._start = (begin, cache)
         # The tokens read before the last step and with it, and what both left in the cache.
         self._before = self._after = (torch.empty(0), cache)
 
-    def step(self, row: Tensor, begin: int, context: int) -> Tensor:
-        """Hidden states (S, D) at places begin ... of a row, of which the first `context` tokens are read at once."""
+    def step(self, row: Tensor, begin: int) -> Tensor:
+        """Hidden states (S, D) at places begin ... of a row."""
         known, cache = self._read_before(row, begin)
-        while known < begin:
-            end = known + STEP if known >= context else context
+        ends = self._ends[bisect_right(self._ends, known) : bisect_left(self._ends, begin)]
+        for end in [*ends, begin] if known < begin else []:
             cache = self._run(row, known, end, cache)[1]
             known = end
         hid_SD, cache_after = self._run(row, begin, begin + STEP, cache)
@@ -102,6 +105,9 @@ class Stepper:
                 return positions_M, logits_MV
         raise LookupError(f"position {position} is not predicted in chunk {chunk}")
 
+    def take_over(self, other: "Stepper") -> None:
+        """Go on with what the stepper of another pass in the same state, over the same buffer, has computed."""
+
 
 class WindowStepper(Stepper):
     """For windows whose predictions depend on nothing but the window, by a head that reads the scored places alone."""
@@ -110,22 +116,28 @@ class WindowStepper(Stepper):
 
     def __init__(self, evaluation: WindowPass, asked_N: Tensor, head: Callable[[Tensor], Tensor]) -> None:
         super().__init__(evaluation, asked_N)
-        self.windows, self.head, self._chunk = evaluation, head, -1
+        self.windows, self.head, self._where = evaluation, head, (-1, -1, -1)
 
     def at(self, chunk: int, position: int) -> Prediction:
         """A step of the window that scores the position."""
-        if chunk != self._chunk:
-            # Passes learn between chunks: what was cached before belongs to other weights.
-            self._chunk, self._reader = chunk, RowReader(self.windows.model)
         window, _ = _window(self.windows, chunk, position)
         start, first, length = (int(column) for column in (window.start, window.first, window.length))
         first = first if first >= LOOK_BACK else 0
+        if self._where != (chunk, start, first):
+            # Passes learn between chunks: what was cached before belongs to other weights.
+            self._where = (chunk, start, first)
+            self._reader = RowReader(self.windows.model, self.asked_N[start + first :], first=first)
         begin = first + (position - start - first) // STEP * STEP
         row = self.windows.tokens_N1[start : start + length]
         positions_S = torch.arange(start + begin, min(start + begin + STEP, start + length), device=row.device)
         with torch.no_grad():
             # The head is given all places of a step, also behind a document's end, which a decoder does not know yet.
-            return positions_S, self.head(self._reader.step(row, begin, first))[: len(positions_S)]
+            return positions_S, self.head(self._reader.step(row, begin))[: len(positions_S)]
+
+    def take_over(self, other: Stepper) -> None:
+        """The cache of the window last asked for."""
+        if isinstance(other, WindowStepper) and other._where[0] >= 0:
+            self._where, self._reader = other._where, other._reader
 
 
 class OffsetStepper(Stepper):
@@ -207,8 +219,7 @@ class LaneStepper(Stepper):
 
     def __init__(self, evaluation: StreamingPass, asked_N: Tensor) -> None:
         super().__init__(evaluation, asked_N)
-        self.lanes = evaluation
-        self._where, self._context = (-1, -1), 0
+        self.lanes, self._where = evaluation, (-1, -1)
 
     def at(self, chunk: int, position: int) -> Prediction:
         """A step of the lane that the position lies in."""
@@ -216,15 +227,20 @@ class LaneStepper(Stepper):
         lane = next(index for index, end in enumerate(bounds[1:]) if position < end)
         if self._where != (chunk, lane):
             cache = tuple(of_lanes[lane : lane + 1] for of_lanes in self.lanes.state().values())
-            self._where, self._reader = (chunk, lane), RowReader(self.lanes.model, begin=first, cache=cache)
-            # What comes before the first target of this block that will ever be asked for is read at once.
-            self._context = first + int(self.asked_N[bounds[lane] + first :].nonzero()[0]) // STEP * STEP
+            asked_X = self.asked_N[bounds[lane] + first : bounds[lane + 1]]
+            self._where = (chunk, lane)
+            self._reader = RowReader(self.lanes.model, asked_X, first=first, begin=first, cache=cache)
         begin = first + (position - bounds[lane] - first) // STEP * STEP
         row = self.lanes.tokens_N1[bounds[lane] : bounds[lane + 1]]
         positions_S = bounds[lane] + torch.arange(begin, min(begin + STEP, len(row)), device=row.device)
         with torch.no_grad():
-            hid_SD = self._reader.step(row, begin, self._context)
+            hid_SD = self._reader.step(row, begin)
             return positions_S, self.lanes.model.logits(hid_SD)[: len(positions_S)]
+
+    def take_over(self, other: Stepper) -> None:
+        """The cache of the lane last asked for."""
+        if isinstance(other, LaneStepper) and other._where[0] >= 0:
+            self._where, self._reader = other._where, other._reader
 
 
 class DocumentStepper(Stepper):
@@ -307,6 +323,12 @@ def make_stepper(evaluation: Pass, asked_N: Tensor) -> Stepper:
         if evaluation.stretch:
             return DocumentWindowStepper(evaluation, asked_N)
     return Stepper(evaluation, asked_N)
+
+
+def _ends_of_runs(asked_X: Tensor, first: int) -> list[int]:
+    """Where runs of a row end: before and behind each step with a marked place. `asked_X` (X,) begins with `first`."""
+    places = asked_X.nonzero()[:, 0] // STEP * STEP + first
+    return torch.cat([places, places + STEP]).unique().tolist()
 
 
 def _window(evaluation: WindowPass, chunk: int, position: int) -> tuple[Windows, Windows]:

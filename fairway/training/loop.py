@@ -93,7 +93,7 @@ def train(
         stopped_by, due = run.budget.spent(run.now), run.step % settings.val_every == 0
         if underway and (stopped_by or due):
             figures, underway = told(underway), None
-            # So far this is a forecast. The clock itself says whether the run has come to its end.
+            # `stopped_by` came from a forecast. The clock itself says whether the run has come to its end.
             stopped_by = reached(run, clock)
         if stopped_by or due:
             with clock.paused():
