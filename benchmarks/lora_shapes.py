@@ -25,7 +25,15 @@ from benchmarks.evaluate import random_network
 from benchmarks.phased_ttt import TimedPass, global_steps, time_global_step
 from fairway.evaluation.adapter_steps import AdamW, AdapterSets, AdapterSteps
 from fairway.evaluation.collect import collect
-from fairway.evaluation.document_batches import Cut, Document, by_length, phase_ends, row_groups, window_length
+from fairway.evaluation.document_batches import (
+    Cut,
+    Document,
+    by_length,
+    lanes_of,
+    phase_ends,
+    row_groups,
+    window_length,
+)
 from fairway.evaluation.lora_adapters import numbers_of_a_set
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
 from fairway.model.gpt import GPT
@@ -97,11 +105,11 @@ def challenge(model: GPT, settings: LoraTttSettings, world: World) -> None:
     global_s = time_global_step(model, settings, world)
     seconds = [sum(table[shape].score_s + fits * table[shape].fit_s for shape, fits in steps) for steps in each]
     ends = phase_ends(batches, settings.prefix_documents, settings.phases, settings.lanes)
+    independent = not ends and not settings.carry_factors
+    lane_of = lanes_of(batches, settings.lanes, independent=independent, seq_len=seq_len)
     slowest, mean, trained = [], [], []
     for begin, end in pairwise([0, *ends, len(batches)]):
-        of_lanes = [
-            sum(seconds[i] for i in range(begin, end) if i % settings.lanes == k) for k in range(settings.lanes)
-        ]
+        of_lanes = [sum(seconds[i] for i in range(begin, end) if lane_of[i] == k) for k in range(settings.lanes)]
         slowest.append(max(of_lanes))
         mean.append(sum(of_lanes) / settings.lanes)
     for phase, end in enumerate(ends):

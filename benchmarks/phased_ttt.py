@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.document_lengths import CHALLENGE_DOCUMENTS, document_stream, document_targets, documents_for
 from fairway.evaluation.collect import collect
+from fairway.evaluation.document_batches import lanes_of
 from fairway.evaluation.lora_ttt import (
     Document,
     LoraTttEvaluator,
@@ -157,12 +158,13 @@ def project(lengths: list[int], settings: LoraTttSettings, rates: Rates, *, seq_
     """Seconds of each chunk and the phase behind it where every lane has a GPU of its own; lengths ascend."""
     batches = by_length([Document(0, targets) for targets in lengths], settings.batch_documents)
     ends = phase_ends(batches, settings.prefix_documents, settings.phases, settings.lanes)
-    seconds = []
+    independent, seconds = not ends and not settings.carry_factors, []
+    lane_of = lanes_of(batches, settings.lanes, independent=independent, seq_len=seq_len)
     for begin, end in zip([0, *ends], [*ends, len(batches)], strict=True):
         of_lanes = [0.0] * settings.lanes
         for index in range(begin, end):
             work = work_of(batches[index], chunk_tokens=settings.chunk_tokens, seq_len=seq_len)
-            of_lanes[index % settings.lanes] += rates.seconds(work)
+            of_lanes[lane_of[index]] += rates.seconds(work)
         seconds.append(max(of_lanes))
     for phase, end in enumerate(ends):
         count = settings.prefix_documents * (phase + 1) // settings.phases

@@ -21,10 +21,10 @@ from streams import (
 )
 from torch import Tensor
 
-from fairway.evaluation.document_batches import Document, by_length, documents, phase_ends
+from fairway.evaluation.document_batches import Document, by_length, documents, lanes_of, phase_ends
 from fairway.evaluation.lora_adapters import Factors, LoraAdapters, adapted_logits
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttPass, LoraTttSettings
-from fairway.runtime.distributed import alone
+from fairway.runtime.distributed import World, alone
 from fairway.tokens.tokenizer import BOS
 
 CPU = torch.device("cpu")
@@ -125,6 +125,36 @@ def _stream() -> Tensor:
     tokens = random_stream(3, 76)
     tokens[[0, 30, 50, 60, 66, 70, 73]] = BOS
     return tokens
+
+
+@given(
+    lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=60),
+    lanes=st.integers(1, 8),
+    size=st.integers(1, 8),
+)
+def test_lanes_of_independent_documents_end_at_about_the_same_time(lengths: list[int], lanes: int, size: int) -> None:
+    """No lane has more work than another but for a batch; the work is the tokens that are read, one by one."""
+    batches = by_length([Document(0, length) for length in lengths], size)
+    lane_of = lanes_of(batches, lanes, independent=True, seq_len=2048)
+    tokens = [sum(min(i, 2048) - 0.5 for d in batch for i in range(1, d.targets + 1)) for batch in batches]
+    work = [sum(count for count, lane in zip(tokens, lane_of, strict=True) if lane == mine) for mine in range(lanes)]
+    assert max(work) - min(work) <= max(tokens) * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_documents_alone_are_shared_by_all_processes(processes: int) -> None:
+    """Whatever `lanes` says; every target is scored by one of them, with the same bits."""
+    settings = LoraTttSettings(**(SMALL | {"batch_documents": 1, "phases": 0, "carry_factors": False, "lanes": 1}))
+    evaluator, model, tokens = LoraTttEvaluator(settings), shallow_network("r1958"), _stream()
+    expected, found = evaluator.score(model, tokens, _silent), torch.full((76,), torch.nan, dtype=torch.float64)
+    for rank in range(processes):
+        evaluation = evaluator.begin(model, tokens, World(rank=rank, size=processes, device=CPU))
+        predictions = [prediction for chunk in range(evaluation.chunks) for prediction in evaluation.predict(chunk)]
+        assert predictions
+        for positions, logits in predictions:
+            assert bool(found[positions].isnan().all())
+            found[positions] = F.cross_entropy(logits, tokens[positions + 1], reduction="none").double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_in_order_of_visits_nothing_is_seen_early() -> None:

@@ -61,6 +61,27 @@ def phase_ends(batches: list[list[Document]], prefix: int, phases: int, lanes: i
     return ends
 
 
+def lanes_of(batches: list[list[Document]], lanes: int, *, independent: bool, seq_len: int) -> list[int]:
+    """The lane of each batch: in turn, as PR #1855's order of visits wants it.
+
+    Where batches are `independent`, so that lanes change no result, each goes to the lane with the least work so far.
+    """
+    if not independent:
+        return [index % lanes for index in range(len(batches))]
+    work, found = [0.0] * lanes, []
+    for batch in batches:
+        least = work.index(min(work))
+        work[least] += sum(_tokens_read(document, seq_len) for document in batch)
+        found.append(least)
+    return found
+
+
+def _tokens_read(document: Document, seq_len: int) -> float:
+    """The tokens in the windows of all targets: target i has i of them before it, at most `seq_len`."""
+    growing = min(document.targets, seq_len)
+    return growing * (document.targets - growing / 2)
+
+
 def wanted_batches(batches: list[list[Document]], wanted: Tensor | None, *, independent: bool) -> list[list[Document]]:
     """The batches up to the last one with a target in `wanted`, a bool tensor (N,) on the CPU; None means all.
 

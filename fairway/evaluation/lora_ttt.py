@@ -15,8 +15,8 @@ document depends on another. The order of visits then decides nothing but the sp
 order of the stream: whoever decodes takes one document after the other.
 
 Source: PR #1855. There a GPU takes the next batch when it is done with one, so that the result depends on timing. Ours:
-batches are dealt to lanes in turn; a phase begins after the same batches as in the record's logs; and adapters that are
-drawn anew get the same numbers each time.
+batches are dealt to lanes in turn, or by their work where that changes no result; a phase begins after the same batches
+as in the record's logs; and adapters that are drawn anew get the same numbers each time.
 
 Legend: N targets, places of a cut, or tokens of a phase, B documents of a batch, S segment bounds, V vocabulary, P
 numbers of a document's adapters.
@@ -40,6 +40,7 @@ from fairway.evaluation.document_batches import (
     Document,
     by_length,
     documents,
+    lanes_of,
     phase_ends,
     row_groups,
     wanted_batches,
@@ -77,6 +78,7 @@ class LoraTttSettings(EvaluatorSettings):
     # Whether a batch begins with the first factors that the batch before it has left behind, as in the record.
     carry_factors: bool
     # Batches of documents under way at a time: the GPUs of a record. Processes do not change the result.
+    # Where documents depend on no other, there are as many as processes.
     lanes: int = Field(gt=0)
     # Of the adapters' first factors.
     seed: int = Field(ge=0, lt=2**32)
@@ -151,6 +153,9 @@ class LoraTttPass(Pass):
             ends = list(range(CHUNK_BATCHES, len(self.batches), CHUNK_BATCHES))
         self.bounds = [0, *ends, len(self.batches)]
         self.chunks = len(self.bounds) - 1
+        # Where documents depend on no other, every process has a lane.
+        self.lanes = world.size if self.independent else settings.lanes
+        self._lane_of = lanes_of(self.batches, self.lanes, independent=self.independent, seq_len=model.config.seq_len)
         self._sgd = GlobalSgd(model, settings, world)
         self._scorer = copy.deepcopy(model).to(model.compute_dtype).requires_grad_(False)
         self.steps = AdapterSteps(
@@ -161,18 +166,14 @@ class LoraTttPass(Pass):
     def _scale(self) -> float:
         return self.settings.alpha / self.settings.rank
 
-    def _lanes(self) -> range:
-        """Those of this process."""
-        return range(self.world.rank, self.settings.lanes, self.world.size)
-
     def predict(self, chunk: int, wanted: Tensor | None = None) -> Predictions:
         """The predictions of this process's lanes, of each up to its last batch with a wanted position.
 
         Batches before that one are left out only where no later one learns from them.
         """
-        for lane in self._lanes():
-            mine = range(self.bounds[chunk], self.bounds[chunk + 1])
-            batches = [self.batches[index] for index in mine if index % self.settings.lanes == lane]
+        for lane in range(self.world.rank, self.lanes, self.world.size):
+            of_chunk = range(self.bounds[chunk], self.bounds[chunk + 1])
+            batches = [self.batches[index] for index in of_chunk if self._lane_of[index] == lane]
             yield from self._lane(wanted_batches(batches, wanted, independent=self.independent))
 
     def _lane(self, batches: list[list[Document]]) -> Predictions:
