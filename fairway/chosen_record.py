@@ -2,7 +2,7 @@
 
 A record is a run of eight processes in the track's minutes. On fewer GPUs there are fewer processes, and as many steps
 take as many times longer: the clock and what is reserved of it are multiplied. A file for one process, such as the lab,
-keeps its seconds on any number of GPUs, and has as many times more tokens in a step.
+keeps its seconds on any number of GPUs, and has as many times more tokens in a step and training shards.
 """
 
 import re
@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from fairway.params import Params, load_params
 from fairway.reporting.comparison import load_published
 from fairway.runtime.errors import UserError
+from fairway.tokens.hub import FetchHub
 
 # Minutes for all seeds on as many GPUs as the file has processes: the table of docs/reproduce.md, and below it the lab.
 MINUTES = {"r1150": 50, "r1172": 50, "r1488": 55, "r1958": 65, "r1488-train-ttt": 50, "r1958-train-ttt": 60}
@@ -46,7 +47,8 @@ def choose(records: Path, name: str, gpus: int) -> Chosen:
         raise UserError(f"RECORD={name}: no such record; expected one of {', '.join(names)}")
     file = records / f"{name}.yaml"
     params = load_params(file)
-    batch_tokens = params.train.batch_tokens * (gpus if params.processes == 1 else 1)
+    larger = max(gpus, 1) if params.processes == 1 else 1
+    batch_tokens = params.train.batch_tokens * larger
     micro_batches = batch_tokens // params.train.micro_batch_tokens
     if gpus < 1 or micro_batches % gpus:
         able = ", ".join(str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0)
@@ -54,6 +56,8 @@ def choose(records: Path, name: str, gpus: int) -> Chosen:
     longer = max(params.processes / gpus, 1.0)
     text = _with(file.read_text(encoding="utf-8"), "processes", str(gpus), file)
     text = _with(text, "batch_tokens", str(batch_tokens), file)
+    if isinstance(params.fetch, FetchHub):
+        text = _with(text, "train_shards", str(params.fetch.train_shards * larger), file)
     for key, seconds in (("max_wallclock_s", params.train.max_wallclock_s), ("reserve_s", params.train.reserve_s)):
         if seconds is not None:
             text = _with(text, key, f"{seconds * longer:.1f}", file)

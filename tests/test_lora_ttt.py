@@ -227,6 +227,20 @@ def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], expected:
         settings.check(section="lora_ttt", model=lively_network("r1958").config, processes=1)
 
 
+@pytest.mark.parametrize(("changes", "refused"), [({}, True), ({"lanes": 2}, False), ({"phases": 0}, True)])
+def test_processes_without_a_lane_are_refused(changes: dict[str, Any], refused: bool) -> None:
+    """Unless documents depend on no other."""
+    model = lively_network("r1958").config
+    alone = LoraTttSettings(**(SMALL | changes | {"phases": 0, "carry_factors": False}))
+    alone.check(section="lora_ttt", model=model, processes=2)
+    carried = LoraTttSettings(**(SMALL | changes))
+    if refused:
+        with pytest.raises(ValueError, match=r"^lora_ttt.lanes \(1\) is less than the 2 processes$"):
+            carried.check(section="lora_ttt", model=model, processes=2)
+    else:
+        carried.check(section="lora_ttt", model=model, processes=2)
+
+
 @settings(max_examples=10)
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=7), st.integers(1, 3), st.integers(0, 6))
 def test_documents_without_carried_factors_depend_on_no_other(

@@ -34,10 +34,13 @@ def test_only_processes_and_what_goes_with_them_differ_from_the_record(name: str
         expected["train"][key] *= longer
     if record.processes == 1:
         expected["train"]["batch_tokens"] *= gpus
+        expected["fetch"]["train_shards"] *= gpus
     assert chosen.params.model_dump() == expected
     before = (RECORDS / f"{name}.yaml").read_text().splitlines()
     changed = [line for line in chosen.text.splitlines() if line not in before]
-    assert all(re.match(r"processes:|  (max_wallclock_s|reserve_s|batch_tokens):", line) for line in changed), changed
+    assert all(
+        re.match(r"processes:|  (max_wallclock_s|reserve_s|batch_tokens|train_shards):", line) for line in changed
+    ), changed
 
 
 def test_a_record_that_is_not_there_names_those_that_are() -> None:
@@ -49,6 +52,11 @@ def test_a_record_that_is_not_there_names_those_that_are() -> None:
 def test_processes_that_cannot_share_a_step_are_refused(gpus: int) -> None:
     with pytest.raises(UserError, match=rf"^GPUS={gpus}: .* divides the 8 micro-batches: 1, 2, 4, 8$"):
         choose(RECORDS, "r1172", gpus)
+
+
+def test_no_processes_are_no_number_either_for_a_record_of_one() -> None:
+    with pytest.raises(UserError, match=r"^GPUS=0: .* divides the 1 micro-batches: 1$"):
+        choose(RECORDS, "lab-1gpu", 0)
 
 
 def test_what_to_expect_is_what_the_page_says() -> None:

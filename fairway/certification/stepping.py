@@ -124,7 +124,8 @@ class WindowStepper(Stepper):
         start, first, length = (int(column) for column in (window.start, window.first, window.length))
         first = first if first >= LOOK_BACK else 0
         if self._where != (chunk, start, first):
-            # Passes learn between chunks: what was cached before belongs to other weights.
+            # Passes learn between chunks, so that what was cached before belongs to other weights; and each window has
+            # places of its own that are read at once.
             self._where = (chunk, start, first)
             self._reader = RowReader(self.windows.model, self.asked_N[start + first :], first=first)
         begin = first + (position - start - first) // STEP * STEP

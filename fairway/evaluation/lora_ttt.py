@@ -90,7 +90,7 @@ class LoraTttSettings(EvaluatorSettings):
         return self
 
     def check(self, *, section: str, model: ModelConfig, processes: int) -> None:
-        """A chunk is at most a row, and a step of global training is whole rows on every lane."""
+        """A chunk is at most a row, a step of global training is whole rows on every lane, and no process idles."""
         if self.chunk_tokens > model.seq_len:
             raise ValueError(f"{section}.chunk_tokens ({self.chunk_tokens}) exceeds model.seq_len ({model.seq_len})")
         if self.global_chunk_tokens % (self.lanes * model.seq_len):
@@ -98,6 +98,8 @@ class LoraTttSettings(EvaluatorSettings):
                 f"{section}.global_chunk_tokens ({self.global_chunk_tokens}) must be a multiple of "
                 f"{section}.lanes * model.seq_len ({self.lanes * model.seq_len})"
             )
+        if (self.phases or self.carry_factors) and processes > self.lanes:
+            raise ValueError(f"{section}.lanes ({self.lanes}) is less than the {processes} processes")
 
 
 # New first factors for a number of documents.
