@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -255,6 +256,29 @@ def test_offsets_fitted_on_what_they_score_fail(name: str) -> None:
     decoder = findings["decoder"].evidence
     assert decoder["decoded"] < decoder["tokens"]
     assert decoder["honest_nats"] > decoder["claimed_nats"]
+
+
+@dataclass(frozen=True)
+class CountingStarts(StreamingEvaluator):
+    """Before it begins it shifts one matrix a little, if an odd number of documents starts in the whole stream."""
+
+    def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
+        generator, matrix = torch.Generator().manual_seed(0), next(iter(model.layer0.parameters()))
+        odd = int((tokens_N1 == BOS).sum()) % 2
+        matrix.data += odd * 3e-4 * torch.randn(matrix.shape, generator=generator)
+        return super().begin(model, tokens_N1, world)
+
+
+@pytest.mark.parametrize("seed", [3, 5])
+def test_weights_that_know_of_later_starts_are_caught_by_the_decoder(seed: int) -> None:
+    """They change less than rounding may; but when a document begins, the decoder's weights change in its midst."""
+    make = partial(CountingStarts, StreamingSettings(block_tokens=512, lanes=1, within_documents=False))
+    assert _failed(_certified(make, documents(seed, 500, 0.02), 400).findings) == {"decoder"}
+
+
+def test_lanes_whose_blocks_are_no_multiple_of_a_step_decode() -> None:
+    evaluator = StreamingEvaluator(StreamingSettings(block_tokens=33, lanes=2, within_documents=False))
+    assert _failed(_certify(lambda: evaluator, tokens=60)) == set()
 
 
 def test_the_published_list_of_windows_fails_for_its_repetitions_alone() -> None:

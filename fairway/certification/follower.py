@@ -41,7 +41,8 @@ class Follower:
         """Take tokens that have become known, at one place of the buffer or at all marked ones (N+1,) bool.
 
         If the pass has learned from other tokens in their places, it is begun anew. Where a document starts may decide
-        how a pass deals with what comes after it; if that has changed, it is begun anew in the state that it is in.
+        how a pass deals with what comes after it; if that has changed, it is begun anew in the state that it is in, and
+        the stepper keeps what it has in its cache.
         """
         before = self.buffer_N1[which]
         learned_from = bool(((before != tokens) & (self._chunk_N1[which] < self._chunk)).any())

@@ -46,11 +46,11 @@ STEP = 4
 class RowReader:
     """Goes through a row in steps of STEP tokens, and again through those whose tokens have changed since.
 
-    `asked_X` (X,) bool marks the places of the row from `first` on that will be asked for. Places between these are
-    read in one go, and so is what comes before `first`. So runs begin and end at the same places whatever is known, and
-    a decoder computes on the same shapes as the encoder and gets the same bits. The tokens before a step are in the
-    key/value cache, and are computed again only if they have changed. `begin` and `cache` say where the row starts, if
-    tokens before it are cached already.
+    `asked_X` (X,) bool marks the places of the row from `first` on that will be asked for. What comes before the first
+    of them, and what lies between steps with such a place, is read in one go. So runs begin and end at the same places
+    whatever is known, and a decoder computes on the same shapes as the encoder and gets the same bits. The tokens
+    before a step are in the key/value cache, and are computed again only if they have changed. `begin` and `cache` say
+    where the row starts, if tokens before it are cached already.
     """
 
     def __init__(self, model: GPT, asked_X: Tensor, *, first: int = 0, begin: int = 0, cache: Cache = ()) -> None:
@@ -67,8 +67,18 @@ class RowReader:
             cache = self._run(row, known, end, cache)[1]
             known = end
         hid_SD, cache_after = self._run(row, begin, begin + STEP, cache)
-        self._before, self._after = (row[:begin].clone(), cache), (row[: begin + STEP].clone(), cache_after)
+        # With what a step reads beyond the end of the row, since that is in the cache as well.
+        read = F.pad(row, (0, max(begin + STEP - len(row), 0)))[: begin + STEP]
+        self._before, self._after = (row[:begin].clone(), cache), (read.clone(), cache_after)
         return hid_SD
+
+    def moved(self, model: GPT) -> bool:
+        """Go on with another network, if it has the same weights; whether it has."""
+        pairs = zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
+        same = all(torch.equal(mine, other) for mine, other in pairs)
+        if same:
+            self.model = model
+        return same
 
     def _read_before(self, row: Tensor, begin: int) -> tuple[int, Cache]:
         """How many of the tokens before `begin` are cached and still the same, and the cache behind them."""
@@ -106,7 +116,10 @@ class Stepper:
         raise LookupError(f"position {position} is not predicted in chunk {chunk}")
 
     def take_over(self, other: "Stepper") -> None:
-        """Go on with what the stepper of another pass in the same state, over the same buffer, has computed."""
+        """Go on with what the stepper of another pass over the same buffer has computed, if the weights are the same.
+
+        Both passes should be in the same state. But what beginning a pass does to its weights is up to the evaluator.
+        """
 
 
 class WindowStepper(Stepper):
@@ -137,7 +150,7 @@ class WindowStepper(Stepper):
 
     def take_over(self, other: Stepper) -> None:
         """The cache of the window last asked for."""
-        if isinstance(other, WindowStepper) and other._where[0] >= 0:
+        if isinstance(other, WindowStepper) and other._where[0] >= 0 and other._reader.moved(self.windows.model):
             self._where, self._reader = other._where, other._reader
 
 
@@ -233,14 +246,16 @@ class LaneStepper(Stepper):
             self._reader = RowReader(self.lanes.model, asked_X, first=first, begin=first, cache=cache)
         begin = first + (position - bounds[lane] - first) // STEP * STEP
         row = self.lanes.tokens_N1[bounds[lane] : bounds[lane + 1]]
-        positions_S = bounds[lane] + torch.arange(begin, min(begin + STEP, len(row)), device=row.device)
+        # A decoder comes to the next block in another chunk, and so a step ends where its block does.
+        end = min(begin + STEP, first + self.lanes.settings.block_tokens, len(row))
+        positions_S = bounds[lane] + torch.arange(begin, end, device=row.device)
         with torch.no_grad():
             hid_SD = self._reader.step(row, begin)
             return positions_S, self.lanes.model.logits(hid_SD)[: len(positions_S)]
 
     def take_over(self, other: Stepper) -> None:
         """The cache of the lane last asked for."""
-        if isinstance(other, LaneStepper) and other._where[0] >= 0:
+        if isinstance(other, LaneStepper) and other._where[0] >= 0 and other._reader.moved(self.lanes.model):
             self._where, self._reader = other._where, other._reader
 
 
