@@ -263,7 +263,7 @@ class CountingStarts(StreamingEvaluator):
     """Before it begins it shifts one matrix a little, if an odd number of documents starts in the whole stream."""
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        generator, matrix = torch.Generator().manual_seed(0), next(iter(model.layer0.parameters()))
+        generator, matrix = torch.Generator().manual_seed(0), model.get_parameter("layer0.attn.q")
         odd = int((tokens_N1 == BOS).sum()) % 2
         matrix.data += odd * 3e-4 * torch.randn(matrix.shape, generator=generator)
         return super().begin(model, tokens_N1, world)
