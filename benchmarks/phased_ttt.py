@@ -20,15 +20,8 @@ from torch import Tensor
 
 from benchmarks.document_lengths import CHALLENGE_DOCUMENTS, document_stream, document_targets, documents_for
 from fairway.evaluation.collect import collect
-from fairway.evaluation.document_batches import lanes_of
-from fairway.evaluation.lora_ttt import (
-    Document,
-    LoraTttEvaluator,
-    LoraTttPass,
-    LoraTttSettings,
-    by_length,
-    phase_ends,
-)
+from fairway.evaluation.document_batches import Document, by_length, lanes_of, phase_ends
+from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttPass, LoraTttSettings
 from fairway.evaluation.passes import Pass, Prediction, State
 from fairway.model.gpt import GPT
 from fairway.runtime.distributed import World
@@ -158,8 +151,9 @@ def project(lengths: list[int], settings: LoraTttSettings, rates: Rates, *, seq_
     """Seconds of each chunk and the phase behind it where every lane has a GPU of its own; lengths ascend."""
     batches = by_length([Document(0, targets) for targets in lengths], settings.batch_documents)
     ends = phase_ends(batches, settings.prefix_documents, settings.phases, settings.lanes)
-    independent, seconds = not ends and not settings.carry_factors, []
+    independent = not ends and not settings.carry_factors
     lane_of = lanes_of(batches, settings.lanes, independent=independent, seq_len=seq_len)
+    seconds = []
     for begin, end in zip([0, *ends], [*ends, len(batches)], strict=True):
         of_lanes = [0.0] * settings.lanes
         for index in range(begin, end):
