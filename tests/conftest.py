@@ -18,8 +18,6 @@ from filelock import FileLock
 from forks import Fork, ranks
 from warm_python import warm_environment
 
-from fairway.runtime.files import output_folder
-
 if TYPE_CHECKING:
     from reports import Figures
 
@@ -182,6 +180,9 @@ def experiment(tmp_path: Path) -> Experiment:
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Experiment], None]) -> Experiment:
     """An experiment that all processes of pytest-xdist share: the first that asks for it makes it."""
+    # Imports PyTorch, which this file must not do before it has set the number of threads.
+    from fairway.runtime.files import output_folder
+
     base = factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with FileLock(base / f"{name}.lock"):
