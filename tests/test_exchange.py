@@ -37,6 +37,19 @@ def test_three_processes_add_up_to_the_same_bits_as_one(tmp_path: Path) -> None:
     torch.testing.assert_close(expected[0].double(), exact, rtol=1e-5, atol=1e-3)
 
 
+def share_own_numbers() -> None:
+    """Leave in the current folder what this rank has after rank 0 shared its numbers."""
+    with start_world() as world:
+        numbers = torch.arange(5.0) + 10 * world.rank
+        world.share(numbers)
+        torch.save(numbers, f"{world.rank}.pt")
+
+
+def test_what_the_first_process_shares_all_have(tmp_path: Path) -> None:
+    ranks(share_own_numbers, tmp_path, processes=3)
+    assert all(torch.equal(torch.load(tmp_path / f"{rank}.pt"), torch.arange(5.0)) for rank in range(3))
+
+
 def test_gradients_are_those_of_the_sum() -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
     frozen = torch.nn.Parameter(torch.ones(3))

@@ -1,13 +1,16 @@
 """The network's promises that need no golden numbers: sizes, starting point, causality, documents, dtypes."""
 
 import math
+import os
 import subprocess
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import REPOSITORY
+from forks import ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -197,6 +200,23 @@ def test_initial_values_follow_the_seed_and_are_bfloat16_numbers(record: str) ->
         assert torch.equal(value, again.state_dict()[name]), name
         assert torch.equal(value.float(), value.bfloat16().float()), name
     assert not torch.equal(first.embed.token, other.embed.token)
+
+
+def draw_with_threads() -> None:
+    """Leave in the current folder, by its rank, the weights that a process with one thread more than its rank draws."""
+    wide = {"layers": 2, "xsa_last_layers": 1, "width": 256, "mlp_hidden": 1024, "value_embedding": None}
+    model, threads = GPT(ModelConfig.model_validate(small_config("r1488").model_dump() | wide)), int(os.environ["RANK"])
+    torch.set_num_threads(threads + 1)
+    model.init_weights(1)
+    assert torch.get_num_threads() == threads + 1
+    torch.save(model.state_dict(), f"{threads}.pt")
+
+
+def test_initial_weights_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    ranks(draw_with_threads, tmp_path, processes=3)
+    first, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(3))
+    for other in others:
+        assert all(torch.equal(value, other[name]) for name, value in first.items())
 
 
 def published_initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:

@@ -56,8 +56,7 @@ def load_artifact_once(path: Path, world: World) -> GPT:
     if model is None:
         model = GPT(read_header(path.read_bytes()).model).to_device(world.device).eval()
     for weight in model.state_dict().values():
-        # Summing rank 0's weight and the others' zeros gives every process rank 0's weight.
-        world.sum(weight if world.rank == 0 else weight.zero_()).wait()
+        world.share(weight)
     return model
 
 

@@ -75,13 +75,19 @@ def initial_values(config: ModelConfig) -> dict[str, Draw]:
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Set every parameter of `model` from one generator, drawn on the CPU: the same on every device.
+    """Set every parameter of `model` from one generator, drawn on the CPU.
+
+    They are the same for every device and number of CPU threads.
 
     Drawn in the order of PR #1488, so that its seeds give its own initial weights: its modules first draw PyTorch's
     default values, as they are made, and then all but the value table's are drawn anew.
     """
     generator = torch.Generator().manual_seed(seed)
     draws = initial_values(config)
+    # The last bits of LAPACK's QR decomposition depend on how many threads share it. More of them are no faster either:
+    # the matrices are small, and threads that wait for each other made half a minute of a second's work.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     # The value table stands behind the layers there.
     named = sorted(model.named_parameters(), key=lambda item: item[0].startswith("ve."))
     for name, parameter in named:
@@ -96,3 +102,4 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
         if name != "ve.table":
             draw = draws[re.sub(r"^layer\d+\.", "", name)]
             parameter.copy_(draw(parameter.shape, generator).bfloat16())
+    torch.set_num_threads(threads)

@@ -108,6 +108,11 @@ class World:
         stack = share.new_empty(share.shape[0] * self.size, *share.shape[1:])
         return Pending(stack, _gather(stack, share.contiguous(), async_op=True))
 
+    def share(self, tensor: Tensor) -> None:
+        """Replace `tensor`, which is contiguous, by rank 0's, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+
     def synchronize(self) -> None:
         """Wait until the device has finished all work that was launched on it."""
         if self.device.type == "cuda":

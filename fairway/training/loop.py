@@ -66,6 +66,9 @@ def train(
     steps. `tick` is called after every step, `log` with the figures of steps that are logged or validated, both on
     every rank. Raises UserError once the figures of a step are known whose loss or gradient is not finite.
     """
+    # The same seed gives machines with other CPUs other last bits.
+    for weight in model.parameters():
+        world.share(weight.data)
     run = Run.begin(model, loader, settings, world)
     compile_s = _warm_up(run) if settings.compile else 0.0
     if points and (point := points.load()):
@@ -158,16 +161,17 @@ def validate(
     This says how good the weights of a run under way are. Each row of the stream is scored on its own, so that a token
     sees the tokens before it in its row alone; the evaluators of fairway/evaluation let it see more and score better.
 
-    Each rank scores its share of the rows, batch_tokens // row of them at a time. With `segment` the rows of a batch
-    are joined to one packed row, in which documents do not see each other, as PR #1958 trains and validates. Sums are
-    float64, so that the number of ranks changes the last digits at most.
+    Batches of batch_tokens // row rows go to the ranks in turn. With `segment` the rows of a batch are joined to one
+    packed row, in which documents do not see each other, as PR #1958 trains and validates; a document that goes on from
+    one row to the next is one document there. Batches are the same for any number of ranks and sums are float64, so
+    that this number changes the last digits at most.
     """
     batch_rows = batch_tokens // row
     targets = len(validation.bytes)
-    first, last = (targets // row * rank // world.size for rank in (world.rank, world.rank + 1))
+    rows = targets // row
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
-    for begin in range(first, last, batch_rows):
-        end = min(begin + batch_rows, last)
+    for begin in range(world.rank * batch_rows, rows, world.size * batch_rows):
+        end = min(begin + batch_rows, rows)
         span = validation.tokens[begin * row : end * row + 1]
         width = len(span) - 1 if segment else row
         bounds = torch.from_numpy(segment(span[:-1].numpy())) if segment else None
