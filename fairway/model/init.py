@@ -85,7 +85,7 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     draws = initial_values(config)
     # The last bits of LAPACK's QR decomposition depend on how many threads share it. More of them are no faster either:
-    # the matrices are small, and threads that wait for each other made half a minute of a second's work.
+    # the matrices are small, and on busy cores threads wait for each other many times as long as they work.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     # The value table stands behind the layers there.
