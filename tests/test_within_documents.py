@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import PLAIN_TTT, random_stream, shallow_network
+from streams import PLAIN_TTT, lively_network, random_stream, shallow_network
 from test_model import RECORDS
 from torch import Tensor
 
 from fairway.evaluation.evaluator import Evaluator
-from fairway.evaluation.kv_cache import Documents, segment_bounds
+from fairway.evaluation.kv_cache import Documents, embed_documents, segment_bounds
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.slot import SlotEvaluator
 from fairway.evaluation.slot_offsets import SlotFitSettings, SlotSettings
@@ -175,6 +175,30 @@ def test_ttt_trains_on_rows_in_which_documents_are_apart() -> None:
     found = evaluation._gradients(rows_2RT, *evaluation._bounds(rows_2RT[0]))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert float((evaluation._gradients(rows_2RT) - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("record", RECORDS)
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999), st.integers(2, 8), st.data())
+def test_no_later_token_changes_a_bit_of_an_embedding(record: str, seed: int, length: int, data: st.DataObject) -> None:
+    """In rows as short as a decoder's steps, where the size of a matrix product most often decides how it rounds."""
+    network, tokens, other = lively_network(record), documents(seed, length, 0.3), documents(seed + 1, length, 0.5)
+    cut = data.draw(st.integers(1, length), label="first changed token")
+    changed = torch.cat([tokens[:cut], other[cut:]])
+    with torch.no_grad():
+        before, after = (embed_documents(network, stream[None])[:, :cut] for stream in (tokens, changed))
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("record", RECORDS)
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 40))
+def test_tokens_are_embedded_as_in_a_row_of_their_document(record: str, seed: int, length: int) -> None:
+    network, tokens = lively_network(record), documents(seed, length, 0.4)
+    with torch.no_grad():
+        found = embed_documents(network, tokens[None, :-1])
+        expected = torch.cat([network.embed_tokens(tokens[None, begin:end]) for begin, end in bounds(tokens)], 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @settings(max_examples=30, deadline=None)

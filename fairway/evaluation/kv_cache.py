@@ -4,7 +4,7 @@ Where documents are kept apart, no embedding and no attention reaches over a doc
 earlier documents until they are older than a window; they are only not looked at.
 
 Legend: B rows, C new tokens, P cached tokens, T = P + C, D model width, H query heads, K key/value heads, E width of a
-head, S starts of documents.
+head, S starts of documents, R tokens that an embedding is read from.
 """
 
 from functools import partial
@@ -22,19 +22,22 @@ from fairway.model.gpt import GPT
 
 
 def embed_documents(model: GPT, tokens_BC: Tensor) -> Tensor:
-    """x0 (B, C, D) of rows in which a BOS is embedded as the first token of a row, and the tokens after it likewise."""
-    x0_BCD = model.embed_tokens(tokens_BC)
-    row_S, place_S = (tokens_BC == BOS).nonzero(as_tuple=True)
-    if not len(row_S):
+    """x0 (B, C, D) of rows in which a BOS is embedded as the first token of a row, and the tokens after it likewise.
+
+    All places are embedded as the first of a document, as its second, and so on, and then one of these is chosen for
+    each. So the shapes do not depend on where documents start, which a decoder does not know yet of later places:
+    matrix products of other shapes may round otherwise, and it would not get the encoder's bits.
+    """
+    x0_BCD, starts_BC = model.embed_tokens(tokens_BC), tokens_BC == BOS
+    if not starts_BC.any():
+        # Nothing would be chosen but what is there.
         return x0_BCD
-    padded = F.pad(tokens_BC, (0, LOOK_BACK))
-    first_SLD = model.embed_tokens(
-        padded[row_S[:, None], place_S[:, None] + torch.arange(LOOK_BACK, device=row_S.device)]
-    )
     # The places furthest behind a start go first, so that a next document's start within reach has the last word.
     for behind in reversed(range(LOOK_BACK)):
-        inside = place_S + behind < tokens_BC.size(1)
-        x0_BCD[row_S[inside], place_S[inside] + behind] = first_SLD[inside, behind]
+        # Each place with the `behind` tokens before it as a row, and whether a document starts with that row.
+        reach_BCR = F.pad(tokens_BC, (behind, 0)).unfold(1, behind + 1, 1)
+        own_BCD = model.embed_tokens(reach_BCR.flatten(0, 1))[:, -1].view_as(x0_BCD)
+        x0_BCD = torch.where(reach_BCR[..., :1] == BOS, own_BCD, x0_BCD)
     return x0_BCD
 
 
