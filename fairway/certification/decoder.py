@@ -23,7 +23,8 @@ from fairway.certification.accounting import Finding, places_bits
 from fairway.certification.black_box import Baseline, BlackBox, baseline
 from fairway.certification.excerpt import Order, stream_order
 from fairway.certification.follower import Follower
-from fairway.decoding.token_coder import Decoder, Encoder
+from fairway.certification.stepping import NotPredicted
+from fairway.decoding.token_coder import Decoder, Encoder, NoCode
 from fairway.tokens.tokenizer import BOS
 
 # The token that stands in the decoder's stream wherever the true one is not known yet.
@@ -157,7 +158,7 @@ def _decode(box: BlackBox, base: Baseline, slices: Slices, words: np.ndarray) ->
         position, expected = int(order.positions[index]), index + 1
         try:
             token = int(reader.pop(follower.row(position)[None])[0])
-        except (LookupError, ValueError):
+        except (NotPredicted, NoCode):
             return
         follower.fill(position + 1, torch.tensor(token, device=true_N1.device))
         yield token

@@ -89,7 +89,10 @@ class Follower:
             self._pass.restore(copied(self.states[known - 1]))
             self._chunk = known
         while self._chunk < chunk:
-            for _ in self._pass.predict(self._chunk, torch.zeros_like(self.asked_N)):
-                pass
-            self._pass.learn(self._chunk)
+            # Chunks that nothing is learned from are passed over. A decoder may not know yet that there are so many of
+            # them, where it depends on later documents which chunk a target lies in.
+            if self._pass.learns(self._chunk):
+                for _ in self._pass.predict(self._chunk, torch.zeros_like(self.asked_N)):
+                    pass
+                self._pass.learn(self._chunk)
             self._chunk += 1

@@ -43,6 +43,10 @@ from fairway.model.gpt import GPT
 STEP = 4
 
 
+class NotPredicted(Exception):
+    """A pass, as it knows the stream by then, does not predict a position in the chunk in which it was asked for it."""
+
+
 class RowReader:
     """Goes through a row in steps of STEP tokens, and again through those whose tokens have changed since.
 
@@ -106,14 +110,15 @@ class Stepper:
     def at(self, chunk: int, position: int) -> Prediction:
         """The prediction of a position in a chunk, with those made together with it.
 
-        The pass must have learned from all chunks before that one. Raises LookupError if it does not predict it there.
+        The pass must have learned from all chunks before that one. Raises NotPredicted if it does not predict it there.
         """
         wanted = torch.zeros_like(self.asked_N)
         wanted[position] = True
-        for positions_M, logits_MV in self.evaluation.predict(chunk, wanted):
+        predictions = self.evaluation.predict(chunk, wanted) if chunk < self.evaluation.chunks else ()
+        for positions_M, logits_MV in predictions:
             if bool((positions_M == position).any()):
                 return positions_M, logits_MV
-        raise LookupError(f"position {position} is not predicted in chunk {chunk}")
+        raise NotPredicted(f"position {position} is not predicted in chunk {chunk}")
 
     def take_over(self, other: "Stepper") -> None:
         """Go on with what the stepper of another pass over the same buffer has computed, if the weights are the same.
@@ -275,11 +280,12 @@ class DocumentStepper(Stepper):
                 found = next(self._going, None)
             if found is not None:
                 return found
-        self._chunk, self._going = chunk, self.documents.predict(chunk, self.asked_N)
-        for cut in self._going:
-            if bool((cut[0] == position).any()):
-                return cut
-        raise LookupError(f"position {position} is not predicted in chunk {chunk}")
+        if chunk < self.documents.chunks:
+            self._chunk, self._going = chunk, self.documents.predict(chunk, self.asked_N)
+            for cut in self._going:
+                if bool((cut[0] == position).any()):
+                    return cut
+        raise NotPredicted(f"position {position} is not predicted in chunk {chunk}")
 
 
 class IndependentDocumentStepper(Stepper):
@@ -358,7 +364,7 @@ def _window(evaluation: WindowPass, chunk: int, position: int) -> tuple[Windows,
         if len(found):
             index = int(found[0])
             return w[index : index + 1], in_groups(w, evaluation.batch_windows)[index // evaluation.batch_windows]
-    raise LookupError(f"position {position} is scored by no window")
+    raise NotPredicted(f"position {position} is scored by no window")
 
 
 def _batch_alone(evaluation: WindowPass, window: Windows) -> Batch:

@@ -46,6 +46,10 @@ class Encoder:
         return code
 
 
+class NoCode(ValueError):
+    """The words are no code by the distributions that were given for them."""
+
+
 class Decoder:
     """Gives the tokens back, if it is given the same distributions."""
 
@@ -53,9 +57,9 @@ class Decoder:
         self._coder = constriction.stream.queue.RangeDecoder(words)
 
     def pop(self, log_probs_MV: Tensor) -> np.ndarray:
-        """The next tokens, (M,) int32. Raises ValueError if the words are no code by such distributions."""
+        """The next tokens, (M,) int32. Raises NoCode if the words are no code by such distributions."""
         try:
             tokens_M: np.ndarray = self._coder.decode(_models(), counts(log_probs_MV).astype(np.float64))
         except AssertionError as error:
-            raise ValueError(str(error)) from None
+            raise NoCode(str(error)) from None
         return tokens_M
