@@ -238,6 +238,16 @@ def test_the_causal_forms_learn_a_skewed_stream(changes: dict[str, Any]) -> None
     assert float(found[200:].mean()) < float(plain[200:].mean()) - 0.1
 
 
+@pytest.mark.parametrize("within_documents", [False, True])
+def test_windows_without_places_to_fit_on_are_refused(within_documents: bool) -> None:
+    chosen, row = _evaluator(fitted_on="context", within_documents=within_documents).settings, lively_network().config
+    chosen.check(section="slot", model=row, processes=1)
+    whole = chosen.model_copy(update={"stride": 16})
+    with pytest.raises(ValueError, match=r"^slot.stride \(16\): expected less than model.seq_len \(16\)") as told:
+        whole.check(section="slot", model=row, processes=1)
+    assert "\n" not in str(told.value)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model, tokens = lively_network(), random_stream(7, 50)
     before = {name: value.clone() for name, value in model.state_dict().items()}

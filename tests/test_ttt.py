@@ -217,3 +217,10 @@ def test_chunks_that_cut_rows_are_refused() -> None:
     settings = _evaluator(chunk_tokens=40).settings
     with pytest.raises(ValueError, match=r"ttt.chunk_tokens \(40\) must be a multiple of model.seq_len \(16\)"):
         settings.check(section="ttt", model=lively_network().config, processes=1)
+
+
+def test_windows_without_places_to_fit_slot_on_are_refused() -> None:
+    slot = SlotFitSettings(**(PLAIN_FIT | {"fitted_on": "context"}), steps=1, lr=0.1)
+    settings = _evaluator(stride=16, slot=slot).settings
+    with pytest.raises(ValueError, match=r"^ttt.stride \(16\): expected less than model.seq_len \(16\)"):
+        settings.check(section="ttt", model=lively_network().config, processes=1)

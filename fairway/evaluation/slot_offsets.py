@@ -39,6 +39,14 @@ class SlotFitSettings(Section):
     # An offset to the logits too (PR #1488).
     bias: bool
 
+    def check_context(self, *, section: str, stride: int, model: ModelConfig) -> None:
+        """An offset that is fitted on the places before the scored ones needs such places."""
+        if self.fitted_on == "context" and stride >= model.seq_len:
+            raise ValueError(
+                f"{section}.stride ({stride}): expected less than model.seq_len ({model.seq_len}), because with "
+                "fitted_on: context an offset is fitted on the places of a window that it does not score"
+            )
+
 
 class SlotSettings(SlotFitSettings, WindowSettings):
     """A hidden-state offset fitted on each batch of windows before it is scored (not a code length: see README)."""
@@ -62,6 +70,7 @@ class SlotSettings(SlotFitSettings, WindowSettings):
     def check(self, *, section: str, model: ModelConfig, processes: int) -> None:
         """Within documents, offsets are fitted on what comes before: the records' other forms are theirs alone."""
         super().check(section=section, model=model, processes=processes)
+        self.check_context(section=section, stride=self.stride, model=model)
         if self.within_documents and not self.carried and self.fitted_on != "context":
             raise ValueError(
                 f"{section}.fitted_on ({self.fitted_on}): expected context, or carried: true, with within_documents"

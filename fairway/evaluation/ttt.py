@@ -66,6 +66,8 @@ class TttSettings(WindowSettings):
                 f"{section}.chunk_tokens ({self.chunk_tokens}) must be a multiple of model.seq_len ({model.seq_len}) "
                 f"and of {section}.stride ({self.stride})"
             )
+        if self.slot is not None:
+            self.slot.check_context(section=section, stride=self.stride, model=model)
         if self.within_documents and self.slot is not None:
             raise ValueError(f"{section}.slot: expected null with within_documents (the section slot has both)")
         if self.freeze_blocks > model.layers:
