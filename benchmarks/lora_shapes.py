@@ -105,8 +105,7 @@ def challenge(model: GPT, settings: LoraTttSettings, world: World) -> None:
     global_s = time_global_step(model, settings, world)
     seconds = [sum(table[shape].score_s + fits * table[shape].fit_s for shape, fits in steps) for steps in each]
     ends = phase_ends(batches, settings.prefix_documents, settings.phases, settings.lanes)
-    independent = not ends and not settings.carry_factors
-    lane_of = lanes_of(batches, settings.lanes, independent=independent, seq_len=seq_len)
+    lane_of = lanes_of(batches, settings.lanes, independent=settings.independent, seq_len=seq_len)
     slowest, mean, trained = [], [], []
     for begin, end in pairwise([0, *ends, len(batches)]):
         of_lanes = [sum(seconds[i] for i in range(begin, end) if lane_of[i] == k) for k in range(settings.lanes)]

@@ -151,8 +151,7 @@ def project(lengths: list[int], settings: LoraTttSettings, rates: Rates, *, seq_
     """Seconds of each chunk and the phase behind it where every lane has a GPU of its own; lengths ascend."""
     batches = by_length([Document(0, targets) for targets in lengths], settings.batch_documents)
     ends = phase_ends(batches, settings.prefix_documents, settings.phases, settings.lanes)
-    independent = not ends and not settings.carry_factors
-    lane_of = lanes_of(batches, settings.lanes, independent=independent, seq_len=seq_len)
+    lane_of = lanes_of(batches, settings.lanes, independent=settings.independent, seq_len=seq_len)
     seconds = []
     for begin, end in zip([0, *ends], [*ends, len(batches)], strict=True):
         of_lanes = [0.0] * settings.lanes

@@ -159,6 +159,15 @@ def test_documents_alone_are_shared_by_all_processes(processes: int) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("changes", [{"carry_factors": True}, {"carry_factors": False}])
+def test_a_stream_too_short_for_its_phases_is_worked_on_as_a_longer_one(changes: dict[str, Any]) -> None:
+    """In as many lanes as the settings say, where documents that depend on no other have one a process."""
+    phased = LoraTttEvaluator(LoraTttSettings(**(SMALL | changes | {"prefix_documents": 100, "lanes": 2})))
+    evaluation = phased.begin(shallow_network("r1958"), _stream(), alone(CPU))
+    assert isinstance(evaluation, LoraTttPass)
+    assert (evaluation.phases, evaluation.chunks, evaluation.lanes) == (0, 1, 2)
+
+
 def test_in_order_of_visits_nothing_is_seen_early() -> None:
     """One document a batch, longest first, is the order of this stream: then it is causal, phases and all."""
     evaluator = LoraTttEvaluator(LoraTttSettings(**(SMALL | {"batch_documents": 1})))

@@ -76,7 +76,7 @@ class RowReader:
         self._before, self._after = (row[:begin].clone(), cache), (read.clone(), cache_after)
         return hid_SD
 
-    def moved(self, model: GPT) -> bool:
+    def goes_on_with(self, model: GPT) -> bool:
         """Go on with another network, if it has the same weights; whether it has."""
         pairs = zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
         same = all(torch.equal(mine, other) for mine, other in pairs)
@@ -155,7 +155,7 @@ class WindowStepper(Stepper):
 
     def take_over(self, other: Stepper) -> None:
         """The cache of the window last asked for."""
-        if isinstance(other, WindowStepper) and other._where[0] >= 0 and other._reader.moved(self.windows.model):
+        if isinstance(other, WindowStepper) and other._where[0] >= 0 and other._reader.goes_on_with(self.windows.model):
             self._where, self._reader = other._where, other._reader
 
 
@@ -260,7 +260,7 @@ class LaneStepper(Stepper):
 
     def take_over(self, other: Stepper) -> None:
         """The cache of the lane last asked for."""
-        if isinstance(other, LaneStepper) and other._where[0] >= 0 and other._reader.moved(self.lanes.model):
+        if isinstance(other, LaneStepper) and other._where[0] >= 0 and other._reader.goes_on_with(self.lanes.model):
             self._where, self._reader = other._where, other._reader
 
 
@@ -330,7 +330,7 @@ def make_stepper(evaluation: Pass, asked_N: Tensor) -> Stepper:
     """The cheapest stepper for a pass, of which the targets (N,) bool will be asked for."""
     kind = type(evaluation)
     if isinstance(evaluation, LoraTttPass) and kind is LoraTttPass:
-        return (IndependentDocumentStepper if evaluation.independent else DocumentStepper)(evaluation, asked_N)
+        return (IndependentDocumentStepper if evaluation.settings.independent else DocumentStepper)(evaluation, asked_N)
     if isinstance(evaluation, StreamingPass) and kind is StreamingPass:
         return LaneStepper(evaluation, asked_N)
     if isinstance(evaluation, CarriedPass) and kind is CarriedPass:

@@ -32,6 +32,11 @@ class EvaluatorSettings(Section):
         return {}
 
 
+def too_few_lanes(section: str, lanes: int, processes: int) -> str:
+    """What is wrong with settings that cut an evaluation into fewer lanes than there are processes to share it."""
+    return f"{section}.lanes ({lanes}) is less than the {processes} processes"
+
+
 @dataclass(frozen=True)
 class Evaluator(ABC):
     """A way to score a network on a stream. Evaluators leave the network as it was.

@@ -46,7 +46,7 @@ from fairway.evaluation.document_batches import (
     wanted_batches,
     window_length,
 )
-from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
+from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings, too_few_lanes
 from fairway.evaluation.lora_adapters import Factors, LoraAdapters, draw_factors, numbers_of_a_set
 from fairway.evaluation.passes import Pass, Prediction, State
 from fairway.evaluation.scoring import sent
@@ -83,6 +83,11 @@ class LoraTttSettings(EvaluatorSettings):
     # Of the adapters' first factors.
     seed: int = Field(ge=0, lt=2**32)
 
+    @property
+    def independent(self) -> bool:
+        """Whether documents depend on no other: neither adapters nor the network are handed on from one to the next."""
+        return not self.phases and not self.carry_factors
+
     @model_validator(mode="after")
     def _phases(self) -> "LoraTttSettings":
         if self.phases > self.prefix_documents:
@@ -98,8 +103,8 @@ class LoraTttSettings(EvaluatorSettings):
                 f"{section}.global_chunk_tokens ({self.global_chunk_tokens}) must be a multiple of "
                 f"{section}.lanes * model.seq_len ({self.lanes * model.seq_len})"
             )
-        if (self.phases or self.carry_factors) and processes > self.lanes:
-            raise ValueError(f"{section}.lanes ({self.lanes}) is less than the {processes} processes")
+        if not self.independent and processes > self.lanes:
+            raise ValueError(too_few_lanes(section, self.lanes, processes))
 
 
 # New first factors for a number of documents.
@@ -138,8 +143,8 @@ CHUNK_BATCHES = 32
 class LoraTttPass(Pass):
     """A pass over chunks of batches of documents; between two chunks `model` is trained, in place, for a phase.
 
-    Without phases and carried factors (`independent`) no document's predictions depend on another document, and nothing
-    is learned between chunks.
+    With `independent` settings no document's predictions depend on another document, and nothing is learned between
+    chunks.
 
     Documents are scored by a copy of the model in the compute dtype, so that its weights are cast once a phase.
     """
@@ -150,14 +155,15 @@ class LoraTttPass(Pass):
         ends = phase_ends(self.batches, settings.prefix_documents, settings.phases, settings.lanes)
         # How many phases there are. Each follows a chunk, and one more chunk follows the last of them.
         self.phases = len(ends)
-        self.independent = not self.phases and not settings.carry_factors
-        if self.independent:
+        if settings.independent:
             ends = list(range(CHUNK_BATCHES, len(self.batches), CHUNK_BATCHES))
         self.bounds = [0, *ends, len(self.batches)]
         self.chunks = len(self.bounds) - 1
         # Where documents depend on no other, every process has a lane.
-        self.lanes = world.size if self.independent else settings.lanes
-        self._lane_of = lanes_of(self.batches, self.lanes, independent=self.independent, seq_len=model.config.seq_len)
+        self.lanes = world.size if settings.independent else settings.lanes
+        self._lane_of = lanes_of(
+            self.batches, self.lanes, independent=settings.independent, seq_len=model.config.seq_len
+        )
         self._sgd = GlobalSgd(model, settings, world)
         self._scorer = copy.deepcopy(model).to(model.compute_dtype).requires_grad_(False)
         self.steps = AdapterSteps(
@@ -176,7 +182,7 @@ class LoraTttPass(Pass):
         for lane in range(self.world.rank, self.lanes, self.world.size):
             of_chunk = range(self.bounds[chunk], self.bounds[chunk + 1])
             batches = [self.batches[index] for index in of_chunk if self._lane_of[index] == lane]
-            yield from self._lane(wanted_batches(batches, wanted, independent=self.independent))
+            yield from self._lane(wanted_batches(batches, wanted, independent=self.settings.independent))
 
     def _lane(self, batches: list[list[Document]]) -> Predictions:
         """One lane's batches. Those of the usual size use the same adapters one after the other, an odd one its own."""
@@ -204,7 +210,7 @@ class LoraTttPass(Pass):
         for index in range(cuts):
             begin = index * size
             for rows in row_groups(batch, begin, window_length(batch, begin + size, seq_len)):
-                cut, again = Cut(batch[rows], begin, size, seq_len, ends_known=not self.independent), True
+                cut, again = Cut(batch[rows], begin, size, seq_len, ends_known=not self.settings.independent), True
                 while again:
                     logits_NV = self.steps.score(cut, sets.numbers_BP[rows]).flatten(0, 1)
                     again = bool((yield sent(cut.positions_M, device), logits_NV[sent(cut.scored_M, device)]))

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
+from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings, too_few_lanes
 from fairway.evaluation.kv_cache import Cache, cached_hidden
 from fairway.evaluation.passes import Pass, Prediction, State
 from fairway.model.config import ModelConfig
@@ -45,7 +45,7 @@ class StreamingSettings(EvaluatorSettings):
     def check(self, *, section: str, model: ModelConfig, processes: int) -> None:
         """Every process has a lane to work on."""
         if processes > self.lanes:
-            raise ValueError(f"{section}.lanes ({self.lanes}) is less than the {processes} processes")
+            raise ValueError(too_few_lanes(section, self.lanes, processes))
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class StreamingEvaluator(Evaluator):
         s, seq_len, targets = self.settings, model.config.seq_len, len(tokens_N1) - 1
         # The program that ships is started with any number of processes, and its settings were checked with another.
         if world.size > s.lanes:
-            raise UserError(f"params.yaml: streaming.lanes ({s.lanes}) is less than the {world.size} processes")
+            raise UserError(f"params.yaml: {too_few_lanes('streaming', s.lanes, world.size)}")
         if targets < s.lanes * seq_len:
             raise UserError(
                 f"params.yaml: streaming.lanes ({s.lanes}): too many for {targets} targets in rows of {seq_len}"
