@@ -13,7 +13,7 @@ from conftest import REPOSITORY, Experiment, commit, git
 from test_readme import PAGES, RECORDS_TABLE
 
 from fairway import machine, step_time
-from fairway.chosen_record import MINUTES, choose, expectation, record_names
+from fairway.chosen_record import MINUTES, Minutes, choose, expectation, record_names
 from fairway.params import load_params
 from fairway.runtime.errors import UserError
 from fairway.step_time import MEASURED_MS, SLOW, judged, step_verdict
@@ -60,15 +60,39 @@ def test_no_processes_are_no_number_either_for_a_record_of_one() -> None:
 
 
 def test_what_to_expect_is_what_the_page_says() -> None:
-    rows = [row.split("|")[1:4] for row in RECORDS_TABLE.splitlines()[2:]]
-    minutes = {name.strip(): int(number) for names, _, number in rows for name in names.split(",")}
+    rows = [row.split("|")[1:5] for row in RECORDS_TABLE.splitlines()[2:]]
+    minutes = {name.strip(): Minutes(int(total), int(shared)) for name, _, total, shared in rows}
     [lab] = re.findall(r"`dvc repro` took (\d+) minutes", PAGES["reproduce"])
-    assert minutes | {"lab-1gpu": int(lab)} == MINUTES
-    assert "r1172 at $2.50 is $17" in PAGES["reproduce"]
-    line = expectation(choose(RECORDS, "r1172", 2), RECORDS / "published.yaml")
-    assert line.startswith(
-        "r1172 on 2 GPUs: published 1.1015 bits per byte (slot, mean of 3 seeds); some 200 minutes, $17"
-    )
+    assert minutes == {name: found for name, found in MINUTES.items() if name != "lab-1gpu"}
+    assert int(lab) == MINUTES["lab-1gpu"].total
+    assert "r1172 at $2.50 is $17 on eight, and on one $12 for 288 minutes" in " ".join(PAGES["reproduce"].split())
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "told"),
+    [
+        ("r1172", 8, "r1172 on 8 GPUs: published 1.1015 bits per byte (slot, mean of 3 seeds); some 50 minutes, $17"),
+        # 34 minutes become 34 * 8 / 2, and 16 stay.
+        ("r1172", 2, "r1172 on 2 GPUs: published 1.1015 bits per byte (slot, mean of 3 seeds); some 152 minutes, $13"),
+        ("r1172", 1, "r1172 on 1 GPU: published 1.1015 bits per byte (slot, mean of 3 seeds); some 288 minutes, $12"),
+        (
+            "lab-1gpu",
+            4,
+            "lab-1gpu on 4 GPUs: no published score, since it scores a part of the validation documents; "
+            "some 20 minutes, $3",
+        ),
+    ],
+)
+def test_fewer_gpus_lengthen_only_what_they_share(name: str, gpus: int, told: str) -> None:
+    assert expectation(choose(RECORDS, name, gpus), RECORDS / "published.yaml").startswith(told)
+
+
+def test_the_gpus_share_at_least_all_training() -> None:
+    for name, minutes in MINUTES.items():
+        params = load_params(RECORDS / f"{name}.yaml")
+        assert params.train.max_wallclock_s is not None
+        training_s = len(params.seeds) * (params.train.max_wallclock_s - params.train.reserve_s)
+        assert training_s / 60 < minutes.shared < minutes.total
 
 
 @pytest.mark.parametrize(
