@@ -7,6 +7,7 @@ keeps its seconds on any number of GPUs, and has as many times more tokens in a 
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -103,6 +104,27 @@ def _with(text: str, key: str, value: str, file: Path) -> str:
     if count != 1:
         raise UserError(f"{file}: expected one line that begins with `{key}:`, found {count}")
     return changed
+
+
+def record_of_one(records: Path, params: Params) -> str | None:
+    """The record for one process that these params are, for as many GPUs as they have processes; None if there is none.
+
+    It is known by what `choose` decides: its seconds, and its tokens of a step for each process. Whatever else was
+    changed, these follow its rule.
+    """
+    train = params.train
+    for name in record_names(records):
+        # A file of records/ that is damaged is not the one.
+        with suppress(UserError):
+            record = load_params(records / f"{name}.yaml")
+            tokens, clock = record.train.batch_tokens, (record.train.max_wallclock_s, record.train.reserve_s)
+            if record.processes == 1 and (tokens * params.processes, *clock) == (
+                train.batch_tokens,
+                train.max_wallclock_s,
+                train.reserve_s,
+            ):
+                return name
+    return None
 
 
 def expectation(chosen: Chosen, published: Path) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fairway import machine
+from fairway.chosen_record import record_of_one
 from fairway.codec.byte_codecs import LRZIP_REMEDY, lrzip_program
 from fairway.machine import GIB
 from fairway.model.gpt import GPT
@@ -28,6 +29,8 @@ from fairway.tokens.hub import FetchHub
 from fairway.tokens.sdists import FetchSdists
 from fairway.tokens.validation import load_validation, verify_tokens
 from fairway.training.training_files import train_stream
+
+RECORDS = Path("records")
 
 
 def check_training(params: Params, seed: int, tokens: Path, resume: Path) -> None:
@@ -66,7 +69,7 @@ def check_later_stages(params: Params) -> None:
         lrzip_program()
     named = {key: name for key, name in params.report if name is not None}
     if named:
-        published = load_published(Path("records/published.yaml"))
+        published = load_published(RECORDS / "published.yaml")
         for key, name in named.items():
             named_record(published, key, name)
 
@@ -193,7 +196,8 @@ def _gpu_checks(params: Params) -> list[Check]:
 def _gpu_remedy(params: Params, gpus: int) -> str:
     """What to set if there are only so many GPUs, too few."""
     if gpus:
-        return f"this machine has {gpus}; {fewer_processes(params, gpus)}, or take records/lab-1gpu.yaml, for one GPU"
+        other = "" if record_of_one(RECORDS, params) else ", or take records/lab-1gpu.yaml, for one GPU"
+        return f"this machine has {gpus}; {fewer_processes(params, gpus)}{other}"
     # Rounded to one digit, since no more of it is known.
     hours = float(f"{cpu_hours(params):.0e}")
     smaller = "" if params.processes == 1 else "records/lab-1gpu.yaml is for one GPU (processes: 1), and "
@@ -204,8 +208,16 @@ def _gpu_remedy(params: Params, gpus: int) -> str:
 
 
 def fewer_processes(params: Params, gpus: int) -> str:
-    """How to take as many steps on so many GPUs: as many processes as divide a step, and the time that these take."""
+    """How to run on so many GPUs: as many processes as divide a step, and the time that as many steps then take.
+
+    A record for one process keeps its seconds on any number of GPUs, and its steps become smaller instead.
+    """
     train = params.train
+    if record := record_of_one(RECORDS, params):
+        return (
+            f"processes: {gpus} and train.batch_tokens: {train.batch_tokens // params.processes * gpus} keep its "
+            f"seconds, as make record RECORD={record} GPUS={gpus} sets them"
+        )
     micro_batches = train.batch_tokens // train.micro_batch_tokens
     few = max(n for n in range(1, gpus + 1) if micro_batches % n == 0)
     if train.max_wallclock_s is None:

@@ -16,6 +16,7 @@ from forks import Fork
 
 import stages.doctor as doctor_stage
 from fairway import machine
+from fairway.chosen_record import choose
 from fairway.machine import GIB
 from fairway.params import load_params
 from fairway.preflight import PINNED, Check, check_machine, cpu_hours, fewer_processes, remedies, table, verdict
@@ -137,6 +138,41 @@ def test_several_processes_without_a_compiler_need_no_gpu_where_there_is_none(ex
 )
 def test_fewer_gpus_take_longer_but_reserve_no_more(record: str, gpus: int, remedy: str) -> None:
     assert fewer_processes(load_params(REPOSITORY / f"records/{record}.yaml"), gpus) == remedy
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "tokens"), [(2, 1, 98_304), (4, 2, 196_608), (4, 3, 294_912), (8, 4, 393_216)]
+)
+def test_a_lab_on_fewer_gpus_keeps_its_seconds_and_takes_smaller_steps(wanted: int, gpus: int, tokens: int) -> None:
+    """As records/lab-1gpu.yaml says beside its clock. What is advised is what `make record` then writes."""
+    params = choose(REPOSITORY / "records", "lab-1gpu", wanted).params
+    remedy = fewer_processes(params, gpus)
+    assert remedy == (
+        f"processes: {gpus} and train.batch_tokens: {tokens} keep its seconds, as make record RECORD=lab-1gpu "
+        f"GPUS={gpus} sets them"
+    )
+    advised = choose(REPOSITORY / "records", "lab-1gpu", gpus).params
+    assert (advised.processes, advised.train.batch_tokens) == (gpus, tokens)
+    assert advised.train.max_wallclock_s == params.train.max_wallclock_s
+
+
+def test_who_has_the_lab_already_is_not_sent_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpu_bytes", lambda: [80 * machine.GIB] * 2)
+    for name, sent in (("lab-1gpu", False), ("fairway", True)):
+        with pytest.raises(UserError, match="expected 4 GPUs: this machine has 2; processes: 2 and train") as refused:
+            check_machine(choose(REPOSITORY / "records", name, 4).params, fetched=True)
+        assert ("or take records/lab-1gpu.yaml" in str(refused.value)) == sent
+
+
+def test_a_lab_with_the_records_clock_takes_longer_as_a_record_does(tmp_path: Path) -> None:
+    """Its file says how to come to the steps of the record; with those settings it goes by the record's rule."""
+    text = choose(REPOSITORY / "records", "lab-1gpu", 4).text
+    for key, value in (("max_wallclock_s", "1200.0"), ("reserve_s", "24.0"), ("batch_tokens", "786432")):
+        text, count = re.subn(rf"^  {key}:.*$", f"  {key}: {value}", text, flags=re.MULTILINE)
+        assert count == 1
+    (tmp_path / "params.yaml").write_text(text)
+    remedy = "processes: 2 and train.max_wallclock_s: 2376.0 give as many steps"
+    assert fewer_processes(load_params(tmp_path / "params.yaml"), 2) == remedy
 
 
 def test_a_run_without_a_time_limit_only_needs_fewer_processes() -> None:
