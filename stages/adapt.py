@@ -1,7 +1,8 @@
 """Train the averaged weights of one seed a little further, on whole rows, before they are quantized.
 
 Reads:  artifacts/average/<seed>/weights.safetensors, artifacts/tokens (the split that adapt.split names)
-Writes: artifacts/adapt/<seed>: weights.safetensors, and adapt.json (split, epochs, seconds, loss of each epoch)
+Writes: artifacts/adapt/<seed>: weights.safetensors, and adapt.json (split, epochs, loss of each epoch, seconds, and
+        of how many processes they are)
 Method: AdamW with one learning rate an epoch (fairway/adaptation); with 0 epochs the weights are passed on unchanged
 Source: PR #1488, #1958. Ours: the split is a parameter, and the number of lanes does not depend on that of processes.
 """
@@ -37,6 +38,8 @@ def main() -> None:
             "epochs": params.adapt.epochs,
             "adapt_s": round(time.monotonic() - started_at, 3),
             "loss_nats": losses,
+            "processes": world.size,
+            "on_gpus": world.device.type == "cuda",
         }
         if world.rank == 0:
             with output_folder(Path(f"artifacts/adapt/{seed}")) as out:

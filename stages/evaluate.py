@@ -2,8 +2,8 @@
 
 Reads:  artifacts/compress/<seed>/model.bin, artifacts/tokens (validation stream and its bytes)
 Writes: artifacts/evaluate/<seed>/<evaluator>: nats.npz (`nats`, float64, one per target) and metrics.json (val_bpb,
-        counts of targets, chunks and updates, seconds). While it runs: resume points in
-        artifacts/resume/evaluate-<seed>-<evaluator>
+        counts of targets, chunks and updates, seconds, and of how many processes they are). While it runs: resume
+        points in artifacts/resume/evaluate-<seed>-<evaluator>
 Method: fairway/evaluation/<kind>.py; bits per byte of the original text
 Source: the challenge's evaluation (PR #549, #1150, #1493). Ours: evaluators share one scoring core, scores are kept;
         under torchrun the result does not depend on the number of processes.
@@ -58,6 +58,8 @@ def main() -> None:
                 "updates": evaluation.updates,
                 "load_s": round(load_s, 3),
                 "eval_s": round(eval_s, 3),
+                "processes": world.size,
+                "on_gpus": world.device.type == "cuda",
             }
             with output_folder(ARTIFACTS / f"evaluate/{seed}/{name}") as out:
                 np.savez(nats := BytesIO(), nats=scores.nats_N.numpy())

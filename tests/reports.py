@@ -137,10 +137,13 @@ class Figures:
             self.change(str(path.relative_to(artifacts)), bytes=151080363, targets=62021632, scored=62021632)
 
     def on_track(self) -> None:
-        """Pretend that every seed was trained on eight GPUs."""
-        for path in (self.folder / "artifacts/train").glob("*/train.json"):
+        """Pretend that every seed was trained, adapted and scored on eight GPUs."""
+        artifacts = self.folder / "artifacts"
+        for path in (artifacts / "train").glob("*/train.json"):
             environment = json.loads(path.read_text())["environment"] | {"cuda": "12.8", "processes": 8}
             self.change(f"train/{path.parent.name}/train.json", environment=environment)
+        for path in [*artifacts.glob("adapt/*/adapt.json"), *artifacts.glob("evaluate/*/*/metrics.json")]:
+            self.change(str(path.relative_to(artifacts)), processes=8, on_gpus=True)
 
     def facts(self) -> Facts:
         """What the stage works out from the folder."""

@@ -205,7 +205,8 @@ def test_no_epochs_pass_the_weights_through(averaged: Experiment) -> None:
     before, after = _weights(averaged, "average"), _weights(averaged, "adapt")
     assert before.keys() == after.keys()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
-    assert _report(averaged) | {"adapt_s": 0} == {"split": "train", "epochs": 0, "adapt_s": 0, "loss_nats": []}
+    made = {"split": "train", "epochs": 0, "adapt_s": 0, "loss_nats": [], "processes": 1, "on_gpus": False}
+    assert _report(averaged) | {"adapt_s": 0} == made
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -219,11 +220,12 @@ def test_the_stage_trains_on_its_split_and_says_so(averaged: Experiment, split: 
     assert not any(torch.equal(value, before[name]) for name, value in weights.items() if name.startswith("layer1.mlp"))
 
 
-def test_only_the_first_of_several_processes_prints(averaged: Experiment) -> None:
+def test_only_the_first_of_several_processes_prints_and_it_writes_how_many_they_are(averaged: Experiment) -> None:
     averaged.set_params(averaged.params | {"adapt": SETTINGS | {"lanes": 2, "batch_rows": 16}})
     first, second = averaged.stage_of_processes(2, "adapt", "1337")
     assert first.startswith("adapt 1337: ")
     assert second == ""
+    assert _report(averaged)["processes"] == 2
 
 
 def test_weights_of_another_network_are_refused_in_one_line(averaged: Experiment) -> None:

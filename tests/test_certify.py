@@ -471,7 +471,7 @@ def test_a_stream_too_short_for_the_evaluator_is_told() -> None:
         _certified(lambda: evaluator, _stream(600), 40)
 
 
-CLEAN = Provenance(adapt_split="train", adapt_epochs=3, adapt_s=50.0, calibration="train")
+CLEAN = Provenance(adapt_split="train", adapt_epochs=3, adapt_s=50.0, adapt_processes=8, calibration="train")
 PASSES = {
     name: Finding("pass", "", {}) for name in ("causality", "normalisation", "score_first", "single_pass", "decoder")
 }
@@ -512,7 +512,7 @@ def test_the_text_that_is_counted_and_trained_on_decides_too(changes: dict[str, 
 
 NATS, BYTES = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), torch.tensor([1, 0, 4])
 UNTOLD = torch.zeros(3, dtype=torch.bool)
-METRICS = {"val_bpb": 6 / (5 * math.log(2)), "targets": 3, "scored": 3, "bytes": 5, "eval_s": 10.0}
+METRICS = {"val_bpb": 6 / (5 * math.log(2)), "targets": 3, "scored": 3, "bytes": 5, "eval_s": 10.0, "processes": 1}
 
 
 @pytest.mark.parametrize(
@@ -522,6 +522,11 @@ METRICS = {"val_bpb": 6 / (5 * math.log(2)), "targets": 3, "scored": 3, "bytes":
         ({"bytes": 6}, {}, "fail"),
         ({"val_bpb": 1.7}, {}, "fail"),
         ({"eval_s": 601.0}, {}, "unproven"),
+        # Eight GPUs take at most twice as long as sixteen, and no longer than two.
+        ({"eval_s": 299.0, "processes": 16}, {}, "pass"),
+        ({"eval_s": 301.0, "processes": 16}, {}, "unproven"),
+        ({"eval_s": 599.0, "processes": 2}, {}, "pass"),
+        ({"eval_s": 501.0}, {"adapt_split": "validation", "adapt_processes": 16}, "unproven"),
         # An organiser's ruling (PR #1972): adaptation to the validation text counts as evaluation.
         ({"eval_s": 551.0}, {"adapt_split": "validation"}, "unproven"),
         ({}, {"calibration": "text"}, "unproven"),

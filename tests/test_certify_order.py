@@ -248,7 +248,7 @@ def test_a_score_that_leaves_out_what_must_be_told_is_no_code_length(start_nats:
     nats = torch.where(told, start_nats, 2.0).double()
     target_bytes = torch.ones(1000, dtype=torch.int64)
     bpb = float(nats.sum()) / (1000 * math.log(2))
-    metrics = {"val_bpb": bpb, "targets": 1000, "scored": 1000, "bytes": 1000, "eval_s": 1.0}
+    metrics = {"val_bpb": bpb, "targets": 1000, "scored": 1000, "bytes": 1000, "eval_s": 1.0, "processes": 1}
     found = accounting(Evaluation(metrics, nats, 10, CLEAN, Text(0, 1000, None)), target_bytes, told, cap_bytes=10)
     bits = math.log2(math.comb(1000, 10))
     assert found.verdict == verdict

@@ -83,6 +83,13 @@ def test_the_stage_writes_every_targets_nats_and_their_sum_in_bits_per_byte(comp
     assert metrics["val_loss"] == pytest.approx(math.log(320), rel=0.1)
 
 
+def test_how_many_processes_the_seconds_are_of_is_written_beside_them(compressed: Experiment) -> None:
+    """Not what params.yaml asks for: torchrun may start another number by hand."""
+    compressed.stage_of_processes(2, "evaluate", "1337", "sliding")
+    _, metrics = _outcome(compressed, "sliding")
+    assert (compressed.params["processes"], metrics["processes"], metrics["on_gpus"]) == (1, 2, False)
+
+
 def test_one_evaluator_scores_twice_with_other_settings(compressed: Experiment) -> None:
     """Each under its own name: sliding with a stride of 16, and with one of a whole row."""
     compressed.set_params(compressed.params | {"sliding_64": compressed.params["sliding"] | {"stride": 64}})

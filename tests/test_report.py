@@ -15,6 +15,7 @@ from reports import QUANTIZED, Figures, certificate, certify, write_certificate
 
 from fairway.reporting import tables
 from fairway.reporting.budgets import Entry, budgets, eval_s, ledger, train_s
+from fairway.reporting.charts import time_bars
 from fairway.reporting.comparison import compare, load_published, welch
 from fairway.reporting.facts import Facts
 from fairway.reporting.tables import markdown, summarize, time_table, times, timing
@@ -146,6 +147,35 @@ def test_adaptation_counts_with_the_split_it_trains_on(one: Figures) -> None:
     assert eval_s(run, "sliding") == round(run.scores["sliding"]["eval_s"] + 100.0, 3)
     assert train_s(run) == run.train["wall_s"]
     assert [budget.name for budget in budgets([run], "sliding")] == ["size", "training", "evaluation"]
+
+
+def test_each_budget_is_judged_by_the_processes_that_did_its_work(one: Figures) -> None:
+    """Training and evaluation may run with different numbers of processes; adaptation counts with its split."""
+
+    def comparable() -> list[str]:
+        return [budget.name for budget in one.facts().budgets if budget.comparable]
+
+    assert comparable() == ["size"]
+    one.on_track()
+    assert comparable() == ["size", "training", "evaluation"]
+    one.change("evaluate/1337/sliding/metrics.json", processes=2)
+    found = one.facts()
+    assert comparable() == ["size", "training"]
+    assert not found.on_track
+    assert {bar.label: bar.mark is not None for bar in time_bars(found)} == {
+        "training": True,
+        "evaluation, sliding": False,
+        "evaluation, ttt": True,
+        "evaluation, slot": True,
+    }
+    one.on_track()
+    one.change("evaluate/1337/sliding/metrics.json", on_gpus=False)
+    assert comparable() == ["size", "training"]
+    one.on_track()
+    one.change("adapt/1337/adapt.json", epochs=2, split="validation", processes=4)
+    assert comparable() == ["size", "training"]
+    one.change("adapt/1337/adapt.json", split="train")
+    assert comparable() == ["size", "evaluation"]
 
 
 def _time_as_told(figures: Figures) -> None:

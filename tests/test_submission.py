@@ -130,18 +130,24 @@ def test_a_score_of_a_part_of_the_validation_documents_is_labelled(scored: Exper
     assert "\nscored on the first 4 of 50 validation documents\nfinal_sliding_exact " in log
 
 
-@pytest.mark.parametrize(("gpus", "kept"), [(0, None), (1, None), (8, True)])
+@pytest.mark.parametrize(("train_gpus", "eval_gpus"), [(0, 0), (1, 1), (8, 8), (8, 2), (2, 8)])
 def test_limits_of_time_are_judged_on_eight_gpus_alone(
-    gpus: int, kept: bool | None, scored: Experiment, tmp_path: Path
+    train_gpus: int, eval_gpus: int, scored: Experiment, tmp_path: Path
 ) -> None:
+    """Each by the processes that took the time: a score may be made again with others than trained."""
     copy = Experiment(tmp_path)
     shutil.copytree(scored.folder / "artifacts", copy.folder / "artifacts")
     file = copy.folder / f"artifacts/train/{SEED}/train.json"
     train = json.loads(file.read_text())
-    train["environment"] |= {"processes": gpus or 8, "cuda": "12.8" if gpus else None}
+    train["environment"] |= {"processes": train_gpus or 8, "cuda": "12.8" if train_gpus else None}
     file.write_text(json.dumps(train))
+    file = copy.folder / f"artifacts/evaluate/{SEED}/sliding/metrics.json"
+    made_on = {"processes": eval_gpus or 8, "on_gpus": bool(eval_gpus)}
+    file.write_text(json.dumps(json.loads(file.read_text()) | made_on))
     found, text = submitted(copy)
-    for rule in ("train_under_600s", "eval_under_600s"):
+    assert found["hardware"].endswith(f", scored on {eval_gpus}") == (train_gpus != eval_gpus)
+    for rule, gpus in (("train_under_600s", train_gpus), ("eval_under_600s", eval_gpus)):
+        kept = True if gpus == 8 else None
         assert found["compliance"][rule] is kept
         assert (f"Told only by a run on 8 GPUs: `{rule}`." in text) == (kept is None)
         assert f"Not kept: `{rule}`" not in text

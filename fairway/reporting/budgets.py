@@ -80,6 +80,17 @@ def _scoring(runs: list[Run], evaluator: str) -> list[Entry]:
     ]
 
 
+def limit_s(runs: list[Run], budget: TimeBudget, evaluator: str | None) -> float | None:
+    """The track's limit on these seconds; None unless all runs were made on its GPUs, whose seconds alone compare.
+
+    Without an evaluator, the limit on evaluation holds if all evaluators ran there.
+    """
+    if budget == "training":
+        return TRAIN_S if all(run.trained_on_track for run in runs) else None
+    names = list(runs[0].scores) if evaluator is None else [evaluator]
+    return EVAL_S if all(run.scored_on_track(name) for run in runs for name in names) else None
+
+
 def train_s(run: Run) -> float:
     """The seconds of one run that count against the training budget."""
     return round(sum(entry.seconds[0] for entry in ledger([run]) if entry.budget == "training"), 3)
@@ -99,6 +110,10 @@ class Budget:
     used: float
     limit: float
     unit: str
+    # Whether the limit can be judged by these figures: seconds only compare on the track's GPUs.
+    comparable: bool = True
+    # How many processes the seconds are of; None for bytes.
+    processes: int | None = None
 
     def text(self, amount: float) -> str:
         """An amount as it is written: whole bytes, tenths of a second."""
@@ -115,8 +130,11 @@ def budgets(runs: list[Run], shipped: str) -> list[Budget]:
 
     The limit on size is the run's own, size_check.cap_bytes, which may lie below the track's.
     """
+    training, evaluation = max(train_s(run) for run in runs), max(eval_s(run, shipped) for run in runs)
+    on_track = limit_s(runs, "training", None) is not None, limit_s(runs, "evaluation", shipped) is not None
+    processes = runs[0].train["environment"]["processes"], runs[0].scores[shipped]["processes"]
     return [
         Budget("size", max(run.size["total_bytes"] for run in runs), runs[0].size["cap_bytes"], "bytes"),
-        Budget("training", max(train_s(run) for run in runs), TRAIN_S, "s"),
-        Budget("evaluation", max(eval_s(run, shipped) for run in runs), EVAL_S, "s"),
+        Budget("training", training, TRAIN_S, "s", on_track[0], processes[0]),
+        Budget("evaluation", evaluation, EVAL_S, "s", on_track[1], processes[1]),
     ]

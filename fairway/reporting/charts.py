@@ -15,10 +15,9 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any, Literal
 
-from fairway.reporting.budgets import eval_s, train_s
+from fairway.reporting.budgets import eval_s, limit_s, train_s
 from fairway.reporting.facts import Facts, Rung
 from fairway.reporting.runs import Run, Score, Standing, share
-from fairway.runtime.settings import EVAL_S, TRAIN_S
 
 # Pixels from the top edge of the drawing to its highest and to its lowest value.
 TOP, BOTTOM = 10, 230
@@ -323,14 +322,15 @@ def _rung_bar(rung: Rung, place: Callable[[float], float]) -> Bar:
 def time_bars(facts: Facts) -> list[Bar]:
     """What the slowest seed used of the track's budgets of time: training, and evaluation by each evaluator.
 
-    The limits are marked if the runs were made on the track's machine; seconds of another do not compare with them.
+    A limit is marked if that work was done on the track's machine; seconds of another do not compare with it.
     """
-    used = [("training", max(train_s(run) for run in facts.runs), TRAIN_S)]
+    runs = facts.runs
+    used = [("training", max(train_s(run) for run in runs), limit_s(runs, "training", None))]
     for score in facts.scores:
-        used.append((f"evaluation, {score.name}", max(eval_s(run, score.name) for run in facts.runs), EVAL_S))
-    limits = (TRAIN_S, EVAL_S) if facts.on_track else ()
-    scale = 1.02 * max(*limits, *(seconds for _, seconds, _ in used), 1.0e-3)
-    return [_time_bar(name, seconds, limit if facts.on_track else None, scale) for name, seconds, limit in used]
+        seconds, limit = max(eval_s(run, score.name) for run in runs), limit_s(runs, "evaluation", score.name)
+        used.append((f"evaluation, {score.name}", seconds, limit))
+    scale = 1.02 * max(max(seconds, limit or 1.0e-3) for _, seconds, limit in used)
+    return [_time_bar(name, seconds, limit, scale) for name, seconds, limit in used]
 
 
 def _time_bar(name: str, seconds: float, limit: float | None, scale: float) -> Bar:

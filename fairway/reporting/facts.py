@@ -55,8 +55,8 @@ class Facts:
 
     @property
     def on_track(self) -> bool:
-        """Whether every run was made on as many GPUs as the track's machine has."""
-        return all(run.on_track for run in self.runs)
+        """Whether every run was trained, and scored by what ships, on as many GPUs as the track's machine has."""
+        return all(budget.comparable for budget in self.budgets)
 
 
 def facts(

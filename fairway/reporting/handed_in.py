@@ -33,15 +33,14 @@ def submission_json(
     `date` is YYYY-MM-DD. Bytes are those of the largest seed, and deviations are sample deviations. Ours are
     `builds_on`, the pull requests whose work it uses; `subset`, which validation documents were scored (None: all);
     `certificate`, the verdict of stage certify on the evaluator that ships; and `compliance`, which says of each rule
-    whether it is kept. Of rules that limit seconds it says null unless the record ran on as many GPUs as the track's
-    own machine has.
+    whether it is kept. Of rules that limit seconds it says null unless that work ran on as many GPUs as the track's own
+    machine has.
     """
     environment = runs[0].train["environment"]
     verdict = standing([run.certificates[evaluator] for run in runs])
     bpb, loss = (spread([run.scores[evaluator][key] for run in runs]) for key in ("val_bpb", "val_loss"))
     deviations = {"val_bpb_std": bpb.std, "val_loss_std": loss.std} if len(runs) > 1 else {}
     size, training, evaluation = budgets(runs, evaluator)
-    on_track = runs[0].on_track
     largest = max(runs, key=lambda run: run.size["total_bytes"]).size
     return {
         "author": person.author,
@@ -59,7 +58,7 @@ def submission_json(
         "bytes_code": largest["train_gpt_bytes"],
         "seeds": [run.seed for run in runs],
         "seed_results": {str(run.seed): _result(run, evaluator) for run in runs},
-        "hardware": f"{environment['processes']} x {environment['device']}",
+        "hardware": _hardware(runs[0], evaluator),
         "pytorch_version": environment["torch"],
         "cuda_version": environment["cuda"],
         "certificate": {
@@ -71,13 +70,20 @@ def submission_json(
             },
         },
         "compliance": {
-            "train_under_600s": training.within if on_track else None,
-            "eval_under_600s": evaluation.within if on_track else None,
+            "train_under_600s": training.within if training.comparable else None,
+            "eval_under_600s": evaluation.within if evaluation.comparable else None,
             "artifact_under_16mb": size.used <= CAP_BYTES,
             "three_seeds": len(runs) >= 3,
             "certified_legal": verdict == "legal",
         },
     }
+
+
+def _hardware(run: Run, evaluator: str) -> str:
+    """The devices that trained, and how many of them scored if that was another number."""
+    environment, scored = run.train["environment"], run.scores[evaluator]["processes"]
+    trained = environment["processes"]
+    return f"{trained} x {environment['device']}" + (f", scored on {scored}" if scored != trained else "")
 
 
 def _result(run: Run, evaluator: str) -> dict[str, Any]:

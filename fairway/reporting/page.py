@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fairway.reporting.budgets import ledger
+from fairway.reporting.budgets import ledger, limit_s
 from fairway.reporting.by_document import SHADES, Reading
 from fairway.reporting.charts import charts, hue, ladder_bars, ladder_range, signed, time_bars
 from fairway.reporting.comparison import MARGIN_NATS, SIGNIFICANCE
@@ -20,7 +20,7 @@ from fairway.reporting.facts import Facts
 from fairway.reporting.made import Made
 from fairway.reporting.runs import Condition, Run, Score, spread, worst
 from fairway.reporting.tables import size_parts
-from fairway.runtime.settings import EVAL_S, TRACK_GPUS, TRAIN_S
+from fairway.runtime.settings import TRACK_GPUS
 
 
 def page(facts: Facts, meta: dict[str, Any], reading: Reading, made: Made) -> str:
@@ -38,7 +38,7 @@ def page(facts: Facts, meta: dict[str, Any], reading: Reading, made: Made) -> st
         ladder_range=ladder_range(facts.rungs),
         times=time_bars(facts),
         ledger=ledger(facts.runs),
-        limits_s={"training": TRAIN_S, "evaluation": EVAL_S},
+        limit_s=limit_s,
         audits=audits(facts.runs, facts.scores),
         parts=[size_parts(run.size) for run in facts.runs],
         matrices=matrices(facts.runs[0]),

@@ -72,10 +72,24 @@ class Run:
     profiles: dict[str, list[float]]
 
     @property
-    def on_track(self) -> bool:
-        """Whether it ran on as many GPUs as the track's machine has. Seconds of any other say nothing of its limits."""
+    def trained_on_track(self) -> bool:
+        """Whether what counts as training ran on as many GPUs as the track's machine has.
+
+        Seconds of any other machine say nothing of the track's limits. Calibration counts too, but takes one GPU.
+        """
         environment = self.train["environment"]
-        return environment["cuda"] is not None and environment["processes"] == TRACK_GPUS
+        trained = _on_track(environment["processes"], environment["cuda"] is not None)
+        return trained and self._adapted_on_track("train")
+
+    def scored_on_track(self, evaluator: str) -> bool:
+        """The same of what counts as evaluation by this evaluator, which may have run with other processes."""
+        scored = self.scores[evaluator]
+        return _on_track(scored["processes"], scored["on_gpus"]) and self._adapted_on_track("validation")
+
+    def _adapted_on_track(self, split: str) -> bool:
+        """Whether adaptation to that text ran on the track's GPUs; true where there was none."""
+        adapt = self.adapt
+        return not adapt["epochs"] or adapt["split"] != split or _on_track(adapt["processes"], adapt["on_gpus"])
 
     def kept_bpb(self, kept: str) -> float:
         """Bits per byte of the weights that training calls `kept`. Raises UserError if that run did not keep them."""
@@ -86,6 +100,11 @@ class Run:
                 f"among {', '.join(measured)}; `python -m stages.train {self.seed}` makes it anew"
             )
         return measured[kept]
+
+
+def _on_track(processes: int, on_gpus: bool) -> bool:
+    """Whether so many processes worked on as many GPUs as the track's machine has."""
+    return on_gpus and processes == TRACK_GPUS
 
 
 def collect(artifacts: Path, seeds: list[int], evaluators: list[str]) -> list[Run]:
@@ -101,7 +120,7 @@ def _run(artifacts: Path, seed: int, evaluators: list[str]) -> Run:
     return Run(
         seed=seed,
         train=figures("train", "train.json", "start_s", "compile_s", "wall_s"),
-        adapt=figures("adapt", "adapt.json", "adapt_s"),
+        adapt=figures("adapt", "adapt.json", "adapt_s", "processes", "on_gpus"),
         quantize=figures("quantize", "quantize.json", "calibration_s", "quantize_s", "quantized_rows_bpb", "tensors"),
         compress=figures("compress", "compress.json", "pack_s", "trial_s"),
         size=figures("size_check", "size.json"),
@@ -119,7 +138,7 @@ def _made(artifacts: Path, stage: str, seed: int, evaluator: str, file: str) -> 
 
 def _metrics(artifacts: Path, seed: int, evaluator: str) -> dict[str, Any]:
     path, made_by = _made(artifacts, "evaluate", seed, evaluator, "metrics.json")
-    return read_figures(path, made_by, ("updates", "load_s", "eval_s"))
+    return read_figures(path, made_by, ("updates", "load_s", "eval_s", "processes", "on_gpus"))
 
 
 def _certificate(artifacts: Path, seed: int, evaluator: str) -> Certificate:
