@@ -76,7 +76,8 @@ def _empty_file() -> IO[str]:
 
 
 def exit_status(call: Callable[[], object]) -> int:
-    """Make the call; return the status that Python would exit with, with what it would say of that on stderr."""
+    """In a fork: make the call; return the status that Python would exit with, and say on stderr what it would say."""
+    _renew_threads()
     try:
         call()
     except SystemExit as end:
@@ -87,6 +88,16 @@ def exit_status(call: Callable[[], object]) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _renew_threads() -> None:
+    """Let PyTorch, if it was imported, replace its pool of threads, none of which a fork inherits.
+
+    It would do so when the pool is first asked for, and would fail now and then ("Invalid thread pool!") where the call
+    has threads of its own, such as those that unpack model.bin, and two of them ask at once.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(torch.get_num_threads())
 
 
 def ranks(call: Callable[[], object], folder: Path, *, processes: int) -> list[CompletedProcess[str]]:
