@@ -20,6 +20,7 @@ from fairway.model.config import ModelConfig
 from fairway.quantization.quantize_weights import QuantizeSettings
 from fairway.reporting.comparison import ReportSettings
 from fairway.reporting.handed_in import SubmissionSettings
+from fairway.runtime.distributed import too_few_lanes
 from fairway.runtime.errors import UserError
 from fairway.runtime.settings import Section, load_section
 from fairway.tokens.hub import FetchHub
@@ -117,7 +118,7 @@ class Params(ArtifactParams):
         _need(blocks <= layers, f"adapt.freeze_blocks ({blocks}) exceeds model.layers ({layers})")
         _need(
             not self.adapt.epochs or self.processes <= self.adapt.lanes,
-            f"adapt.lanes ({self.adapt.lanes}) is less than the {self.processes} processes",
+            too_few_lanes("adapt", self.adapt.lanes, self.processes),
         )
         _need(
             (self.quantize.grid == "trellis") == (self.compress.codec == "trellis_ans"),

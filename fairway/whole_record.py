@@ -63,6 +63,7 @@ def chosen_options(params: Params) -> dict[str, str]:
         "fairway.codec.codecs.CODECS": params.compress.codec,
         "fairway.training.training_files.ORDERS": params.train.loader.kind,
     }
+    chosen |= {"fairway.whole_record.ADAPTATIONS": params.adapt.form}
     gptq = params.quantize.gptq
     if gptq:
         chosen |= {"fairway.quantization.calibrate.TEXTS": gptq.calibration}
@@ -113,17 +114,23 @@ def run_record(params: ArtifactParams, given: Inputs, evaluator: Evaluator, prog
     with start_world() as world, redirect_stdout(None if world.rank else sys.stdout):
         print(f"seed:{given.seed} world_size:{world.size}")
         if not MODEL.is_file():
-            make_model(params, given, world)
+            make_model(params, evaluator, given, world)
         if program:
             print(size_lines(program.stat().st_size, MODEL.stat().st_size))
         print_score(params, evaluator, given, world)
 
 
-def make_model(params: ArtifactParams, given: Inputs, world: World) -> None:
-    """Train with all processes and write model.bin in the first; the others come back when it is there."""
-    weights = trained_weights(params, given, world)
+def make_model(params: ArtifactParams, evaluator: Evaluator, given: Inputs, world: World) -> None:
+    """Train with all processes and write model.bin in the first; the others come back when it is there.
+
+    The evaluator is to score that model: what it and the adaptation ask of the stream and the number of processes is
+    looked at first, since a fault that shows after training has cost it.
+    """
+    if params.adapt.epochs:
+        world.need_lanes(params.adapt.lanes, "adapt")
+    weights = trained_weights(params, evaluator, given, world)
     make_deterministic()
-    weights = adapted_weights(params, weights, given, world)
+    weights = ADAPTATIONS[params.adapt.form](params, weights, given, world)
     if not world.rank:
         write_atomic(MODEL, compressed(params, weights, given, world.device))
     # An exchange between processes would end them after ten minutes of waiting.
@@ -131,13 +138,17 @@ def make_model(params: ArtifactParams, given: Inputs, world: World) -> None:
         time.sleep(0.1)
 
 
-def trained_weights(params: ArtifactParams, given: Inputs, world: World) -> dict[str, Tensor]:
-    """Do what the stages train and average do: the weights of the kind that params.average names."""
+def trained_weights(params: ArtifactParams, evaluator: Evaluator, given: Inputs, world: World) -> dict[str, Tensor]:
+    """Do what the stages train and average do: the weights of the kind that params.average names.
+
+    Raises UserError before it trains if the evaluator cannot score such a network.
+    """
     settings = params.train
     check_world(settings, world)
     validation = _validation(params, given)
     model = GPT(params.model)
     model.init_weights(given.seed)
+    evaluator.begin(model, validation.tokens, world)
     model.to_device(world.device)
     print(f"model_params:{sum(weight.numel() for weight in model.parameters())}")
     clock_s = 0.0
@@ -161,10 +172,8 @@ def trained_weights(params: ArtifactParams, given: Inputs, world: World) -> dict
 def adapted_weights(
     params: ArtifactParams, weights: dict[str, Tensor], given: Inputs, world: World
 ) -> dict[str, Tensor]:
-    """Do what the stage adapt does: the same weights, or those adapted to the split that params.adapt names."""
+    """Do what the stage adapt does: the weights adapted to the split that params.adapt names."""
     settings, config = params.adapt, params.model
-    if not settings.epochs:
-        return weights
     model = load_network(config, weights, given.data, world.device)
     rows = load_rows(
         given.data,
@@ -177,6 +186,15 @@ def adapted_weights(
         losses = adapt(model, rows.to(world.device), settings, progress.update, world=world)
     print(epoch_lines(losses))
     return model.state_dict()
+
+
+def same_weights(_: ArtifactParams, weights: dict[str, Tensor], __: Inputs, ___: World) -> dict[str, Tensor]:
+    """Do what the stage adapt does without epochs: nothing."""
+    return weights
+
+
+# By AdaptSettings.form. A table, so that the program that ships carries adaptation only if its record adapts.
+ADAPTATIONS = {"none": same_weights, "rows": adapted_weights}
 
 
 def compressed(params: ArtifactParams, weights: dict[str, Tensor], given: Inputs, device: torch.device) -> bytes:

@@ -57,6 +57,11 @@ class AdaptSettings(Section):
     # Matrices that are rounded to 6 bits in the forward pass (PR #1488: all).
     fake_quantize: Literal["none", "side", "all"]
 
+    @property
+    def form(self) -> Literal["none", "rows"]:
+        """Which of whole_record.ADAPTATIONS the weights go through."""
+        return "rows" if self.epochs else "none"
+
 
 def adapt(
     model: GPT,
@@ -73,8 +78,7 @@ def adapt(
     UserError if there are more processes than lanes, or if the loss is not finite.
     """
     world = world or alone(rows_RT1.device)
-    if world.size > settings.lanes:
-        raise UserError(f"params.yaml: adapt.lanes ({settings.lanes}) is less than the {world.size} processes")
+    world.need_lanes(settings.lanes, "adapt")
     trainer = Trainer(model, settings, world, stepped)
     train_epoch = {"step": trainer.epoch_of_steps, "epoch": trainer.epoch_of_lanes}[settings.coupling]
     losses = []

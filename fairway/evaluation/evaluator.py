@@ -32,11 +32,6 @@ class EvaluatorSettings(Section):
         return {}
 
 
-def too_few_lanes(section: str, lanes: int, processes: int) -> str:
-    """What is wrong with settings that cut an evaluation into fewer lanes than there are processes to share it."""
-    return f"{section}.lanes ({lanes}) is less than the {processes} processes"
-
-
 @dataclass(frozen=True)
 class Evaluator(ABC):
     """A way to score a network on a stream. Evaluators leave the network as it was.
@@ -51,7 +46,7 @@ class Evaluator(ABC):
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         """A pass over the stream (N+1,) int64, on the model's device, with settings that passed their check.
 
-        Raises UserError if they do not fit the stream.
+        Raises UserError if they do not fit the stream or the number of processes.
         """
 
     def score(self, model: GPT, tokens_N1: Tensor, progress: Callable[[int], None]) -> Tensor:

@@ -46,14 +46,14 @@ from fairway.evaluation.document_batches import (
     wanted_batches,
     window_length,
 )
-from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings, too_few_lanes
+from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.lora_adapters import Factors, LoraAdapters, draw_factors, numbers_of_a_set
 from fairway.evaluation.passes import Pass, Prediction, State
 from fairway.evaluation.scoring import sent
 from fairway.evaluation.ttt import cosine
 from fairway.model.config import ModelConfig
 from fairway.model.gpt import GPT
-from fairway.runtime.distributed import World
+from fairway.runtime.distributed import World, too_few_lanes
 from fairway.tokens.data_orders import document_bounds
 
 
@@ -122,6 +122,8 @@ class LoraTttEvaluator(Evaluator):
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         """A pass whose chunks end where phases begin, or after some batches where documents depend on no other."""
         s = self.settings
+        if not s.independent:
+            world.need_lanes(s.lanes, "lora_ttt")
 
         @cache
         def drawn() -> Factors:

@@ -22,13 +22,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings, too_few_lanes
+from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.kv_cache import Cache, cached_hidden
 from fairway.evaluation.passes import Pass, Prediction, State
 from fairway.model.config import ModelConfig
 from fairway.model.embedding import LOOK_BACK
 from fairway.model.gpt import GPT
-from fairway.runtime.distributed import World
+from fairway.runtime.distributed import World, too_few_lanes
 from fairway.runtime.errors import UserError
 
 
@@ -57,9 +57,7 @@ class StreamingEvaluator(Evaluator):
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         """A pass whose chunks are the blocks of all lanes at the same place."""
         s, seq_len, targets = self.settings, model.config.seq_len, len(tokens_N1) - 1
-        # The program that ships is started with any number of processes, and its settings were checked with another.
-        if world.size > s.lanes:
-            raise UserError(f"params.yaml: {too_few_lanes('streaming', s.lanes, world.size)}")
+        world.need_lanes(s.lanes, "streaming")
         if targets < s.lanes * seq_len:
             raise UserError(
                 f"params.yaml: streaming.lanes ({s.lanes}): too many for {targets} targets in rows of {seq_len}"

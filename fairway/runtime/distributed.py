@@ -66,6 +66,11 @@ class Reading:
         return self.host.tolist()
 
 
+def too_few_lanes(section: str, lanes: int, processes: int) -> str:
+    """What is wrong with settings that cut the work into fewer lanes than there are processes to share it."""
+    return f"{section}.lanes ({lanes}) is less than the {processes} processes"
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those of the job. A context manager: left without a fault, it shuts the process group down."""
@@ -78,6 +83,14 @@ class World:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of activations and of Muon's orthogonalisation: bfloat16 on CUDA, float32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def need_lanes(self, lanes: int, section: str) -> None:
+        """Raise UserError if a section of params.yaml cuts the work into fewer lanes than there are processes.
+
+        Who starts the processes decides how many they are, and settings were checked with the number of params.yaml.
+        """
+        if self.size > lanes:
+            raise UserError(f"params.yaml: {too_few_lanes(section, lanes, self.size)}")
 
     def gather(self, values: Tensor) -> Reading:
         """Every rank's `values` (n,), in the order of ranks, on their way to the host.
