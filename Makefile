@@ -3,13 +3,16 @@
 # make record RECORD=r1172 GPUS=4   params.yaml from records/ for so many GPUs, and the whole pipeline on it
 # make compare experiments of dvc exp beside each other and beside published records; OF="a b" names two of them
 # make test    every fast test (CPU)
+# make test-long, make test-gpu   the tests that take minutes, and those that need a GPU
 # make lint    style and types
 # make test-browser  both pages in Chromium, installed by apt where it is missing
 # make pack FILE=notes.md, make unpack FILE=notes.md.fwz   any text packed by model.bin, and back
 # make sample PROMPT='The database'   what model.bin writes behind that
 # make doctor  what this machine has and lacks for each record
 # make dag     the pipeline as a graph, in Mermaid's notation
-.PHONY: repro record compare test test-long test-gpu test-browser lint doctor dag pack unpack sample clean
+# make clean   deletes data/ and artifacts/; DVC's cache keeps what it has
+# make help    these lines
+.PHONY: help repro record compare test test-long test-gpu test-browser lint doctor dag pack unpack sample clean
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # The text of a variable as one word of the shell: neither $5 nor an apostrophe in it means anything.
@@ -67,6 +70,9 @@ dag: .venv/installed
 	command -v chromedriver > /dev/null || apt-get install --yes --no-install-recommends chromium chromium-driver
 	.venv/bin/pip install --quiet --disable-pip-version-check selenium==4.51.0 axe-core-python==0.1.0
 	touch $@
+
+help:
+	@sed -n '/^[^#]/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 clean:
 	rm -rf data artifacts

@@ -27,10 +27,20 @@ TIMED = "r1172"
 
 def main() -> None:
     """Print what this machine is, the table, and what to do; or the line of one GPU."""
-    if sys.argv[1:2] == ["--step"]:
-        _, record, gpu = sys.argv[1:]
-        print(step_verdict(record, int(gpu)))
-        return
+    match sys.argv[1:]:
+        case []:
+            print_table()
+        case ["--step", record, gpu] if record in MEASURED_MS and gpu.isdecimal():
+            print(step_verdict(record, int(gpu)))
+        case found:
+            known = ", ".join(MEASURED_MS)
+            raise UserError(
+                f"usage: python -m stages.doctor, or with --step <one of {known}> <GPU>; found: {' '.join(found)}"
+            )
+
+
+def print_table() -> None:
+    """Print what this machine is, the table, and what to do."""
     names = sorted(file.stem for file in Path("records").glob("*.yaml") if file.stem != "published")
     files = {"params.yaml": Path("params.yaml")} | {name: Path(f"records/{name}.yaml") for name in names}
     params, faults = read_params(files)

@@ -266,6 +266,12 @@ def test_where_nothing_is_missing_it_says_so() -> None:
     assert remedies({"r1": [Check("disk", True, "")]}) == ["Nothing is missing."]
 
 
+@pytest.mark.parametrize("arguments", [("r1172",), ("--step",), ("--step", "r11", "0"), ("--step", "r1172", "first")])
+def test_other_arguments_are_told_in_one_line(arguments: tuple[str, ...], experiment: Experiment) -> None:
+    usage = r"error: usage: python -m stages\.doctor, or with --step <one of r1150, .*> <GPU>; found: "
+    assert re.match(usage + " ".join(arguments), experiment.fails("doctor", *arguments))
+
+
 @pytest.mark.program("make")
 def test_it_is_a_target_of_make() -> None:
     done = subprocess.run(

@@ -134,6 +134,13 @@ def test_what_make_is_given_reaches_the_program_as_it_is(target: str, name: str)
     assert shlex.split(next(line for line in planned.splitlines() if line.startswith("python -m ")))[-1] == given
 
 
+@pytest.mark.program("make", "sed")
+def test_help_names_every_target() -> None:
+    told = shell(REPOSITORY, "make --no-print-directory help")
+    [phony] = re.findall(r"^\.PHONY: (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    assert set(phony.split()) == set(re.findall(r"make ([a-z-]+)", told))
+
+
 @pytest.mark.program("make", "grep")
 def test_a_folder_without_git_is_told_what_it_needs(tmp_path: Path) -> None:
     """Before DVC, which only says that there is no repository, and not where the setting belongs."""
