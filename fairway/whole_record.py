@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fairway.adaptation.row_training import adapt, load_rows
 from fairway.codec.artifact import load_artifact_once
+from fairway.codec.codecs import CODECS
 from fairway.codec.container import check_round_trip, pack
 from fairway.evaluation.collect import collect, measure
 from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
@@ -128,6 +130,8 @@ def make_model(params: ArtifactParams, evaluator: Evaluator, given: Inputs, worl
     """
     if params.adapt.epochs:
         world.need_lanes(params.adapt.lanes, "adapt")
+    # Packing may need a program that is not installed.
+    CODECS[params.compress.codec].encode([np.zeros((1, 1), np.int8)])
     weights = trained_weights(params, evaluator, given, world)
     make_deterministic()
     weights = ADAPTATIONS[params.adapt.form](params, weights, given, world)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fairway.params import load_params
 from fairway.preflight import check_machine
-from fairway.runtime.errors import run_stage
+from fairway.runtime.errors import no_arguments, run_stage
 from fairway.runtime.files import output_folder
 from fairway.tokens.hub import fetch_hub
 from fairway.tokens.own_text import FetchFile, fetch_own_text
@@ -23,6 +23,7 @@ def main() -> None:
 
     A machine that cannot run the whole experiment is refused before anything is downloaded.
     """
+    no_arguments("fetch")
     params = load_params("params.yaml")
     check_machine(params, fetched=False)
     fetch = params.fetch

@@ -12,13 +12,14 @@ from pathlib import Path
 from fairway.packing.bundle import RECORD, make_program, requirements
 from fairway.packing.readable import write_source
 from fairway.params import load_params
-from fairway.runtime.errors import run_stage
+from fairway.runtime.errors import no_arguments, run_stage
 from fairway.runtime.files import output_folder, write_atomic
 from fairway.whole_record import chosen_options, shipped_arguments
 
 
 def main() -> None:
     """Pack the record of params.yaml into artifacts/pack."""
+    no_arguments("pack")
     params = load_params("params.yaml")
     arguments = shipped_arguments(params)
     program = make_program(Path(), RECORD, arguments, late=["seed"], chosen=chosen_options(params))

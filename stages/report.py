@@ -22,12 +22,13 @@ from fairway.reporting.made import made
 from fairway.reporting.page import page
 from fairway.reporting.runs import collect
 from fairway.reporting.tables import markdown, summarize, time_table, times, timing
-from fairway.runtime.errors import run_stage
+from fairway.runtime.errors import no_arguments, run_stage
 from fairway.runtime.files import require_file, write_atomic
 
 
 def main() -> None:
     """Report on every seed and evaluator of params.yaml."""
+    no_arguments("report")
     params = load_params("params.yaml")
     published = load_published(Path("records/published.yaml"))
     meta = json.loads(require_file(Path("artifacts/tokens/meta.json"), "python -m stages.tokenize").read_text())

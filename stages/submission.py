@@ -21,7 +21,7 @@ from fairway.params import load_params
 from fairway.reporting.facts import subset
 from fairway.reporting.handed_in import readme, submission_json, train_log
 from fairway.reporting.runs import collect
-from fairway.runtime.errors import run_stage
+from fairway.runtime.errors import no_arguments, run_stage
 from fairway.runtime.files import output_folder, read_figures, require_file, write_atomic
 
 ARTIFACTS = Path("artifacts")
@@ -29,6 +29,7 @@ ARTIFACTS = Path("artifacts")
 
 def main() -> None:
     """Write artifacts/submission for the evaluator that ships."""
+    no_arguments("submission")
     params = load_params("params.yaml")
     evaluator = params.compress.evaluator
     runs = collect(ARTIFACTS, params.seeds, [evaluator])

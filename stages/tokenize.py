@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fairway.params import load_params
-from fairway.runtime.errors import run_stage
+from fairway.runtime.errors import no_arguments, run_stage
 from fairway.runtime.files import output_folder, write_atomic
 from fairway.tokens.export import check_documents, tokenize_documents
 from fairway.tokens.hub import adopt_export
@@ -21,6 +21,7 @@ from fairway.tokens.hub import adopt_export
 
 def main() -> None:
     """Tokenize the documents, or take over published shards, and write meta.json beside them."""
+    no_arguments("tokenize")
     settings = load_params("params.yaml").tokenize
     fetched = Path("data/docs")
     hosted = (fetched / "hub.json").is_file()

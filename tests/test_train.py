@@ -484,6 +484,11 @@ def test_a_wrong_command_line_is_refused(arguments: list[str]) -> None:
         stage_arguments(arguments, "train")
 
 
+@pytest.mark.parametrize("stage", ["fetch", "tokenize", "pack", "report", "submission"])
+def test_a_stage_without_arguments_does_not_ignore_them(stage: str, experiment: Experiment) -> None:
+    assert f"usage: python -m stages.{stage}; found: --help" in experiment.fails(stage, "--help")
+
+
 @given(st.integers(1, 9))
 def test_processes_must_divide_the_micro_batches(size: int) -> None:
     settings = Params.model_validate(tiny_params(Path("corpus.jsonl"))).train

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from conftest import Experiment
 from forks import ranks
 from test_evaluate import SECTIONS
@@ -38,8 +39,29 @@ def test_what_does_not_fit_the_processes_is_told_before_training(
         with pytest.raises(UserError) as told:
             run_record(params, Inputs(7, tokens, tokens / "tokenizer.model"), made)
         print(told.value)
+        # A process that ended here would break off the other's joining, if that is still under way.
+        dist.barrier()
 
     first, second = (done.stdout for done in ranks(run, tmp_path, processes=2))
     assert f"params.yaml: {refused}" in first
     assert f"params.yaml: {refused}" in second
     assert "step:" not in first
+
+
+def test_a_missing_packing_program_is_told_before_training(
+    tokenized: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tokenized.params
+    params = Params.model_validate(raw | {"compress": raw["compress"] | {"codec": "lrzip"}})
+    made = make_evaluator("sliding", params.evaluator_settings("sliding"), model=params.model, processes=1)
+    tokens = tokenized.folder / "artifacts/tokens"
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def run() -> None:
+        with pytest.raises(UserError) as told:
+            run_record(params, Inputs(7, tokens, tokens / "tokenizer.model"), made)
+        print(told.value)
+
+    (alone,) = (done.stdout for done in ranks(run, tmp_path, processes=1))
+    assert "params.yaml: compress.codec: lrzip is not installed" in alone
+    assert "step:" not in alone

@@ -62,3 +62,9 @@ def stage_arguments(arguments: list[str], stage: str, *more: str) -> tuple[int, 
         usage = " ".join(f"<{name}>" for name in ("seed", *more))
         raise UserError(f"usage: python -m stages.{stage} {usage}; found: {' '.join(arguments) or 'nothing'}")
     return int(arguments[0]), arguments[1:]
+
+
+def no_arguments(stage: str) -> None:
+    """Raise UserError with the usage line if this process, which runs the stage, was given arguments."""
+    if sys.argv[1:]:
+        raise UserError(f"usage: python -m stages.{stage}; found: {' '.join(sys.argv[1:])}")
