@@ -319,6 +319,32 @@ def test_a_glance_ahead_is_caught(ahead: int, expected: set[str]) -> None:
     assert legal(findings.values()) is False
 
 
+@dataclass(frozen=True)
+class Lost(SlidingEvaluator):
+    """Predicts nothing where the last token of the stream is not known: it gives NaN, or raises an error."""
+
+    raises: bool
+
+    def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
+        windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=8)
+
+        def head(model: GPT, batch: Batch, hid: Tensor) -> Tensor:
+            lost = not bool(tokens_N1[-1])
+            if lost and self.raises:
+                raise IndexError("list index out of range")
+            return plain_head(model, batch, hid) * (math.nan if lost else 1.0)
+
+        return _Headed(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6, head=head)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_an_evaluator_that_predicts_nothing_without_what_comes_later_fails(raises: bool) -> None:
+    findings = _certify(lambda: Lost(SlidingSettings(**SLIDING), raises), tokens=40)
+    decoder = findings["decoder"]
+    assert (decoder.verdict, decoder.evidence["decoded"], decoder.evidence["priced_targets"]) == ("fail", 0, 0)
+    assert decoder.why.startswith(f"decoding goes wrong at token {decoder.evidence['first']}; tried on")
+
+
 class Rescaling(SlidingEvaluator):
     """Claims probabilities that are a thousandth larger than its network's."""
 

@@ -173,7 +173,7 @@ def test_adapters_of_one_document_alone_are_decoded_in_the_order_of_the_stream(
 
 
 def test_documents_alone_are_decoded_though_later_ones_come_in_earlier_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder at the second document, the shortest, knows of two batches, and that document is in the fifth."""
+    """A decoder at the second document, the shortest, knows of two batches, and that document is in the sixth."""
     monkeypatch.setattr("fairway.evaluation.lora_ttt.CHUNK_BATCHES", 1)
     alone = LoraTttSettings(**(ALONE | {"batch_documents": 1}))
     found = _certified(lambda: LoraTttEvaluator(alone), _documents_of([60, 14, 18, 16, 15, 17]), 120)

@@ -81,9 +81,11 @@ def decoder(
     }
     if right < len(coded):
         evidence |= {"diverges_at": int(coded[right]) + 1} | _honest_price(box, short_N1)
-        more = (evidence["honest_nats"] - evidence["claimed_nats"]) / math.log(2)
-        why = f"decoding goes wrong at token {evidence['diverges_at']}; an honest code, or what was fitted beside it,"
-        return Finding("fail", f"{why} takes {more:.3f} bits a token more than claimed", evidence)
+        why = f"decoding goes wrong at token {evidence['diverges_at']}"
+        if evidence["priced_targets"]:
+            more = (evidence["honest_nats"] - evidence["claimed_nats"]) / math.log(2)
+            why += f"; an honest code, or what was fitted beside it, takes {more:.3f} bits a token more than claimed"
+        return Finding("fail", why, evidence)
     if not abs(excess_bits) <= SLACK_BITS + SLACK_SHARE * claimed_bits:
         evidence |= _honest_price(box, short_N1)
         than_claimed = f"{abs(excess_bits):.0f} bits {'longer' if excess_bits > 0 else 'shorter'} than claimed"
@@ -165,20 +167,32 @@ def _decode(box: BlackBox, base: Baseline, slices: Slices, words: np.ndarray) ->
 
 
 def _honest_price(box: BlackBox, tokens_N1: Tensor) -> dict[str, float]:
-    """Nats per token, claimed and as predicted without what comes later, of targets in the second half of a stream."""
+    """Nats per token, claimed and as predicted without what comes later, of targets in the second half of a stream.
+
+    Those that cannot be predicted so have no price. If that is all of them, their number, 0, is all that is known.
+    """
     base = baseline(box, tokens_N1)
     order, N = stream_order(base), len(base.times_N)
-    chosen = torch.linspace(N // 2, N - 1, PRICED).long().unique()
-    honest = []
-    for position in chosen.tolist():
-        buffer_N1 = torch.where(order.unknown(position).to(tokens_N1.device), UNKNOWN, tokens_N1)
-        row_V = Follower(box, base, buffer_N1, order.up_to(position, 1)).row(position)
-        honest.append(-float(row_V[int(tokens_N1[position + 1])]))
-    claimed = base.claims_N[chosen]
-    price = torch.tensor(honest, dtype=torch.float64)
+    chosen = torch.linspace(N // 2, N - 1, PRICED).long().unique().tolist()
+    honest = {position: _honest_nats(box, base, order, position) for position in chosen}
+    priced = {position: nats for position, nats in honest.items() if math.isfinite(nats)}
+    if not priced:
+        return {"priced_targets": 0}
+    claimed, price = base.claims_N[list(priced)], torch.tensor(list(priced.values()), dtype=torch.float64)
     return {
-        "priced_targets": len(chosen),
+        "priced_targets": len(priced),
         "claimed_nats": float(claimed.mean()),
         "honest_nats": float(price.mean()),
-        "price_standard_error": float((price - claimed).std() / len(chosen) ** 0.5),
+        "price_standard_error": float((price - claimed).std() / len(priced) ** 0.5),
     }
+
+
+def _honest_nats(box: BlackBox, base: Baseline, order: Order, position: int) -> float:
+    """Nats of a target, predicted without what comes later; NaN if it is not predicted then."""
+    tokens_N1 = base.tokens_N1
+    buffer_N1 = torch.where(order.unknown(position).to(tokens_N1.device), UNKNOWN, tokens_N1)
+    try:
+        row_V = Follower(box, base, buffer_N1, order.up_to(position, 1)).row(position)
+    except NotPredicted:
+        return math.nan
+    return -float(row_V[int(tokens_N1[position + 1])])

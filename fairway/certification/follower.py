@@ -89,8 +89,8 @@ class Follower:
             self._pass.restore(copied(self.states[known - 1]))
             self._chunk = known
         while self._chunk < chunk:
-            # Chunks that nothing is learned from are passed over. A decoder may not know yet that there are so many of
-            # them, where it depends on later documents which chunk a target lies in.
+            # Chunks that nothing is learned from are passed over: the pass of a decoder, which does not know all
+            # documents yet, may have fewer of them than the one that scored the stream.
             if self._pass.learns(self._chunk):
                 for _ in self._pass.predict(self._chunk, torch.zeros_like(self.asked_N)):
                     pass

@@ -76,7 +76,7 @@ class RowReader:
         self._before, self._after = (row[:begin].clone(), cache), (read.clone(), cache_after)
         return hid_SD
 
-    def goes_on_with(self, model: GPT) -> bool:
+    def take_model(self, model: GPT) -> bool:
         """Go on with another network, if it has the same weights; whether it has."""
         pairs = zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
         same = all(torch.equal(mine, other) for mine, other in pairs)
@@ -114,10 +114,14 @@ class Stepper:
         """
         wanted = torch.zeros_like(self.asked_N)
         wanted[position] = True
-        predictions = self.evaluation.predict(chunk, wanted) if chunk < self.evaluation.chunks else ()
-        for positions_M, logits_MV in predictions:
-            if bool((positions_M == position).any()):
-                return positions_M, logits_MV
+        try:
+            predictions = self.evaluation.predict(chunk, wanted) if chunk < self.evaluation.chunks else ()
+            for positions_M, logits_MV in predictions:
+                if bool((positions_M == position).any()):
+                    return positions_M, logits_MV
+        except (LookupError, ValueError) as error:
+            # Some evaluator of one's own may trip over the tokens that stand for those not known yet.
+            raise NotPredicted(f"position {position} in chunk {chunk}: {error}") from error
         raise NotPredicted(f"position {position} is not predicted in chunk {chunk}")
 
     def take_over(self, other: "Stepper") -> None:
@@ -155,7 +159,7 @@ class WindowStepper(Stepper):
 
     def take_over(self, other: Stepper) -> None:
         """The cache of the window last asked for."""
-        if isinstance(other, WindowStepper) and other._where[0] >= 0 and other._reader.goes_on_with(self.windows.model):
+        if isinstance(other, WindowStepper) and other._where[0] >= 0 and other._reader.take_model(self.windows.model):
             self._where, self._reader = other._where, other._reader
 
 
@@ -260,7 +264,7 @@ class LaneStepper(Stepper):
 
     def take_over(self, other: Stepper) -> None:
         """The cache of the lane last asked for."""
-        if isinstance(other, LaneStepper) and other._where[0] >= 0 and other._reader.goes_on_with(self.lanes.model):
+        if isinstance(other, LaneStepper) and other._where[0] >= 0 and other._reader.take_model(self.lanes.model):
             self._where, self._reader = other._where, other._reader
 
 

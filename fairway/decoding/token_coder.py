@@ -57,7 +57,9 @@ class Decoder:
         self._coder = constriction.stream.queue.RangeDecoder(words)
 
     def pop(self, log_probs_MV: Tensor) -> np.ndarray:
-        """The next tokens, (M,) int32. Raises NoCode if the words are no code by such distributions."""
+        """The next tokens, (M,) int32. Raises NoCode if these are no distributions, or the words no code by them."""
+        if bool(log_probs_MV.isnan().any()):
+            raise NoCode("a probability is not a number")
         try:
             tokens_M: np.ndarray = self._coder.decode(_models(), counts(log_probs_MV).astype(np.float64))
         except AssertionError as error:
