@@ -43,9 +43,8 @@ def main() -> None:
         load_s = time.monotonic() - started_at
         evaluator = make_evaluator(name, settings, model=model.config, processes=world.size)
         tokens_N1, bytes_N = validation.tokens.to(world.device), validation.bytes.to(world.device)
-        points = ResumePoints(
-            ARTIFACTS / f"resume/evaluate-{seed}-{name}", evaluation_fingerprint(ARTIFACTS, seed, name, settings)
-        )
+        mark = evaluation_fingerprint(ARTIFACTS, seed, name, settings, processes=world.size)
+        points = ResumePoints(ARTIFACTS / f"resume/evaluate-{seed}-{name}", mark)
         with RunningScore(f"evaluate {seed} {name}", bytes_N, world) as running:
             evaluation = evaluator.begin(model, tokens_N1, world)
             scores = collect(evaluation, tokens_N1, world, scored=running.add, points=points)

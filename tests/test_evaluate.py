@@ -123,7 +123,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_unkilled_one(compressed: Exp
     evaluation.kill()
     # Sections of others do not matter: the point is of this one's.
     settings = load_params(compressed.folder / "params.yaml").evaluator_settings("ttt")
-    mark = evaluation_fingerprint(compressed.folder / "artifacts", 1337, "ttt", settings)
+    mark = evaluation_fingerprint(compressed.folder / "artifacts", 1337, "ttt", settings, processes=1)
     assert json.loads((resume / "latest.json").read_text())["fingerprint"] == mark
     shutil.rmtree(compressed.folder / "artifacts/evaluate")
     compressed.stage("evaluate", "1337", "ttt")
@@ -131,18 +131,19 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_unkilled_one(compressed: Exp
     assert not resume.exists()
 
 
-def test_points_belong_to_artifact_tokens_and_settings(compressed: Experiment) -> None:
+def test_points_belong_to_artifact_tokens_settings_and_processes(compressed: Experiment) -> None:
     artifacts = compressed.folder / "artifacts"
 
-    def mark(**changes: Any) -> str:
+    def mark(processes: int = 1, **changes: Any) -> str:
         compressed.set_params(compressed.params | changes)
-        return evaluation_fingerprint(
-            artifacts, 1337, "ttt", load_params(compressed.folder / "params.yaml").evaluator_settings("ttt")
-        )
+        settings = load_params(compressed.folder / "params.yaml").evaluator_settings("ttt")
+        return evaluation_fingerprint(artifacts, 1337, "ttt", settings, processes=processes)
 
     first = mark()
     assert mark(sliding=compressed.params["sliding"] | {"stride": 8}) == first
     assert mark(ttt=compressed.params["ttt"] | {"lr": 0.5}) != first
+    # Seconds of two processes and of one do not add up to those of either.
+    assert mark(processes=2) != first
     again = mark(ttt=compressed.params["ttt"] | {"lr": 2.0e-3})
     assert again == first
     (artifacts / "compress/1337/model.bin").write_bytes(b"another")
@@ -154,7 +155,7 @@ def test_points_belong_to_the_code_that_made_them(compressed: Experiment) -> Non
         "from pathlib import Path; from fairway.params import load_params;"
         "from fairway.evaluation.registry import evaluation_fingerprint;"
         "settings = load_params('params.yaml').evaluator_settings('ttt');"
-        "print(evaluation_fingerprint(Path('artifacts'), 1337, 'ttt', settings))"
+        "print(evaluation_fingerprint(Path('artifacts'), 1337, 'ttt', settings, processes=1))"
     )
     matter = (
         "fairway/model/attention.py",

@@ -104,6 +104,8 @@ def test_seconds_of_another_machine_are_not_measured_by_the_tracks_limits(one: F
     assert html.count('class="meter"') == 2
     assert re.search(r"on 2 × [^;]*; the track's 600 s are of 8 H100", html)
     assert re.search(r"Seconds on 8 × [^<]*, scored on 2, by what the track would count them as", html)
+    one.change("evaluate/1337/sliding/metrics.json", processes=8, on_gpus=False)
+    assert "not all of it on 8 GPUs; the track's 600 s are of 8 H100" in one.page()
 
 
 def test_a_figure_good_enough_for_a_record_is_one_on_the_tracks_machine_alone(three: Figures) -> None:

@@ -125,14 +125,20 @@ def load_inputs(artifacts: Path, seed: int, world: World) -> tuple[GPT, Validati
     return model, load_validation(artifacts / "tokens", seq_len=config.seq_len, vocab_size=config.vocab_size)
 
 
-def evaluation_fingerprint(artifacts: Path, seed: int, name: str, settings: EvaluatorSettings) -> str:
-    """SHA-256 over what decides an evaluation: its code (dvc.yaml), the artifact, the tokens' meta.json, the
-    evaluator and its section."""
+def evaluation_fingerprint(
+    artifacts: Path, seed: int, name: str, settings: EvaluatorSettings, *, processes: int
+) -> str:
+    """SHA-256 over what decides an evaluation and its seconds.
+
+    That is its code (dvc.yaml), the artifact, the tokens' meta.json, the evaluator and its section, and how many
+    processes share the work.
+    """
     evaluation = {
         "code": stage_sources_sha256("evaluate"),
         "model": file_sha256(artifacts / "compress" / str(seed) / "model.bin"),
         "tokens": file_sha256(artifacts / "tokens" / "meta.json"),
         "evaluator": name,
         "settings": settings.model_dump(),
+        "processes": processes,
     }
     return hashlib.sha256(json.dumps(evaluation, sort_keys=True).encode()).hexdigest()
