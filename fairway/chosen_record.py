@@ -9,6 +9,7 @@ keeps its seconds on any number of GPUs, and has as many times more tokens in a 
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ from fairway.params import Params, load_params
 from fairway.reporting.comparison import load_published
 from fairway.runtime.errors import UserError
 from fairway.tokens.hub import FetchHub
+from fairway.training.schedule import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -112,19 +114,23 @@ def record_of_one(records: Path, params: Params) -> str | None:
     It is known by what `choose` decides: its seconds, and its tokens of a step for each process. Whatever else was
     changed, these follow its rule.
     """
-    train = params.train
+    for name, train in _records_of_one(records).items():
+        ours, same = params.train, train.batch_tokens * params.processes == params.train.batch_tokens
+        if same and (train.max_wallclock_s, train.reserve_s) == (ours.max_wallclock_s, ours.reserve_s):
+            return name
+    return None
+
+
+@cache
+def _records_of_one(records: Path) -> dict[str, TrainSettings]:
+    """The training settings of all records for one process; a file that is damaged is none of them."""
+    found = {}
     for name in record_names(records):
-        # A file of records/ that is damaged is not the one.
         with suppress(UserError):
             record = load_params(records / f"{name}.yaml")
-            tokens, clock = record.train.batch_tokens, (record.train.max_wallclock_s, record.train.reserve_s)
-            if record.processes == 1 and (tokens * params.processes, *clock) == (
-                train.batch_tokens,
-                train.max_wallclock_s,
-                train.reserve_s,
-            ):
-                return name
-    return None
+            if record.processes == 1:
+                found[name] = record.train
+    return found
 
 
 def expectation(chosen: Chosen, published: Path) -> str:

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +125,12 @@ def run_record(params: ArtifactParams, given: Inputs, evaluator: Evaluator, prog
 def make_model(params: ArtifactParams, evaluator: Evaluator, given: Inputs, world: World) -> None:
     """Train with all processes and write model.bin in the first; the others come back when it is there.
 
-    The evaluator is to score that model: what it and the adaptation ask of the stream and the number of processes is
-    looked at first, since a fault that shows after training has cost it.
+    The evaluator is to score that model.
     """
-    if params.adapt.epochs:
-        world.need_lanes(params.adapt.lanes, "adapt")
-    # Packing may need a program that is not installed.
-    CODECS[params.compress.codec].encode([np.zeros((1, 1), np.int8)])
-    weights = trained_weights(params, evaluator, given, world)
+    model, validation = GPT(params.model), _validation(params, given)
+    model.init_weights(given.seed)
+    check_what_follows(params, evaluator, model, validation, world)
+    weights = trained_weights(params, model, validation, given, world)
     make_deterministic()
     weights = ADAPTATIONS[params.adapt.form](params, weights, given, world)
     if not world.rank:
@@ -142,17 +140,29 @@ def make_model(params: ArtifactParams, evaluator: Evaluator, given: Inputs, worl
         time.sleep(0.1)
 
 
-def trained_weights(params: ArtifactParams, evaluator: Evaluator, given: Inputs, world: World) -> dict[str, Tensor]:
+def check_what_follows(
+    params: ArtifactParams, evaluator: Evaluator, model: GPT, validation: Validation, world: World
+) -> None:
+    """Raise UserError where adaptation, packing or evaluation would, after training has been paid for.
+
+    That is if there are too many processes for either, or the stream does not fit the evaluator, or the codec needs a
+    program that is not installed. `model`, on the CPU, is one like that to be trained.
+    """
+    if params.adapt.epochs:
+        world.need_lanes(params.adapt.lanes, "adapt")
+    CODECS[params.compress.codec].encode([np.zeros((1, 1), np.int8)])
+    evaluator.begin(model, validation.tokens, replace(world, device=torch.device("cpu")))
+
+
+def trained_weights(
+    params: ArtifactParams, model: GPT, validation: Validation, given: Inputs, world: World
+) -> dict[str, Tensor]:
     """Do what the stages train and average do: the weights of the kind that params.average names.
 
-    Raises UserError before it trains if the evaluator cannot score such a network.
+    `model` is initialised, and trained in place.
     """
     settings = params.train
     check_world(settings, world)
-    validation = _validation(params, given)
-    model = GPT(params.model)
-    model.init_weights(given.seed)
-    evaluator.begin(model, validation.tokens, world)
     model.to_device(world.device)
     print(f"model_params:{sum(weight.numel() for weight in model.parameters())}")
     clock_s = 0.0

@@ -25,6 +25,7 @@ from torch.distributed.run import main as torchrun
 
 from fairway.codec.byte_codecs import Lrzip
 from fairway.model.gpt import GPT, param_groups
+from fairway.model.init import initialize
 from fairway.params import Params, load_params
 from fairway.preflight import check_training
 from fairway.runtime.distributed import Reading, World, alone
@@ -135,6 +136,20 @@ def test_one_process_and_two_train_alike(ready: Experiment, clip: str) -> None:
     for name, value in final_weights(ready).items():
         kind, _, parameter = name.partition("/")
         torch.testing.assert_close(value, alone.weights[kind][parameter], atol=2e-3, rtol=0)
+
+
+def other_weights_by_rank(model: GPT, seed: int) -> None:
+    """Weights of a seed that grows with the rank: more than what two kinds of CPU draw differently from one seed."""
+    initialize(model, model.config, seed + int(os.environ["RANK"]))
+
+
+def test_all_processes_begin_with_the_weights_of_the_first(ready: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready.stage_of_processes(2, "train", SEED)
+    alike = final_weights(ready)
+    monkeypatch.setattr(GPT, "init_weights", other_weights_by_rank)
+    ready.stage_of_processes(2, "train", SEED)
+    for name, value in final_weights(ready).items():
+        assert torch.equal(value, alike[name]), name
 
 
 def test_a_run_leaves_what_later_stages_read(trained_alone: Experiment) -> None:

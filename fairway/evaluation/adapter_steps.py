@@ -74,8 +74,9 @@ class AdapterSteps:
     def __init__(self, model: GPT, tokens_N1: Tensor, *, most: int, rank: int, scale: float) -> None:
         self.model, self.tokens_N1, self.rank, self.scale = model, tokens_N1, rank, scale
         _, numbers = numbers_of_a_set(model.config, rank)
+        # A row is written before it is read, and rows that are never used take no memory.
         self._numbers_BP, self._gradients_BP = (
-            torch.zeros(most, numbers, dtype=model.compute_dtype, device=tokens_N1.device) for _ in range(2)
+            torch.empty(most, numbers, dtype=model.compute_dtype, device=tokens_N1.device) for _ in range(2)
         )
         self._adapters: dict[int, LoraAdapters] = {}
         # By shape, once a cut of it was scored and had its gradients found: what was never run cannot be recorded.

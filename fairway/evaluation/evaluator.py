@@ -46,7 +46,8 @@ class Evaluator(ABC):
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         """A pass over the stream (N+1,) int64, on the model's device, with settings that passed their check.
 
-        Raises UserError if they do not fit the stream or the number of processes.
+        Nothing is exchanged between processes, and the model is left as it is. Raises UserError if the settings do not
+        fit the stream or the number of processes.
         """
 
     def score(self, model: GPT, tokens_N1: Tensor, progress: Callable[[int], None]) -> Tensor:

@@ -66,7 +66,7 @@ def train(
     steps. `tick` is called after every step, `log` with the figures of steps that are logged or validated, both on
     every rank. Raises UserError once the figures of a step are known whose loss or gradient is not finite.
     """
-    # The same seed gives machines with other CPUs other last bits.
+    # All start from the weights of rank 0: from the same seed, a CPU of another kind draws other last bits.
     for weight in model.parameters():
         world.share(weight.data)
     run = Run.begin(model, loader, settings, world)
