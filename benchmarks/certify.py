@@ -28,6 +28,7 @@ from benchmarks.document_lengths import CHALLENGE_DOCUMENTS, document_stream, do
 from benchmarks.evaluate import STREAMING, random_network
 from fairway.certification.accounting import legal, places_bits
 from fairway.certification.experiments import Certified, certify
+from fairway.chosen_record import record_names
 from fairway.evaluation.evaluator import EvaluatorSettings
 from fairway.evaluation.registry import make_evaluator
 from fairway.model.gpt import GPT
@@ -75,7 +76,7 @@ class Line:
 def main() -> None:
     """Certify what every record named has, and print a line each."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = sorted({path.stem for path in Path("records").glob("*.yaml")} - {"published"})
+    every = record_names(Path("records"))
     arguments.add_argument("records", nargs="*", default=every, help="names of files in records/; all if not given")
     arguments.add_argument("--only", nargs="+", help="evaluators; all of a record's if not given")
     chosen = arguments.parse_args()

@@ -15,9 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fairway.chosen_record import record_names
 from fairway.machine import description, gpu_bytes, visible_device
 from fairway.params import Params, load_params
-from fairway.preflight import GPU_MEMORY, record_checks, remedies, table, verdict
+from fairway.preflight import GPU_MEMORY, RECORDS, record_checks, remedies, table, verdict
 from fairway.runtime.errors import UserError, run_stage
 from fairway.step_time import MEASURED_MS, step_verdict
 
@@ -41,8 +42,8 @@ def main() -> None:
 
 def print_table() -> None:
     """Print what this machine is, the table, and what to do."""
-    names = sorted(file.stem for file in Path("records").glob("*.yaml") if file.stem != "published")
-    files = {"params.yaml": Path("params.yaml")} | {name: Path(f"records/{name}.yaml") for name in names}
+    names = record_names(RECORDS)
+    files = {"params.yaml": Path("params.yaml")} | {name: RECORDS / f"{name}.yaml" for name in names}
     params, faults = read_params(files)
     checks = {name: record_checks(found) for name, found in params.items()}
     parts = [description(), table(checks) if checks else [], remedies(checks, faults)]

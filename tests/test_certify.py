@@ -26,7 +26,7 @@ from fairway.evaluation.evaluator import Evaluator, EvaluatorSettings
 from fairway.evaluation.kv_cache import Cache
 from fairway.evaluation.lora_ttt import LoraTttEvaluator, LoraTttSettings
 from fairway.evaluation.passes import Pass, Prediction
-from fairway.evaluation.scoring import Batch, PlaceHead, WindowPass, in_chunks, plain_head, stream_windows
+from fairway.evaluation.scoring import Batch, Head, PlaceHead, WindowPass, in_chunks, plain_head, stream_windows
 from fairway.evaluation.sliding import SlidingEvaluator, SlidingSettings
 from fairway.evaluation.slot import OffsetHead, Places, SlotEvaluator, context_places
 from fairway.evaluation.slot_offsets import SlotFitSettings, SlotSettings
@@ -223,8 +223,7 @@ class SharedContext(Evaluator):
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
         fit = SlotFitSettings(**(PLAIN_FIT | {"steps": 3, "lr": 0.02, "fitted_on": "context"}))
         head = OffsetHead(fit, tokens_N1.device, self._places)
-        windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=8)
-        return _Headed(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6, head=head)
+        return _headed(model, tokens_N1, world, head)
 
     def _places(self, batch: Batch) -> Places:
         of_windows = context_places(batch)
@@ -233,6 +232,12 @@ class SharedContext(Evaluator):
 
 class _Headed(WindowPass):
     """A pass of a kind that nobody knows."""
+
+
+def _headed(model: GPT, tokens_N1: Tensor, world: World, head: Head) -> Pass:
+    """Such a pass over windows that score eight places each, six windows a batch."""
+    windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=8)
+    return _Headed(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6, head=head)
 
 
 def _ttt_with_slot(fitted_on: str = PLAIN_FIT["fitted_on"]) -> Evaluator:
@@ -296,8 +301,6 @@ class Peeking(SlidingEvaluator):
     ahead: int
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=8)
-
         def head(model: GPT, batch: Batch, hid: Tensor) -> Tensor:
             probs_MV = plain_head(model, batch, hid).softmax(-1)
             place_M = (batch.positions_M + self.ahead).clamp(max=len(tokens_N1) - 1)
@@ -307,7 +310,7 @@ class Peeking(SlidingEvaluator):
                 .log()
             )
 
-        return _Headed(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6, head=head)
+        return _headed(model, tokens_N1, world, head)
 
 
 @pytest.mark.parametrize(
@@ -326,15 +329,13 @@ class Lost(SlidingEvaluator):
     raises: bool
 
     def begin(self, model: GPT, tokens_N1: Tensor, world: World) -> Pass:
-        windows = scored_once(len(tokens_N1) - 1, seq_len=model.config.seq_len, stride=8)
-
         def head(model: GPT, batch: Batch, hid: Tensor) -> Tensor:
             lost = not bool(tokens_N1[-1])
             if lost and self.raises:
                 raise IndexError("list index out of range")
             return plain_head(model, batch, hid) * (math.nan if lost else 1.0)
 
-        return _Headed(model, tokens_N1, in_chunks(windows, 6), world, batch_windows=6, head=head)
+        return _headed(model, tokens_N1, world, head)
 
 
 @pytest.mark.parametrize("raises", [False, True])
